@@ -1,0 +1,55 @@
+# concept_transfer: everything runs in .venv, which the targets make and fill themselves.
+PYTHON ?= python3
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip install -c constraints.txt
+PACKAGE := settings.ini setup.py pyproject.toml constraints.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test prepare readme studies benchmarks docs clean
+
+help: ## this list
+	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile | expand -t 12
+
+demo: .venv/.runtime ## the whole flow on two small embedded models, result in demo/
+	$(BIN)/concept-transfer demo --out demo
+
+test: .venv/.dev ## notebooks, then pytest
+	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2 --do_print --skip_folder_re '^([_.]|studies$$)'
+	@echo "notebook cells skipped: $$(cat nbs/*.ipynb | grep -cE '#\| *(eval: *false|notest)|skip_exec: *true')"
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadgroup
+
+prepare: .venv/.dev ## before every commit: export modules, clean notebooks, render README
+	$(BIN)/nbdev_export
+	$(BIN)/nbdev_clean
+	$(BIN)/python tools/docs.py readme
+
+readme: .venv/.dev ## README.md from nbs/index.ipynb
+	$(BIN)/python tools/docs.py readme
+
+studies: .venv/.dev ## run all of nbs/studies again, in place (long)
+	for nb in nbs/studies/*.ipynb; do $(BIN)/papermill --kernel python3 --cwd nbs/studies --no-progress-bar $$nb $$nb || exit 1; done
+	$(BIN)/nbdev_clean
+
+benchmarks: .venv/.runtime ## tables of run times, one after another (long)
+	for f in benchmarks/*.py; do $(BIN)/python $$f || exit 1; done
+
+docs: .venv/.dev ## the site in _docs/: with Quarto if installed, else as a preview
+	$(BIN)/python tools/docs.py site
+
+clean: ## remove what was built, keep .venv
+	rm -rf demo _proc _docs build dist *.egg-info .pytest_cache
+	find nbs concept_transfer tests tools -name __pycache__ -o -name .ipynb_checkpoints | xargs rm -rf
+
+.venv/.dev: .venv/.runtime
+	$(PIP) -e '.[dev]'
+	@touch $@
+
+.venv/.runtime: $(PACKAGE) | $(BIN)/pip
+	$(PIP) torch
+	$(PIP) -e .
+	@touch $@
+
+$(BIN)/pip:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo 'Python 3.11 or newer is needed: make PYTHON=/path/to/python3.11' >&2; exit 1; }
+	@$(PYTHON) -c 'import venv, ensurepip' || { echo 'The venv module is missing (on Debian and Ubuntu: apt install python3-venv)' >&2; exit 1; }
+	$(PYTHON) -m venv .venv
