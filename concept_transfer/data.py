@@ -6,19 +6,20 @@
 __all__ = ['EMOTIONS', 'CONCEPTS', 'SPLITS', 'EMOTION_PROMPT', 'data_hash', 'ContrastPairs', 'load_pairs', 'lint', 'ChoiceItem',
            'ChoiceTask', 'choice_task', 'load_task', 'Corpus', 'load_corpus']
 
-# %% ../nbs/00_data.ipynb #5e318af9
+# %% ../nbs/00_data.ipynb #3d164821
 import csv, hashlib, io, json, random, re
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import NamedTuple, Sequence
 
-# %% ../nbs/00_data.ipynb #b37a3bea
+# %% ../nbs/00_data.ipynb #bb74fe7b
 EMOTIONS = ("happiness", "sadness", "anger", "fear", "disgust", "surprise")
 CONCEPTS = ("honesty", "politeness", "harmlessness", "formality")
 SPLITS = ("fit", "tune", "test")
+EMOTION_PROMPT = "{} The main emotion in this story is"
 
-# %% ../nbs/00_data.ipynb #d91bc8b4
+# %% ../nbs/00_data.ipynb #c9c006de
 def data_hash(texts: Sequence[str]) -> str:  # 16 hex digits
     "Fingerprint of a list of texts, kept with everything that was made from them."
     return hashlib.sha256("\0".join(texts).encode()).hexdigest()[:16]
@@ -30,7 +31,7 @@ def _check_texts(texts, what):
         if not isinstance(t, str): raise ValueError(f"{what}: item {i} is {type(t).__name__}, not text.")
         if not t.strip(): raise ValueError(f"{what}: item {i} is empty. Remove it, or write what it should say.")
 
-# %% ../nbs/00_data.ipynb #776cedc9
+# %% ../nbs/00_data.ipynb #011b15e2
 @dataclass(frozen=True)
 class ContrastPairs:
     "Texts that show a concept and texts that do not, each with the scenario it tells."
@@ -38,6 +39,7 @@ class ContrastPairs:
     positive: tuple[str, ...]
     negative: tuple[str, ...]
     groups: tuple[str, ...] = ()  # scenario of each positive, then of each negative; empty: row i of both sides is one
+    template: str = "{}"          # words around each text ({}) when it is read: best those around it at steering time
 
     def __post_init__(self):
         object.__setattr__(self, "positive", tuple(self.positive)); object.__setattr__(self, "negative", tuple(self.negative))
@@ -47,15 +49,16 @@ class ContrastPairs:
         groups = tuple(self.groups) or tuple(map(str, [*range(len(self.positive)), *range(len(self.negative))]))
         if len(groups) != len(self.texts): raise ValueError(f"pairs {self.name!r}: {len(groups)} groups for {len(self.texts)} texts.")
         object.__setattr__(self, "groups", groups)
+        if "{}" not in self.template: raise ValueError(f"pairs {self.name!r}: template {self.template!r} has no {{}} for the text.")
 
     @property
     def texts(self) -> tuple[str, ...]: return self.positive + self.negative
     @property
-    def hash(self) -> str: return data_hash(self.texts)
+    def hash(self) -> str: return data_hash([*self.texts, self.template])
     def __len__(self): return min(len(self.positive), len(self.negative))
     def __repr__(self): return f"ContrastPairs({self.name!r}, {len(self.positive)} positive, {len(self.negative)} negative)"
 
-# %% ../nbs/00_data.ipynb #1a9ae41b
+# %% ../nbs/00_data.ipynb #48bb262e
 def _rows(path: Path) -> list[dict]:
     "Rows of a JSONL or CSV file as dictionaries; errors name the line."
     text = path.read_text(encoding="utf-8-sig")
@@ -82,16 +85,16 @@ def _builtin(name: str) -> list[dict] | None:
     file = files("concept_transfer") / "sets" / f"{name}.jsonl"
     return [json.loads(l) for l in file.read_text(encoding="utf-8").splitlines()] if file.is_file() else None
 
-# %% ../nbs/00_data.ipynb #519f2f5e
+# %% ../nbs/00_data.ipynb #c7755734
 def _emotion_pairs(emotion, split, seed):
     rows = [r for r in _builtin("emotions") if r["split"] == split]
     positive = [r["text"] for r in rows if r["label"] == emotion]
     rng, negative = random.Random(f"{seed} {emotion} {split}"), []
     pools = [rng.sample(p, len(p)) for e in EMOTIONS if e != emotion for p in [[r["text"] for r in rows if r["label"] == e]]]
     while len(negative) < len(positive): negative.append(pools[len(negative) % len(pools)].pop())
-    return ContrastPairs(f"emotions/{emotion}", positive, negative, positive + negative)
+    return ContrastPairs(f"emotions/{emotion}", positive, negative, positive + negative, EMOTION_PROMPT)
 
-# %% ../nbs/00_data.ipynb #8004366c
+# %% ../nbs/00_data.ipynb #4f89dc3b
 _POSITIVE, _NEGATIVE = {"positive", "pos", "1", "true", "yes"}, {"negative", "neg", "0", "false", "no"}
 
 def _file_pairs(path):
@@ -100,7 +103,7 @@ def _file_pairs(path):
         d = _json(path)
         if not isinstance(d, dict) or not ({"positive", "negative"} <= d.keys() or {"pos", "neg"} <= d.keys()):
             raise ValueError(f"{path}: pairs in JSON are an object with the lists 'positive' and 'negative' (or 'pos' and 'neg').")
-        return ContrastPairs(path.stem, d.get("positive", d.get("pos")), d.get("negative", d.get("neg")))
+        return ContrastPairs(path.stem, d.get("positive", d.get("pos")), d.get("negative", d.get("neg")), template=d.get("template", "{}"))
     rows = _rows(path); keys = rows[0].keys() if rows else ()
     if {"positive", "negative"} <= set(keys):
         groups = [str(r.get("group", i)) for i, r in enumerate(rows)] * 2
@@ -112,7 +115,7 @@ def _file_pairs(path):
         return ContrastPairs(path.stem, side(_POSITIVE), side(_NEGATIVE))
     raise ValueError(f"{path}: needs the columns positive,negative or text,label; found {', '.join(keys) or 'no rows'}.")
 
-# %% ../nbs/00_data.ipynb #a54b2971
+# %% ../nbs/00_data.ipynb #2fe1b672
 def load_pairs(
     ref: str | Path,     # a built-in set ("honesty", "emotions/joy") or a .json, .jsonl or .csv file
     split: str = "fit",  # which part of a built-in set: fit, tune or test; a file is one part
@@ -127,8 +130,8 @@ def load_pairs(
         return ContrastPairs(name, [r["positive"] for r in rows], [r["negative"] for r in rows], [r["group"] for r in rows] * 2)
     return _file_pairs(_path(ref))
 
-# %% ../nbs/00_data.ipynb #ba595cee
-def _words(text): return re.findall(r"\w+", text.lower())
+# %% ../nbs/00_data.ipynb #77bddf02
+def _words(text): return re.findall(r"[\w']+", text.lower())
 
 def _near(a: str, b: str) -> float:
     "Jaccard overlap of word trigrams: 1 for a repetition, near 0 for two texts on one topic."
@@ -139,7 +142,7 @@ def _auc(a, b):
     "Probability that a value of `a` exceeds one of `b` (ties count half)."
     return sum((x > y) + .5 * (x == y) for x in a for y in b) / (len(a) * len(b))
 
-# %% ../nbs/00_data.ipynb #53ddfba4
+# %% ../nbs/00_data.ipynb #99646ad5
 def lint(
     pairs: ContrastPairs,
     task=None,                         # a `ChoiceTask`: also look for scenarios that it asks about
@@ -164,7 +167,7 @@ def lint(
     if len(pairs) < 10: out.append(f"only {len(pairs)} pairs: held-out scores will be very uncertain; 20 or more are usual.")
     return out
 
-# %% ../nbs/00_data.ipynb #17c01163
+# %% ../nbs/00_data.ipynb #fd7d29cc
 class ChoiceItem(NamedTuple):
     "One question: a prompt, how it may go on, and which continuation the concept should favour."
     prompt: str
@@ -172,7 +175,7 @@ class ChoiceItem(NamedTuple):
     target: int
     group: str
 
-# %% ../nbs/00_data.ipynb #87d31e09
+# %% ../nbs/00_data.ipynb #79cf313c
 @dataclass(frozen=True)
 class ChoiceTask:
     "Questions whose answer a concept should move, and the instruction that asks for it in words (the prompt arm)."
@@ -197,9 +200,7 @@ class ChoiceTask:
         items = self.items if n >= len(self) else tuple(random.Random(seed).sample(self.items, n))
         return ChoiceTask(self.name, items, self.instruction)
 
-# %% ../nbs/00_data.ipynb #11b2881e
-EMOTION_PROMPT = "{} The main emotion in this story is"
-
+# %% ../nbs/00_data.ipynb #84466140
 def choice_task(
     texts: Sequence[str],               # scenarios
     choices: Sequence[str],             # answers, as words
@@ -213,7 +214,7 @@ def choice_task(
     return ChoiceTask(name, tuple(ChoiceItem(template.format(t), words, list(choices).index(target), t) for t in texts),
                       f"Whatever happens, everybody in these stories feels {target}.\n\n")
 
-# %% ../nbs/00_data.ipynb #9ad09c10
+# %% ../nbs/00_data.ipynb #b6182211
 def _truthfulqa(path):
     "MC1 items from TruthfulQA's own CSV (Lin, Hilton and Evans 2022): the best answer against the incorrect ones."
     items = []
@@ -234,7 +235,7 @@ def _file_task(path, choices, target):
         return choice_task(d.get("neg", d.get("negative")), choices, target, path.stem)
     raise ValueError(f"{path}: a task is JSON with 'items', TruthfulQA's CSV, or pairs together with choices and a target.")
 
-# %% ../nbs/00_data.ipynb #6803fbd7
+# %% ../nbs/00_data.ipynb #07614ea4
 def load_task(
     ref: str | Path,                        # "emotions/joy" or a file: task JSON, TruthfulQA CSV, or pairs with `choices` and `target`
     split: str = "test",                    # of a built-in task: tune or test
@@ -249,7 +250,7 @@ def load_task(
         return choice_task(texts, EMOTIONS, emotion, name)
     return _file_task(_path(ref), choices, target)
 
-# %% ../nbs/00_data.ipynb #9dfbb6c4
+# %% ../nbs/00_data.ipynb #1ab54b88
 @dataclass(frozen=True)
 class Corpus:
     "Ordinary text, one passage an item."
@@ -265,7 +266,7 @@ class Corpus:
         "The first `n` texts."
         return Corpus(self.name, self.texts[:n])
 
-# %% ../nbs/00_data.ipynb #54b662ac
+# %% ../nbs/00_data.ipynb #dcce6d68
 def load_corpus(
     ref: str | Path,  # "general" (to fit maps), "neutral" (to measure damage), or a file: one text a line, or JSONL with `text`
 ) -> Corpus:

@@ -6,7 +6,7 @@
 __all__ = ['STRENGTHS', 'ARMS', 'Prefix', 'Answers', 'ChoiceProbe', 'DamageProbe', 'at_damage', 'bootstrap', 'interval',
            'dose_curve', 'Evidence', 'evaluate']
 
-# %% ../nbs/05_evaluation.ipynb #6ac61f1b
+# %% ../nbs/05_evaluation.ipynb #91b3768f
 import json
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
@@ -19,7 +19,7 @@ from .models import encode, fast_matmul, logits, model_info, pad, read
 from .extraction import extract_concept, length_batches, package_version
 from .injection import Transplant, _adder, graft
 
-# %% ../nbs/05_evaluation.ipynb #0c3839e7
+# %% ../nbs/05_evaluation.ipynb #9da4b4db
 class Prefix:
     "Texts read once up to a layer, from where each direction goes on."
     def __init__(self, model, ids: Sequence[Sequence[int]], layer: int, budget: int = 1024):
@@ -34,7 +34,7 @@ class Prefix:
         for rows, x, mask, h in self.batches:
             with fast_matmul(self.model): yield rows, logits(self.model, x, mask, keep, self.layer, h if fn is None else fn(h))
 
-# %% ../nbs/05_evaluation.ipynb #c2298bb2
+# %% ../nbs/05_evaluation.ipynb #03cab93c
 @dataclass(frozen=True)
 class Answers:
     "What a model answered, item by item."
@@ -75,10 +75,10 @@ class ChoiceProbe:
 def _common(a, b) -> int:
     return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
 
-# %% ../nbs/05_evaluation.ipynb #7331433d
+# %% ../nbs/05_evaluation.ipynb #1ab660de
 class DamageProbe:
     "Neutral texts made ready for one layer: how far next-token distributions move from the base model's."
-    def __init__(self, model, texts: Sequence[str], layer: int, keep: int = 6, prefix: str = ""):
+    def __init__(self, model, texts: Sequence[str], layer: int, keep: int = 4, prefix: str = ""):
         ids = encode(model, texts); self.model, self.keep, self.ids = model, keep, ids
         self.prefix = Prefix(model, ids if not prefix else _behind(model, prefix, texts, ids), layer)
         self.base = None if prefix else [self._logp(out) for _, out in self.prefix.logits(None, keep + 1)]
@@ -89,11 +89,11 @@ class DamageProbe:
         "Mean KL from the base model in nats a token, its 95th percentile, and the ratio of perplexities."
         kl, more, base = [], [], base or self.base
         for (rows, out), p in zip(self.prefix.logits(fn, self.keep + 1), base):
-            q = self._logp(out)
+            q = self._logp(out)                                              # (b, keep, vocabulary)
+            far, lost = torch.nn.functional.kl_div(q, p, reduction="none", log_target=True).sum(-1).clamp_min(0), p - q
             for b, i in enumerate(rows):
                 k = min(self.keep, len(self.ids[i]) - 1); nxt = torch.tensor(self.ids[i][-k:], device=q.device)
-                P, Q = p[b, self.keep - k:], q[b, self.keep - k:]
-                kl += (P.exp() * (P - Q)).sum(-1).clamp_min(0).tolist(); more += (P - Q)[range(k), nxt].tolist()
+                kl += far[b, self.keep - k:].tolist(); more += lost[b, range(self.keep - k, self.keep), nxt].tolist()
         return float(np.mean(kl)), float(np.percentile(kl, 95)), float(np.exp(np.mean(more)))
 
 def _behind(model, prefix, texts, ids):
@@ -101,7 +101,7 @@ def _behind(model, prefix, texts, ids):
     out = encode(model, [prefix + t for t in texts])
     return [o if o[-3:] == x[-3:] else encode(model, [prefix])[0] + encode(model, [t], special=False)[0] for o, x, t in zip(out, ids, texts)]
 
-# %% ../nbs/05_evaluation.ipynb #2f2c5ddb
+# %% ../nbs/05_evaluation.ipynb #91a943bc
 def at_damage(
     t: Transplant,
     probe: DamageProbe,      # on the layer of `t`
@@ -111,7 +111,7 @@ def at_damage(
 ) -> Transplant:             # the same with the dose of that damage; notes["kl"] is what was reached
     "The dose at which a direction does a given damage."
     kl = lambda log_dose: max(probe(_adder(replace(t, dose=float(np.exp(log_dose))).vector(), t.positions))[0], 1e-9)
-    x0 = np.log(t.dose); y0 = np.log(kl(x0) / budget); slope, best = 1.7, (abs(y0), x0, y0)
+    x0 = np.log(t.dose); y0 = np.log(kl(x0) / budget); slope, best = 1.8, (abs(y0), x0, y0)
     for _ in range(passes - 1):
         if abs(best[2]) < .04: break
         x1 = np.clip(x0 - np.clip(y0 / slope, -1.5, 1.5), np.log(1e-4), np.log(most))
@@ -121,7 +121,7 @@ def at_damage(
         slope = np.clip((y1 - y0) / (x1 - x0), .5, 4); x0, y0 = x1, y1
     return replace(t, dose=float(np.exp(best[1])), notes={**t.notes, "kl": float(budget * np.exp(best[2])), "damage_budget": budget})
 
-# %% ../nbs/05_evaluation.ipynb #15d48d32
+# %% ../nbs/05_evaluation.ipynb #febf18e2
 def bootstrap(
     values: np.ndarray,         # (arms, n) by item
     groups: Sequence[str],      # scenario of each item
@@ -137,7 +137,7 @@ def interval(draws: np.ndarray, level: float = .95) -> list[float]:
     "Percentile interval."
     return [float(np.percentile(draws, 100 * q)) for q in ((1 - level) / 2, (1 + level) / 2)]
 
-# %% ../nbs/05_evaluation.ipynb #f2245726
+# %% ../nbs/05_evaluation.ipynb #987cf468
 STRENGTHS = (-2., -1., -.5, -.25, 0., .25, .5, 1., 2.)
 
 def dose_curve(
@@ -156,7 +156,7 @@ def dose_curve(
                         logit_shift=float((a.margin - base.margin).mean()), kl=kl, perplexity_ratio=ratio))
     return out
 
-# %% ../nbs/05_evaluation.ipynb #023950f3
+# %% ../nbs/05_evaluation.ipynb #b8ab76e4
 ARMS = ("base", "transplanted", "native", "random", "shuffled_map", "other_concept", "prompt")
 
 @dataclass(frozen=True)
@@ -186,7 +186,7 @@ class Evidence:
         path = Path(path); tmp = path.with_name(f".{path.name}.part")
         tmp.write_text(json.dumps(self.data, indent=1)); tmp.replace(path)
 
-# %% ../nbs/05_evaluation.ipynb #2c0283fa
+# %% ../nbs/05_evaluation.ipynb #bdb891a1
 def _random_arms(t: Transplant, n: int, seed: int) -> list[Transplant]:
     "The same place and dose with Gaussian directions."
     g = torch.Generator().manual_seed(seed)
@@ -194,8 +194,9 @@ def _random_arms(t: Transplant, n: int, seed: int) -> list[Transplant]:
 
 def _arms(t: Transplant, pairs, other, n_random, seed):
     "Steered arms, and the reason of each that has no input."
-    how = dict(position=t.notes.get("position", "last"), template=t.notes.get("template", "{}"))
-    here = lambda p: replace(graft(extract_concept(t.model, p, [t.layer], **how), t.model, t.layer, dose=t.dose, norm=t.norm), positions=t.positions)
+    position = t.notes.get("position", "last")
+    alike = lambda p: p if p.template != "{}" else replace(p, template=t.notes.get("template", "{}"))
+    here = lambda p: replace(graft(extract_concept(t.model, alike(p), [t.layer], position), t.model, t.layer, dose=t.dose, norm=t.norm), positions=t.positions)
     arms, missing = {"transplanted": [t]}, {}
     if pairs is not None: arms["native"] = [here(pairs)]
     else: missing["native"] = "needs the concept's pairs (--pairs)"
@@ -207,7 +208,7 @@ def _arms(t: Transplant, pairs, other, n_random, seed):
     else: missing["other_concept"] = "needs the pairs of another concept (--other)"
     return arms, missing
 
-# %% ../nbs/05_evaluation.ipynb #38d484bb
+# %% ../nbs/05_evaluation.ipynb #818e0a2c
 def evaluate(
     t: Transplant,
     task: ChoiceTask,
@@ -247,7 +248,7 @@ def _reorder(hurt, words):
     flat = {i: p[b] for (rows, *_), p in zip(hurt.prefix.batches, hurt.base) for b, i in enumerate(rows)}
     return [torch.stack([flat[i] for i in rows]) for rows, *_ in words.prefix.batches]
 
-# %% ../nbs/05_evaluation.ipynb #4b173747
+# %% ../nbs/05_evaluation.ipynb #b700726f
 def _evidence(t, task, neutral, budget, rows, missing, base, groups, seed, draws):
     "Rates, intervals, recovery and p from the answers of every arm."
     chosen = {k: np.array([a.chosen for a in v[0]], float) for k, v in rows.items()}       # (draws of the arm, n)

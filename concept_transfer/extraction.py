@@ -6,7 +6,7 @@
 __all__ = ['POSITIONS', 'FORMAT', 'length_batches', 'stream', 'activations', 'mean_difference', 'pca', 'logistic', 'auc',
            'held_out_auc', 'package_version', 'save_artefact', 'load_artefact', 'Concept', 'extract_concept']
 
-# %% ../nbs/02_extraction.ipynb #0a8587a4
+# %% ../nbs/02_extraction.ipynb #7ec952c7
 import json, os, tempfile, warnings
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -21,7 +21,7 @@ from tqdm import tqdm
 from .data import ContrastPairs
 from .models import ModelInfo, encode, fast_matmul, model_info, pad, read
 
-# %% ../nbs/02_extraction.ipynb #ecbc35b7
+# %% ../nbs/02_extraction.ipynb #0a88d74c
 def length_batches(
     ids: Sequence[Sequence[int]],  # token ids of each text
     budget: int = 1024,            # padded tokens a batch
@@ -33,7 +33,7 @@ def length_batches(
         else: out.append([i])
     return out
 
-# %% ../nbs/02_extraction.ipynb #5d4fe701
+# %% ../nbs/02_extraction.ipynb #ed9975d8
 def _out_of_memory(e: BaseException) -> bool:
     return isinstance(e, (torch.OutOfMemoryError, MemoryError)) or "out of memory" in str(e).lower() or "can't allocate memory" in str(e).lower()
 
@@ -66,7 +66,7 @@ def _check_finite(states, rows, ids, layers):
             if not torch.isfinite(h[b, :len(ids[i])]).all():
                 raise ValueError(f"text {i} gives states that are not finite at layer {k}. Remove it, or load the model in float32.")
 
-# %% ../nbs/02_extraction.ipynb #c16f719d
+# %% ../nbs/02_extraction.ipynb #3dbeb699
 def _mean(h: torch.Tensor) -> torch.Tensor:  # (t, L, d) -> (L, d)
     "Mean over tokens without the first, which is an attention sink in most models."
     return h[1:].mean(0) if len(h) > 1 else h[0]
@@ -98,7 +98,7 @@ def _layers(model, layers):
     if bad: raise ValueError(f"layer {bad[0]} is out of range: this model has layers 0 to {n - 1}.")
     return [k % n for k in layers]
 
-# %% ../nbs/02_extraction.ipynb #101f773a
+# %% ../nbs/02_extraction.ipynb #cee3e8aa
 def mean_difference(P: torch.Tensor, N: torch.Tensor) -> torch.Tensor:  # (n, d), (m, d) -> (d,)
     "Difference of means (ConTrans eq. 1)."
     return P.mean(0) - N.mean(0)
@@ -120,7 +120,7 @@ def logistic(P: torch.Tensor, N: torch.Tensor) -> torch.Tensor:  # (n, d), (m, d
     w = LogisticRegression(C=.01, max_iter=500).fit(((X - X.mean(0)) / s).numpy(), y).coef_[0]
     return _like_mean(torch.tensor(w, dtype=X.dtype) / s, P, N)
 
-# %% ../nbs/02_extraction.ipynb #669bd01a
+# %% ../nbs/02_extraction.ipynb #e3bcebee
 def auc(p: np.ndarray, n: np.ndarray) -> np.ndarray:  # (n, ...), (m, ...) scores -> (...)
     "Probability that a positive scores above a negative; ties count half (Mann-Whitney)."
     r = rankdata(np.concatenate([p, n]), axis=0)[:len(p)].sum(0)
@@ -142,7 +142,7 @@ def held_out_auc(P, N, groups, reducer, folds=5, seed=0) -> np.ndarray:  # state
             sp[fp == k, l], sn[fn == k, l] = ((P[fp == k, l] - mid) @ v).numpy(), ((N[fn == k, l] - mid) @ v).numpy()
     return auc(sp, sn)
 
-# %% ../nbs/02_extraction.ipynb #8b6e4bd3
+# %% ../nbs/02_extraction.ipynb #37aee039
 FORMAT = 1
 
 def package_version() -> str:
@@ -174,7 +174,7 @@ def load_artefact(path: str | Path, kind: str | None = None) -> tuple[dict[str, 
     if kind and head["kind"] != kind: raise ValueError(f"{path} is a {head['kind']}, where a {kind} is needed.")
     return tensors, head
 
-# %% ../nbs/02_extraction.ipynb #4bf88e5e
+# %% ../nbs/02_extraction.ipynb #132d6f7e
 @dataclass(frozen=True)
 class Concept:
     "A direction at every layer of one model, with how well it tells held-out texts apart and where it comes from."
@@ -211,24 +211,22 @@ class Concept:
         keep = {k: m[k] for k in ("name", "n_pairs", "reducer", "position", "template", "data", "seed")}
         return cls(directions=t["directions"], layers=tuple(m["layers"]), auc=tuple(m["auc"]), model=ModelInfo(**m["model"]), **keep)
 
-# %% ../nbs/02_extraction.ipynb #bb48044a
+# %% ../nbs/02_extraction.ipynb #5044cb24
 def extract_concept(
     model,                                    # nnsight model
     pairs: ContrastPairs,
     layers: Sequence[int] | None = None,      # default: every layer
     position: str | Callable = "last",        # as for `activations`; the paper uses the last token
-    template: str = "{}",                     # text around each side, with {} for it: the words used at steering time
     reducer: Callable = mean_difference,      # (n, d), (m, d) -> (d,)
     seed: int = 0,                            # of the folds
 ) -> Concept:
     "The concept that `pairs` show, at every layer, with its AUC on held-out scenarios (five folds)."
-    if "{}" not in template: raise ValueError(f"template {template!r} has no {{}} for the text.")
     layers = _layers(model, layers); n = len(pairs.positive)
-    H = activations(model, [template.replace("{}", t) for t in pairs.texts], layers, position)  # (n + m, L, d)
+    H = activations(model, [pairs.template.replace("{}", t) for t in pairs.texts], layers, position)  # (n + m, L, d)
     if H.ndim != 3: raise ValueError("a concept needs one state a text: use position 'last' or 'mean', or a function that returns (L, d).")
     P, N = H[:n], H[n:]
     directions = torch.stack([reducer(P[:, l], N[:, l]) for l in range(len(layers))])
     if not directions.norm(dim=1).min() > 0: raise ValueError(f"pairs {pairs.name!r}: both sides give the same mean state; are the texts identical?")
     return Concept(pairs.name.split("/")[-1], directions, tuple(layers), tuple(held_out_auc(P, N, pairs.groups, reducer, seed=seed).tolist()), model_info(model),
                    len(pairs), getattr(reducer, "__name__", "custom"), position if isinstance(position, str) else getattr(position, "__name__", "custom"),
-                   template, pairs.hash, seed)
+                   pairs.template, pairs.hash, seed)

