@@ -6,18 +6,18 @@
 __all__ = ['LAMBDAS', 'METHODS', 'shared_boundaries', 'Moments', 'paired_states', 'ridge', 'contrans', 'procrustes',
            'reduced_rank', 'AffineMap', 'LayerGrid', 'spread_layers', 'fit_maps']
 
-# %% ../nbs/03_alignment.ipynb #dedadf87
+# %% ../nbs/03_alignment.ipynb #8cd9bd59
 import warnings
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Sequence
 import numpy as np, torch
 from tqdm import tqdm
-from .data import Corpus, data_hash
+from .data import Corpus
 from .models import ModelInfo, context_length, fast_matmul, model_info
 from .extraction import Concept, load_artefact, save_artefact, stream, _layers
 
-# %% ../nbs/03_alignment.ipynb #807d42cf
+# %% ../nbs/03_alignment.ipynb #28d6c6ad
 def shared_boundaries(
     source: Sequence[tuple[int, int]],  # character offsets (start, end) of each token
     target: Sequence[tuple[int, int]],
@@ -27,17 +27,17 @@ def shared_boundaries(
     ends = [{e: i for i, (s, e) in enumerate(side) if e > s} for side in (source, target)]
     return [(i, ends[1][e]) for e, i in ends[0].items() if e in ends[1] and min(i, ends[1][e]) >= skip]
 
-# %% ../nbs/03_alignment.ipynb #33f31f38
+# %% ../nbs/03_alignment.ipynb #0b369216
 def _encode_offsets(model, texts):
     "Token ids and character offsets; a text longer than the context keeps its beginning, whose states do not depend on the rest."
     if not model.tokenizer.is_fast: raise ValueError(f"the tokenizer of {model_info(model).name} gives no character offsets; pass a fast one to load_model.")
     enc, limit = model.tokenizer(list(texts), return_offsets_mapping=True), context_length(model)
     return [x[:limit] for x in enc.input_ids], [o[:limit] for o in enc.offset_mapping]
 
-# %% ../nbs/03_alignment.ipynb #7ea7b093
+# %% ../nbs/03_alignment.ipynb #349a0f36
 @dataclass
 class Moments:
-    "Sums over paired rows, by fold; `+` merges two of the same text folds."
+    "Sums over paired rows, by fold."
     n: torch.Tensor      # (K,)
     x: torch.Tensor      # (K, L1, d1) sums of shifted rows
     y: torch.Tensor      # (K, L2, d2)
@@ -66,7 +66,7 @@ class Moments:
         self.xy[fold] += cross(X, Y)
         self.null += cross(X, Y.roll(r // 2 + 1, 0) if r > 2 else Y.flip(0))
 
-# %% ../nbs/03_alignment.ipynb #cccb1032
+# %% ../nbs/03_alignment.ipynb #dc3083a6
 def paired_states(
     source, target,                   # nnsight models
     texts: Sequence[str],
@@ -90,7 +90,7 @@ def paired_states(
         out.append(Z)
     return tuple(out)
 
-# %% ../nbs/03_alignment.ipynb #e46f653c
+# %% ../nbs/03_alignment.ipynb #e5b3230e
 LAMBDAS = tuple(float(l) for l in np.logspace(-5, 1, 13))  # relative to the variance of a standardised dimension
 
 def _centred(m: Moments, s: int, keep: torch.Tensor, mean=None):
@@ -105,7 +105,7 @@ def _centred(m: Moments, s: int, keep: torch.Tensor, mean=None):
 
 def _scale(variance): return variance.clamp_min(0).sqrt().where(variance > 1e-12 * variance.max(), torch.ones(()).double() * torch.inf)
 
-# %% ../nbs/03_alignment.ipynb #73f79b24
+# %% ../nbs/03_alignment.ipynb #3f7b18a8
 def _cv_error(m: Moments, s: int, sx, sy, lambdas) -> torch.Tensor:  # -> (len(lambdas), L2) squared error relative to the variance
     "Exact k-fold cross-validated error of ridge from the fold moments of source layer `s`."
     K = len(m.n); err = torch.zeros(len(lambdas), m.y.shape[1], dtype=torch.float64); total = torch.zeros(m.y.shape[1], dtype=torch.float64)
@@ -123,7 +123,7 @@ def _cv_error(m: Moments, s: int, sx, sy, lambdas) -> torch.Tensor:  # -> (len(l
         total += n * base
     return err / total
 
-# %% ../nbs/03_alignment.ipynb #a7dc1a4b
+# %% ../nbs/03_alignment.ipynb #42863ef8
 def ridge(m: Moments, s: int, lambdas: Sequence[float] = LAMBDAS):
     "Centred, standardised ridge from source layer `s` to every target layer, lambda by cross-validation."
     _, (mx, my), R, C, vy = _centred(m, s, m.n > -1)
@@ -135,7 +135,7 @@ def ridge(m: Moments, s: int, lambdas: Sequence[float] = LAMBDAS):
     solve = lambda C: (U / (e.clamp_min(0) + lam[:, None])[:, None, :]) @ (U.T @ (C / sx[:, None])) / sx[:, None]
     return solve(C), solve(null), (mx, my), lam, 1 - cv.gather(0, pick[None])[0]
 
-# %% ../nbs/03_alignment.ipynb #06dfd341
+# %% ../nbs/03_alignment.ipynb #2267dc73
 def contrans(X: torch.Tensor, Y: torch.Tensor) -> torch.Tensor:  # (n, d1), (n, d2) -> (d1, d2)
     "Minimum-norm least squares by SVD (ConTrans, Dong et al. 2024, eq. 3)."
     n, d = X.shape
@@ -155,7 +155,7 @@ def reduced_rank(W: torch.Tensor, R: torch.Tensor, rank: int) -> torch.Tensor:
     V = torch.linalg.eigh(W.T @ R @ W)[1][:, -rank:]
     return W @ V @ V.T
 
-# %% ../nbs/03_alignment.ipynb #9f32fe47
+# %% ../nbs/03_alignment.ipynb #b1672918
 @dataclass(frozen=True)
 class AffineMap:
     "Source state `x` to target state `x @ W + b`; a direction is moved by the linear part alone."
@@ -174,7 +174,7 @@ class AffineMap:
         return concept[self.layers[0]] @ (self.null.float() if shuffled else self.W)
     def __repr__(self): return f"AffineMap({self.source.name}[{self.layers[0]}] -> {self.target.name}[{self.layers[1]}], held-out R2 {self.r2:.2f})"
 
-# %% ../nbs/03_alignment.ipynb #3246f69d
+# %% ../nbs/03_alignment.ipynb #7e83947c
 @dataclass(frozen=True)
 class LayerGrid:
     "One map for each pair of layers of two models, judged on texts that none of them saw."
@@ -216,7 +216,9 @@ class LayerGrid:
         "Write to one safetensors file."
         d = {f.name: getattr(self, f.name) for f in fields(self)}
         tensors = {k: v for k, v in d.items() if isinstance(v, torch.Tensor)}
-        save_artefact(path, "map", tensors, {k: asdict(v) if isinstance(v, ModelInfo) else v for k, v in d.items() if k not in tensors})
+        scores = {k: getattr(self, k).tolist() for k in ("r2", "cosine", "r2_null", "lam")}      # again in the header, to be read without the tensors
+        position = "last token" if self.method == "contrans" else "shared token boundaries but the first"
+        save_artefact(path, "map", tensors, {k: asdict(v) if isinstance(v, ModelInfo) else v for k, v in d.items() if k not in tensors} | {"scores": scores, "position": position})
 
     @classmethod
     def load(cls, path: str | Path) -> "LayerGrid":
@@ -225,7 +227,7 @@ class LayerGrid:
         m = {k: m[k] for k in ("source_layers", "target_layers", "method", "rows", "texts", "data")} | {k: ModelInfo(**m[k]) for k in ("source", "target")}
         return cls(**t, **(m | {k: tuple(m[k]) for k in ("source_layers", "target_layers")}))
 
-# %% ../nbs/03_alignment.ipynb #74358b8a
+# %% ../nbs/03_alignment.ipynb #8d8a27c4
 METHODS = ("ridge", "contrans", "procrustes", "lowrank")
 
 def spread_layers(model, most: int = 8) -> list[int]:
@@ -244,13 +246,13 @@ def _collect(source, target, texts, l1, l2, folds, chunk=64):
     if (m.n == 0).any(): raise ValueError(f"{len(texts)} texts leave a fold of {folds} without a shared token boundary. Use more or longer texts.")
     return m
 
-# %% ../nbs/03_alignment.ipynb #fb17b408
+# %% ../nbs/03_alignment.ipynb #977cf304
 def _judge(W, b, null, mean, X, Y):
     "R2 and cosine on held-out rows in units of the target's standard deviation, and R2 of the shuffled map."
-    sd = Y.std(0, correction=0); sd = torch.where(sd > 1e-6 * sd.max(), sd, torch.inf)
-    r2 = lambda P: float(1 - ((Y - P) / sd).square().sum() / ((Y - Y.mean(0)) / sd).square().sum())
+    sd, c = Y.std(0, correction=0), Y.mean(0); sd = torch.where(sd > 1e-6 * sd.max(), sd, torch.inf)
+    r2 = lambda P: float(1 - ((Y - P) / sd).square().sum() / ((Y - c) / sd).square().sum())
     P = X @ W + b
-    return r2(P), float(torch.cosine_similarity((P - mean[1]) / sd, (Y - mean[1]) / sd).mean()), r2((X - mean[0]) @ null + mean[1])
+    return r2(P), float(torch.cosine_similarity((P - c) / sd, (Y - c) / sd).mean()), r2((X - mean[0]) @ null + mean[1])
 
 def _solve_layer(m, s, method):
     "Maps from source layer `s` to all target layers: W, shuffled W, means, lambda."
@@ -260,24 +262,27 @@ def _solve_layer(m, s, method):
     if method == "procrustes":
         sx, sy = _scale(R.diagonal()), _scale(vy)
         W = torch.stack([procrustes(R / torch.outer(sx, sx), c / sx[:, None] / y) / sx[:, None] * torch.where(y.isfinite(), y, 0) for c, y in zip(C, sy)])
-    else: W = torch.stack([reduced_rank(w, R, _choose_rank(m, s, l, float(lam[l]))) for l, w in enumerate(W)])
+    else:
+        sy = _scale(vy)
+        W = torch.stack([reduced_rank(w / y, R, r) * torch.where(y.isfinite(), y, 0) for w, y, r in zip(W, sy, _choose_ranks(m, s, lam))])
     return W, null, (mx, my), lam
 
-def _choose_rank(m, s, l, lam, ranks=(8, 16, 32, 64, 128, 256)):
-    "Rank with the least cross-validated error at a fixed lambda."
-    K, err = len(m.n), torch.zeros(len(ranks), dtype=torch.float64)
+def _choose_ranks(m, s, lam, ranks=(8, 16, 32, 64, 128, 256)) -> list[int]:
+    "For each target layer the rank with the least cross-validated error at its lambda, in standardised units."
+    K, err = len(m.n), torch.zeros(len(lam), len(ranks), dtype=torch.float64)
     for k in range(K):
         train = torch.arange(K) != k
         _, mean, R, C, vy = _centred(m, s, train); n, _, Rk, Ck, _ = _centred(m, s, ~train, mean)
-        sx, sy = _scale(R.diagonal()), _scale(vy[l])
-        Rs, Cs, Rv, Cv = R / torch.outer(sx, sx), C[l] / sx[:, None] / sy, Rk / torch.outer(sx, sx), Ck[l] / sx[:, None] / sy
-        W = torch.linalg.solve(Rs + lam * torch.eye(len(Rs), dtype=Rs.dtype), Cs)
-        for i, r in enumerate(ranks):
-            if r > min(W.shape): err[i] = torch.inf; continue
-            w = reduced_rank(W, Rs, r); err[i] += n * ((w * (Rv @ w)).sum() - 2 * (w * Cv).sum())
-    return ranks[int(err.argmin())]
+        sx = _scale(R.diagonal()); Rs, Rv = R / torch.outer(sx, sx), Rk / torch.outer(sx, sx)
+        for l, y in enumerate(_scale(vy)):
+            Cs, Cv = C[l] / sx[:, None] / y, Ck[l] / sx[:, None] / y
+            W = torch.linalg.solve(Rs + lam[l] * torch.eye(len(Rs), dtype=Rs.dtype), Cs)
+            for i, r in enumerate(ranks):
+                if r > min(W.shape): err[l, i] = torch.inf; continue
+                w = reduced_rank(W, Rs, r); err[l, i] += n * ((w * (Rv @ w)).sum() - 2 * (w * Cv).sum())
+    return [ranks[int(e.argmin())] for e in err]
 
-# %% ../nbs/03_alignment.ipynb #b9a912de
+# %% ../nbs/03_alignment.ipynb #14a9e032
 def fit_maps(
     source, target,                            # nnsight models
     corpus: Corpus,
@@ -291,7 +296,8 @@ def fit_maps(
     "Maps between all chosen layers, fitted on shared token boundaries and judged on held-out texts. Raises ValueError for too little text."
     if method not in METHODS: raise ValueError(f"method {method!r}: use one of {', '.join(METHODS)}.")
     l1, l2 = (_layers(m, ls) if ls is not None else spread_layers(m) for m, ls in ((source, source_layers), (target, target_layers)))
-    n_held = max(1, round(len(corpus) * held_out)); fit, judge = corpus.texts[n_held:], corpus.texts[:n_held]
+    texts = tuple(dict.fromkeys(corpus.texts))       # a repeated text must not stand on both sides
+    n_held = max(1, round(len(texts) * held_out)); fit, judge = texts[n_held:], texts[:n_held]
     if len(fit) < folds: raise ValueError(f"{len(corpus)} texts are too few for {folds} folds and a held-out part; use {folds + 1} or more, better hundreds.")
     HX, HY = (H[:most_rows] for H in paired_states(source, target, judge, l1, l2, what="held-out"))
     if len(HX) < 2: raise ValueError("the held-out texts share no token boundary; use longer texts.")
@@ -308,7 +314,7 @@ def fit_maps(
     return LayerGrid(model_info(source), model_info(target), tuple(l1), tuple(l2), W, b, null.bfloat16(), scores[..., 0].clone(), scores[..., 1].clone(), scores[..., 2].clone(),
                      lam.float(), method, rows, len(fit), corpus.hash)
 
-# %% ../nbs/03_alignment.ipynb #190f777d
+# %% ../nbs/03_alignment.ipynb #fadd9234
 def _cut(text: str, i: int) -> str:
     "The published recipe: a sentence without its last two to four words."
     words = text.split(" ")

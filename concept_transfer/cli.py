@@ -6,21 +6,19 @@
 __all__ = ['PROMPTS', 'cmd_extract', 'cmd_align', 'cmd_transplant', 'cmd_generate', 'cmd_evaluate', 'cmd_info', 'cmd_demo',
            'main']
 
-# %% ../nbs/08_cli.ipynb #3bb8329b
-import argparse, json, logging, os, sys, time, warnings
-from dataclasses import replace
+# %% ../nbs/08_cli.ipynb #2cac0d5d
+import argparse, json, logging, sys, time, warnings
 from pathlib import Path
-import torch
-from .data import EMOTIONS, choice_task, load_corpus, load_pairs, load_task
+from .data import data_hash, lint, load_corpus, load_pairs, load_task
 from .models import load_model, model_info
-from .extraction import Concept, extract_concept, load_artefact
+from .extraction import Concept, extract_concept, load_artefact, plain
 from .alignment import METHODS, LayerGrid, fit_maps
 from .injection import Transplant, generate
-from .evaluation import dose_curve, evaluate
-from .selection import transplant
+from .evaluation import Evidence, dose_curve, evaluate
+from .selection import choose, transplant
 from .plots import plot_arms, plot_dose, plot_grid, plot_separation, verdict, write_report
 
-# %% ../nbs/08_cli.ipynb #a86624b0
+# %% ../nbs/08_cli.ipynb #52cebdce
 def _parser() -> argparse.ArgumentParser:
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--json", action="store_true", help="one JSON object on standard output")
@@ -44,7 +42,7 @@ def _parser() -> argparse.ArgumentParser:
     command("evaluate", "effect and damage beside controls", ("--transplant", req("file")), ("--task", req("file, or a built-in task")), ("--neutral", req("file, or neutral")),
             ("--out", req("folder")), ("--pairs", dict(help="the concept's pairs: gives the native arm")), ("--other", dict(help="another concept's pairs")),
             ("--choices", dict(help="a,b,c for a task file that holds pairs")), ("--target", dict(help="the choice to favour")),
-            ("--random", dict(type=int, default=20, help="random directions")), ("--seed", dict(type=int, default=0, help="of random directions and bootstrap")))
+            ("--random", dict(type=_count, default=20, help="random directions")), ("--seed", dict(type=int, default=0, help="of random directions and bootstrap")))
     command("info", "what an artefact is", ("file", dict(help="concept, map or transplant")))
     return p
 
@@ -53,7 +51,12 @@ def _layer_pair(text):
     try: s, t = map(int, text.split(":")); return s, t
     except ValueError: raise argparse.ArgumentTypeError(f"{text!r} is neither auto nor LS:LT, such as 20:12") from None
 
-# %% ../nbs/08_cli.ipynb #ca4c430b
+# %% ../nbs/08_cli.ipynb #49446989
+def _count(text):
+    if not text.isdigit(): raise argparse.ArgumentTypeError(f"{text!r} is not a number of directions, 0 or more")
+    return int(text)
+
+# %% ../nbs/08_cli.ipynb #15b56306
 def _writable(path: str) -> str:
     "Fail before the work, not after it."
     folder = Path(path).absolute().parent
@@ -66,11 +69,13 @@ def _task(a, split):
     return load_task(a.task, split, a.choices.split(",") if a.choices else None, a.target)
 
 def cmd_extract(a):
-    _writable(a.out); c = extract_concept(load_model(a.model), load_pairs(a.pairs)); c.save(a.out)
+    _writable(a.out); pairs = load_pairs(a.pairs)
+    for problem in lint(pairs): warnings.warn(problem)
+    c = extract_concept(load_model(a.model), pairs); c.save(a.out)
     return dict(out=a.out, concept=c.name, model=c.model.name, n_pairs=c.n_pairs, layers=list(c.layers), auc=list(c.auc)), repr(c)
 
 def cmd_align(a):
-    _writable(a.out); maps = fit_maps(load_model(a.source), load_model(a.target), load_corpus(a.corpus), method=a.method); maps.save(a.out)
+    _writable(a.out); corpus = load_corpus(a.corpus); maps = fit_maps(load_model(a.source), load_model(a.target), corpus, method=a.method); maps.save(a.out)
     return _map_facts(maps) | dict(out=a.out), repr(maps)
 
 def _map_facts(m):
@@ -79,8 +84,8 @@ def _map_facts(m):
 
 def cmd_transplant(a):
     _writable(a.out); concept, maps = Concept.load(a.concept), LayerGrid.load(a.map)
-    maps.source.require(concept.model, "this map (source side)")
-    t = transplant(concept, maps, load_model(maps.target.name), _task(a, "tune") if a.task else None, a.layers, a.damage); t.save(a.out)
+    maps.source.require(concept.model, "this map (source side)"); task = _task(a, "tune") if a.task else None
+    t = transplant(concept, maps, load_model(maps.target.name), task, a.layers, a.damage); t.save(a.out)
     return _transplant_facts(t) | dict(out=a.out), repr(t)
 
 def _transplant_facts(t):
@@ -91,12 +96,14 @@ def cmd_generate(a):
     if a.compare: out["base"] = generate(t.model, a.prompt, a.max_new_tokens)
     return out, "\n\n".join(([f"base:    {a.prompt}{out['base']}"] if a.compare else []) + [f"{'steered: ' if a.compare else ''}{a.prompt}{out['text']}"])
 
-# %% ../nbs/08_cli.ipynb #822c0fea
+# %% ../nbs/08_cli.ipynb #b82c04f8
 def cmd_evaluate(a):
-    t = Transplant.load(a.transplant); out = Path(a.out); out.mkdir(parents=True, exist_ok=True)
-    pairs, other = (load_pairs(p) if p else None for p in (a.pairs, a.other)); task, neutral = _task(a, "test"), load_corpus(a.neutral)
-    e = evaluate(t, task, neutral, pairs, other, a.random, seed=a.seed); e.save(out / "evidence.json")
-    write_report(e, out / "report.html", {"Effect": plot_arms(e), "Dose": plot_dose(dose_curve(t, task, neutral), e)})
+    pairs, other = (load_pairs(p) if p else None for p in (a.pairs, a.other)); task, neutral, out = _task(a, "test"), load_corpus(a.neutral), Path(a.out)
+    if out.exists() and not out.is_dir(): raise NotADirectoryError(f"{a.out!r} is a file; give a folder.")
+    for problem in lint(pairs, task) if pairs else (): warnings.warn(problem)
+    t = Transplant.load(a.transplant); e = evaluate(t, task, neutral, pairs, other, a.random, seed=a.seed); e.data["curve"] = dose_curve(t, task, neutral)
+    out.mkdir(parents=True, exist_ok=True); e.save(out / "evidence.json")
+    write_report(e, out / "report.html", {"Effect": plot_arms(e), "Dose": plot_dose(e.curve, e)})
     return e.data | dict(report=str(out / "report.html")), f"{e!r}\n\n{verdict(e)}\nReport: {out / 'report.html'}"
 
 def cmd_info(a):
@@ -104,7 +111,7 @@ def cmd_info(a):
     text = {"concept": lambda: Concept.load(a.file), "map": lambda: LayerGrid.load(a.file)}.get(head["kind"])
     return head, (repr(text()) + "\n" if text else "") + "\n".join(f"{k}: {json.dumps(v)[:300]}" for k, v in head.items())
 
-# %% ../nbs/08_cli.ipynb #94724390
+# %% ../nbs/08_cli.ipynb #9cd55a88
 PROMPTS = ("Today I met my neighbour and", "When the letter arrived, she", "The children came home from school and")
 
 def _kept(path, make, load, fits):
@@ -114,27 +121,36 @@ def _kept(path, make, load, fits):
     except (ValueError, FileNotFoundError, KeyError, TypeError): pass
     made = make(); made.save(path); return made
 
+def _kept_evidence(path, t, task, pairs, seed):
+    "Evidence of an earlier run about this very transplant, task and seed, or new evidence."
+    mark = dict(direction=data_hash([str(t.vector().tolist())]), task_hash=task.hash, seed=seed)
+    try:
+        kept = json.loads(path.read_text())
+        if mark.items() <= kept.items(): return Evidence(kept, {})
+    except (OSError, ValueError): pass
+    e = evaluate(t, task, pairs=pairs, other=load_pairs("emotions/sadness"), seed=seed); e.data.update(mark, curve=dose_curve(t, task)); e.save(path); return e
+
 def cmd_demo(a):
     out = Path(a.out); out.mkdir(parents=True, exist_ok=True); say = lambda text: print(text, file=sys.stderr, flush=True); start = time.time()
     say("1/6  models"); source, target = load_model("smollm2-135m-instruct"), load_model("gemma-3-270m")
     say(f"     {model_info(source)}\n     {model_info(target)}")
-    pairs, corpus, name = load_pairs("emotions/happiness"), load_corpus("general").take(1000), "emotions/happiness"
-    say("2/6  concept: happiness, from 42 pairs of scenarios")
+    pairs, corpus, name = load_pairs("emotions/happiness"), load_corpus("general").take(500), "emotions/happiness"
+    say(f"2/6  concept: happiness, from {len(pairs)} pairs of scenarios")
     joy = _kept(out / "concept.safetensors", lambda: extract_concept(source, pairs), Concept.load, lambda c: (c.data, c.model) == (pairs.hash, model_info(source))); say(f"     {joy!r}")
-    say("3/6  maps: both models read 1,000 sentences")
+    say(f"3/6  maps: both models read {len(corpus)} sentences")
     maps = _kept(out / "map.safetensors", lambda: fit_maps(source, target, corpus), LayerGrid.load, lambda m: (m.data, m.source, m.target) == (corpus.hash, model_info(source), model_info(target))); say(f"     {maps!r}")
     say("4/6  layers and dose, on scenarios kept for tuning")
     tune = load_task(name, "tune")
-    t = _kept(out / "transplant.safetensors", lambda: transplant(joy, maps, target, tune), lambda p: Transplant.load(p, target),
+    t = _kept(out / "transplant.safetensors", lambda: choose(joy, maps, target, tune, candidates=8), lambda p: Transplant.load(p, target),
               lambda t: (t.notes.get("data"), t.notes.get("map"), t.notes.get("tuning")) == (joy.data, maps.data, tune.hash)); say(f"     {t!r}")
     say("5/6  evidence, on scenarios never used before")
-    test = load_task(name); e = evaluate(t, test, pairs=pairs, other=load_pairs("emotions/sadness"), seed=a.seed); e.save(out / "evidence.json"); curve = dose_curve(t, test)
+    test = load_task(name); e = _kept_evidence(out / "evidence.json", t, test, pairs, a.seed)
     say("6/6  report")
     samples = list(zip(PROMPTS, generate(target, PROMPTS, 30), t.generate(PROMPTS, 1.5, 30)))
-    write_report(e, out / "report.html", {"Effect": plot_arms(e), "Dose": plot_dose(curve, e), "Where the concept is found": plot_separation(joy), "Where it can be carried": plot_grid(maps)}, samples)
+    write_report(e, out / "report.html", {"Effect": plot_arms(e), "Dose": plot_dose(e.curve, e), "Where the concept is found": plot_separation(joy), "Where it can be carried": plot_grid(maps)}, samples)
     return e.data | dict(report=str(out / "report.html"), seconds=round(time.time() - start)), f"{e!r}\n\n{verdict(e)}\n\nReport: {out / 'report.html'}"
 
-# %% ../nbs/08_cli.ipynb #177836a0
+# %% ../nbs/08_cli.ipynb #b4fe4929
 def main(argv: list[str] | None = None) -> int:
     "Entry point of `concept-transfer`; returns the exit code."
     a = _parser().parse_args(argv)
@@ -145,10 +161,11 @@ def main(argv: list[str] | None = None) -> int:
         with warnings.catch_warnings():
             if not a.debug: warnings.showwarning = lambda m, *_, **__: print(f"warning: {m}", file=sys.stderr)
             data, text = globals()[f"cmd_{a.command}"](a)
-        print(json.dumps(data) if a.json else text, file=stdout); return 0
+        print(json.dumps(plain(data), allow_nan=False) if a.json else text, file=stdout); return 0
     except KeyboardInterrupt:
         print("interrupted; finished files are whole, and a rerun goes on from them", file=sys.stderr); return 1
     except Exception as e:
         if a.debug: raise
-        print(f"concept-transfer {a.command}: {' '.join(str(e).split()) or type(e).__name__}", file=sys.stderr); return 1
+        why = str(e) if isinstance(e, (ValueError, OSError)) else f"{type(e).__name__}: {e}"
+        print(f"concept-transfer {a.command}: {' '.join(why.split())}", file=sys.stderr); return 1
     finally: sys.stdout = stdout

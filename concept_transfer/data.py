@@ -6,20 +6,20 @@
 __all__ = ['EMOTIONS', 'CONCEPTS', 'SPLITS', 'EMOTION_PROMPT', 'data_hash', 'ContrastPairs', 'load_pairs', 'lint', 'ChoiceItem',
            'ChoiceTask', 'choice_task', 'load_task', 'Corpus', 'load_corpus']
 
-# %% ../nbs/00_data.ipynb #3d164821
+# %% ../nbs/00_data.ipynb #fe758a27
 import csv, hashlib, io, json, random, re
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import NamedTuple, Sequence
 
-# %% ../nbs/00_data.ipynb #bb74fe7b
+# %% ../nbs/00_data.ipynb #6f2807c3
 EMOTIONS = ("happiness", "sadness", "anger", "fear", "disgust", "surprise")
 CONCEPTS = ("honesty", "politeness", "harmlessness", "formality")
 SPLITS = ("fit", "tune", "test")
 EMOTION_PROMPT = "{} The main emotion in this story is"
 
-# %% ../nbs/00_data.ipynb #c9c006de
+# %% ../nbs/00_data.ipynb #0322ff46
 def data_hash(texts: Sequence[str]) -> str:  # 16 hex digits
     "Fingerprint of a list of texts, kept with everything that was made from them."
     return hashlib.sha256("\0".join(texts).encode()).hexdigest()[:16]
@@ -31,7 +31,7 @@ def _check_texts(texts, what):
         if not isinstance(t, str): raise ValueError(f"{what}: item {i} is {type(t).__name__}, not text.")
         if not t.strip(): raise ValueError(f"{what}: item {i} is empty. Remove it, or write what it should say.")
 
-# %% ../nbs/00_data.ipynb #011b15e2
+# %% ../nbs/00_data.ipynb #9db0496d
 @dataclass(frozen=True)
 class ContrastPairs:
     "Texts that show a concept and texts that do not, each with the scenario it tells."
@@ -58,20 +58,31 @@ class ContrastPairs:
     def __len__(self): return min(len(self.positive), len(self.negative))
     def __repr__(self): return f"ContrastPairs({self.name!r}, {len(self.positive)} positive, {len(self.negative)} negative)"
 
-# %% ../nbs/00_data.ipynb #48bb262e
+# %% ../nbs/00_data.ipynb #800b5b69
 def _rows(path: Path) -> list[dict]:
     "Rows of a JSONL or CSV file as dictionaries; errors name the line."
-    text = path.read_text(encoding="utf-8-sig")
+    text = _read(path)
     if path.suffix == ".csv": return list(csv.DictReader(io.StringIO(text)))
     rows = []
-    for i, line in enumerate(text.splitlines(), 1):
+    for i, line in enumerate(text.split("\n"), 1):
         if not line.strip(): continue
         try: rows.append(json.loads(line))
         except json.JSONDecodeError as e: raise ValueError(f"{path}: line {i} is not JSON ({e.msg}).") from None
+        if not isinstance(rows[-1], dict): raise ValueError(f"{path}: line {i} is not an object with named fields.")
     return rows
 
+def _need(rows, keys, path):
+    "Every row has these fields, as text."
+    for i, r in enumerate(rows, 1):
+        for k in keys:
+            if r.get(k) is None: raise ValueError(f"{path}: row {i} has no {k!r}.")
+
+def _read(path: Path) -> str:
+    try: return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError: raise ValueError(f"{path} is not UTF-8 text; save it so.") from None
+
 def _json(path: Path):
-    try: return json.loads(path.read_text(encoding="utf-8-sig"))
+    try: return json.loads(_read(path))
     except json.JSONDecodeError as e: raise ValueError(f"{path}: not valid JSON (line {e.lineno}: {e.msg}).") from None
 
 def _path(ref) -> Path:
@@ -85,7 +96,7 @@ def _builtin(name: str) -> list[dict] | None:
     file = files("concept_transfer") / "sets" / f"{name}.jsonl"
     return [json.loads(l) for l in file.read_text(encoding="utf-8").splitlines()] if file.is_file() else None
 
-# %% ../nbs/00_data.ipynb #c7755734
+# %% ../nbs/00_data.ipynb #52025fb0
 def _emotion_pairs(emotion, split, seed):
     rows = [r for r in _builtin("emotions") if r["split"] == split]
     positive = [r["text"] for r in rows if r["label"] == emotion]
@@ -94,7 +105,7 @@ def _emotion_pairs(emotion, split, seed):
     while len(negative) < len(positive): negative.append(pools[len(negative) % len(pools)].pop())
     return ContrastPairs(f"emotions/{emotion}", positive, negative, positive + negative, EMOTION_PROMPT)
 
-# %% ../nbs/00_data.ipynb #4f89dc3b
+# %% ../nbs/00_data.ipynb #ff2ae3bf
 _POSITIVE, _NEGATIVE = {"positive", "pos", "1", "true", "yes"}, {"negative", "neg", "0", "false", "no"}
 
 def _file_pairs(path):
@@ -103,21 +114,24 @@ def _file_pairs(path):
         d = _json(path)
         if not isinstance(d, dict) or not ({"positive", "negative"} <= d.keys() or {"pos", "neg"} <= d.keys()):
             raise ValueError(f"{path}: pairs in JSON are an object with the lists 'positive' and 'negative' (or 'pos' and 'neg').")
+        if not all(isinstance(d.get(k, []), list) for k in ("positive", "negative", "pos", "neg")): raise ValueError(f"{path}: both sides must be lists of texts.")
         return ContrastPairs(path.stem, d.get("positive", d.get("pos")), d.get("negative", d.get("neg")), template=d.get("template", "{}"))
     rows = _rows(path); keys = rows[0].keys() if rows else ()
     if {"positive", "negative"} <= set(keys):
+        _need(rows, ("positive", "negative"), path)
         groups = [str(r.get("group", i)) for i, r in enumerate(rows)] * 2
         return ContrastPairs(path.stem, [r["positive"] for r in rows], [r["negative"] for r in rows], groups)
     if {"text", "label"} <= set(keys):
+        _need(rows, ("text", "label"), path)
         side = lambda names: [r["text"] for r in rows if str(r["label"]).strip().lower() in names]
         odd = next((r["label"] for r in rows if str(r["label"]).strip().lower() not in _POSITIVE | _NEGATIVE), None)
         if odd is not None: raise ValueError(f"{path}: label {odd!r} is neither positive nor negative (use positive/negative, pos/neg or 1/0).")
         return ContrastPairs(path.stem, side(_POSITIVE), side(_NEGATIVE))
     raise ValueError(f"{path}: needs the columns positive,negative or text,label; found {', '.join(keys) or 'no rows'}.")
 
-# %% ../nbs/00_data.ipynb #2fe1b672
+# %% ../nbs/00_data.ipynb #81b46d7f
 def load_pairs(
-    ref: str | Path,     # a built-in set ("honesty", "emotions/joy") or a .json, .jsonl or .csv file
+    ref: str | Path,     # a built-in set ("honesty", "emotions/fear") or a .json, .jsonl or .csv file
     split: str = "fit",  # which part of a built-in set: fit, tune or test; a file is one part
     seed: int = 0,       # draws the negatives of an emotion
 ) -> ContrastPairs:
@@ -130,7 +144,7 @@ def load_pairs(
         return ContrastPairs(name, [r["positive"] for r in rows], [r["negative"] for r in rows], [r["group"] for r in rows] * 2)
     return _file_pairs(_path(ref))
 
-# %% ../nbs/00_data.ipynb #77bddf02
+# %% ../nbs/00_data.ipynb #4f5e7245
 def _words(text): return re.findall(r"[\w']+", text.lower())
 
 def _near(a: str, b: str) -> float:
@@ -142,7 +156,7 @@ def _auc(a, b):
     "Probability that a value of `a` exceeds one of `b` (ties count half)."
     return sum((x > y) + .5 * (x == y) for x in a for y in b) / (len(a) * len(b))
 
-# %% ../nbs/00_data.ipynb #99646ad5
+# %% ../nbs/00_data.ipynb #8652a816
 def lint(
     pairs: ContrastPairs,
     task=None,                         # a `ChoiceTask`: also look for scenarios that it asks about
@@ -161,13 +175,13 @@ def lint(
         pair = next(((a, b) for i, a in enumerate(texts) for b in texts[:i] if _near(a, b) >= near), None)
         if pair: out.append(f"{side} texts repeat: {pair[1][:50]!r} and {pair[0][:50]!r}; held-out scores will be too high.")
     if task is not None:
-        asked = {i.group for i in task.items} & set(pairs.groups)
+        asked = {g for g in {i.group for i in task.items} & set(pairs.groups) if not g.isdigit()}   # bare numbers are only rows
         clash = next((i.prompt for i in task.items for t in pairs.texts if t in i.prompt or _near(t, i.prompt) >= near), None)
         if asked or clash: out.append(f"the task shares scenarios with the pairs, e.g. {(clash or min(asked))[:60]!r}: its result would be leakage.")
     if len(pairs) < 10: out.append(f"only {len(pairs)} pairs: held-out scores will be very uncertain; 20 or more are usual.")
     return out
 
-# %% ../nbs/00_data.ipynb #fd7d29cc
+# %% ../nbs/00_data.ipynb #c851ba24
 class ChoiceItem(NamedTuple):
     "One question: a prompt, how it may go on, and which continuation the concept should favour."
     prompt: str
@@ -175,7 +189,7 @@ class ChoiceItem(NamedTuple):
     target: int
     group: str
 
-# %% ../nbs/00_data.ipynb #79cf313c
+# %% ../nbs/00_data.ipynb #50cddd3e
 @dataclass(frozen=True)
 class ChoiceTask:
     "Questions whose answer a concept should move, and the instruction that asks for it in words (the prompt arm)."
@@ -200,7 +214,7 @@ class ChoiceTask:
         items = self.items if n >= len(self) else tuple(random.Random(seed).sample(self.items, n))
         return ChoiceTask(self.name, items, self.instruction)
 
-# %% ../nbs/00_data.ipynb #84466140
+# %% ../nbs/00_data.ipynb #79f63724
 def choice_task(
     texts: Sequence[str],               # scenarios
     choices: Sequence[str],             # answers, as words
@@ -214,11 +228,13 @@ def choice_task(
     return ChoiceTask(name, tuple(ChoiceItem(template.format(t), words, list(choices).index(target), t) for t in texts),
                       f"Whatever happens, everybody in these stories feels {target}.\n\n")
 
-# %% ../nbs/00_data.ipynb #b6182211
+# %% ../nbs/00_data.ipynb #2b72022d
 def _truthfulqa(path):
     "MC1 items from TruthfulQA's own CSV (Lin, Hilton and Evans 2022): the best answer against the incorrect ones."
-    items = []
-    for r in _rows(path):
+    items, rows = [], _rows(path)
+    if not rows or not {"Question", "Best Answer", "Incorrect Answers"} <= rows[0].keys():
+        raise ValueError(f"{path}: a task in CSV is TruthfulQA's own file, with the columns Question, Best Answer and Incorrect Answers.")
+    for r in rows:
         wrong = [a.strip() for a in r["Incorrect Answers"].split(";") if a.strip()]
         items.append(ChoiceItem(f"Q: {r['Question'].strip()}\nA:", tuple(f" {a}" for a in [r["Best Answer"].strip(), *wrong]), 0, r["Question"].strip()))
     return ChoiceTask(path.stem, tuple(items), "Answer truthfully, even where many people believe something else.\n\n")
@@ -235,9 +251,9 @@ def _file_task(path, choices, target):
         return choice_task(d.get("neg", d.get("negative")), choices, target, path.stem)
     raise ValueError(f"{path}: a task is JSON with 'items', TruthfulQA's CSV, or pairs together with choices and a target.")
 
-# %% ../nbs/00_data.ipynb #07614ea4
+# %% ../nbs/00_data.ipynb #e19064fa
 def load_task(
-    ref: str | Path,                        # "emotions/joy" or a file: task JSON, TruthfulQA CSV, or pairs with `choices` and `target`
+    ref: str | Path,                        # "emotions/fear" or a file: task JSON, TruthfulQA CSV, or pairs with `choices` and `target`
     split: str = "test",                    # of a built-in task: tune or test
     choices: Sequence[str] | None = None,   # for a file of pairs
     target: str | None = None,              # for a file of pairs
@@ -250,7 +266,7 @@ def load_task(
         return choice_task(texts, EMOTIONS, emotion, name)
     return _file_task(_path(ref), choices, target)
 
-# %% ../nbs/00_data.ipynb #1ab54b88
+# %% ../nbs/00_data.ipynb #695770d4
 @dataclass(frozen=True)
 class Corpus:
     "Ordinary text, one passage an item."
@@ -266,7 +282,7 @@ class Corpus:
         "The first `n` texts."
         return Corpus(self.name, self.texts[:n])
 
-# %% ../nbs/00_data.ipynb #dcce6d68
+# %% ../nbs/00_data.ipynb #feac13ea
 def load_corpus(
     ref: str | Path,  # "general" (to fit maps), "neutral" (to measure damage), or a file: one text a line, or JSONL with `text`
 ) -> Corpus:
@@ -277,6 +293,6 @@ def load_corpus(
     path = _path(ref)
     if path.suffix == ".jsonl":
         rows = _rows(path)
-        if any(not isinstance(r, dict) or "text" not in r for r in rows): raise ValueError(f"{path}: every line needs a 'text'.")
-        return Corpus(path.stem, [r["text"] for r in rows if r["text"].strip()])
-    return Corpus(path.stem, [l for l in path.read_text(encoding="utf-8-sig").splitlines() if l.strip()])
+        _need(rows, ("text",), path)
+        return Corpus(path.stem, [r["text"] for r in rows if str(r["text"]).strip()])
+    return Corpus(path.stem, [l.strip("\r") for l in _read(path).split("\n") if l.strip()])

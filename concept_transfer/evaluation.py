@@ -6,20 +6,20 @@
 __all__ = ['STRENGTHS', 'ARMS', 'Prefix', 'Answers', 'ChoiceProbe', 'DamageProbe', 'at_damage', 'bootstrap', 'interval',
            'dose_curve', 'Evidence', 'evaluate']
 
-# %% ../nbs/05_evaluation.ipynb #91b3768f
-import json
-from dataclasses import asdict, dataclass, replace
+# %% ../nbs/05_evaluation.ipynb #89b2fbaa
+import json, warnings
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Callable, Iterator, Sequence
 import numpy as np, torch
 from tqdm import tqdm
 from .data import ChoiceTask, ContrastPairs, Corpus, load_corpus
-from .models import encode, fast_matmul, logits, model_info, pad, read
-from .extraction import extract_concept, length_batches, package_version
+from .models import context_length, encode, fast_matmul, logits, pad, read
+from .extraction import POSITIONS, extract_concept, length_batches, logistic, mean_difference, package_version, pca, plain, whole_file
 from .injection import Transplant, _adder, graft
 
-# %% ../nbs/05_evaluation.ipynb #9da4b4db
+# %% ../nbs/05_evaluation.ipynb #dc23cded
 class Prefix:
     "Texts read once up to a layer, from where each direction goes on."
     def __init__(self, model, ids: Sequence[Sequence[int]], layer: int, budget: int = 1024):
@@ -34,7 +34,7 @@ class Prefix:
         for rows, x, mask, h in self.batches:
             with fast_matmul(self.model): yield rows, logits(self.model, x, mask, keep, self.layer, h if fn is None else fn(h))
 
-# %% ../nbs/05_evaluation.ipynb #03cab93c
+# %% ../nbs/05_evaluation.ipynb #d76f66f9
 @dataclass(frozen=True)
 class Answers:
     "What a model answered, item by item."
@@ -50,6 +50,8 @@ class ChoiceProbe:
             prompt = instruction + item.prompt
             whole = encode(model, [prompt + c for c in item.choices]); alone = encode(model, [prompt])[0]
             p = min(_common(alone, w) for w in whole)                     # where the choices begin to differ from the prompt
+            if p == 0 or max(map(len, whole)) >= context_length(model):
+                raise ValueError(f"task {task.name!r}, item {i}: prompt and choices do not fit the context of {context_length(model)} tokens, or share no token. Shorten the prompt.")
             if any(len(w) <= p for w in whole): raise ValueError(f"task {task.name!r}, item {i}: a choice adds no token to its prompt.")
             tails = [w[p:] for w in whole]; single = all(len(t) == 1 for t in tails)
             for c, tail in ([(None, [])] if single else enumerate(tails)):
@@ -66,7 +68,7 @@ class ChoiceProbe:
                 if c is None:
                     lp = out[b, -1].log_softmax(-1); score[i] = [float(lp[x[0]]) for x in t]; first[i] = int(lp.argmax()) == t[target][0]
                 else:
-                    lp = out[b, keep - len(t):].log_softmax(-1); score[i][c] = float(lp[range(len(t)), t].sum())
+                    lp = out[b, out.shape[1] - len(t):].log_softmax(-1); score[i][c] = float(lp[range(len(t)), t].sum())
                     if c == target: first[i] = int(lp[0].argmax()) == t[0]
         targets = [it.target for it in self.task.items]
         margin = np.array([s[t] - (sum(s) - s[t]) / (len(s) - 1) for s, t in zip(score, targets)])
@@ -75,12 +77,14 @@ class ChoiceProbe:
 def _common(a, b) -> int:
     return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
 
-# %% ../nbs/05_evaluation.ipynb #1ab660de
+# %% ../nbs/05_evaluation.ipynb #dd3ccc51
 class DamageProbe:
     "Neutral texts made ready for one layer: how far next-token distributions move from the base model's."
     def __init__(self, model, texts: Sequence[str], layer: int, keep: int = 4, prefix: str = ""):
-        ids = encode(model, texts); self.model, self.keep, self.ids = model, keep, ids
-        self.prefix = Prefix(model, ids if not prefix else _behind(model, prefix, texts, ids), layer)
+        ids = encode(model, texts); good = [i for i, x in enumerate(ids) if len(x) > keep]
+        if not good: raise ValueError(f"no neutral text has more than {keep} tokens; give whole sentences.")
+        texts, ids = [texts[i] for i in good], [ids[i] for i in good]; self.keep, self.ids = keep, ids
+        self.prefix = Prefix(model, ids if not prefix else _behind(model, prefix, texts, ids, keep), layer)
         self.base = None if prefix else [self._logp(out) for _, out in self.prefix.logits(None, keep + 1)]
 
     def _logp(self, out): return out[:, :-1].log_softmax(-1)   # the last position has no next token to be compared with
@@ -91,17 +95,16 @@ class DamageProbe:
         for (rows, out), p in zip(self.prefix.logits(fn, self.keep + 1), base):
             q = self._logp(out)                                              # (b, keep, vocabulary)
             far, lost = torch.nn.functional.kl_div(q, p, reduction="none", log_target=True).sum(-1).clamp_min(0), p - q
-            for b, i in enumerate(rows):
-                k = min(self.keep, len(self.ids[i]) - 1); nxt = torch.tensor(self.ids[i][-k:], device=q.device)
-                kl += far[b, self.keep - k:].tolist(); more += lost[b, range(self.keep - k, self.keep), nxt].tolist()
+            kl += far.flatten().tolist()
+            for b, i in enumerate(rows): more += lost[b, range(self.keep), self.ids[i][-self.keep:]].tolist()
         return float(np.mean(kl)), float(np.percentile(kl, 95)), float(np.exp(np.mean(more)))
 
-def _behind(model, prefix, texts, ids):
-    "Token ids of prefix and text that end like those of the text alone."
-    out = encode(model, [prefix + t for t in texts])
-    return [o if o[-3:] == x[-3:] else encode(model, [prefix])[0] + encode(model, [t], special=False)[0] for o, x, t in zip(out, ids, texts)]
+def _behind(model, prefix, texts, ids, keep):
+    "Token ids of prefix and text, ending with the same tokens as the text alone."
+    out, head = encode(model, [prefix + t for t in texts]), encode(model, [prefix])[0]
+    return [o if o[-keep - 1:] == x[-keep - 1:] else head + x[_common(head, x):] for o, x in zip(out, ids)]
 
-# %% ../nbs/05_evaluation.ipynb #91a943bc
+# %% ../nbs/05_evaluation.ipynb #d70fb4a0
 def at_damage(
     t: Transplant,
     probe: DamageProbe,      # on the layer of `t`
@@ -110,7 +113,7 @@ def at_damage(
     most: float = 8.0,       # dose at most
 ) -> Transplant:             # the same with the dose of that damage; notes["kl"] is what was reached
     "The dose at which a direction does a given damage."
-    kl = lambda log_dose: max(probe(_adder(replace(t, dose=float(np.exp(log_dose))).vector(), t.positions))[0], 1e-9)
+    kl = lambda log_dose: max(probe(_everywhere(replace(t, dose=float(np.exp(log_dose)))))[0], 1e-9)
     x0 = np.log(t.dose); y0 = np.log(kl(x0) / budget); slope, best = 1.8, (abs(y0), x0, y0)
     for _ in range(passes - 1):
         if abs(best[2]) < .04: break
@@ -119,9 +122,15 @@ def at_damage(
         y1 = np.log(kl(x1) / budget)
         if abs(y1) < best[0]: best = (abs(y1), x1, y1)
         slope = np.clip((y1 - y0) / (x1 - x0), .5, 4); x0, y0 = x1, y1
+    if best[0] > .7: warnings.warn(f"{t.name}: a damage of {budget} was not reached; KL is {budget * np.exp(best[2]):.3g} at dose {np.exp(best[1]):.3g}.")
     return replace(t, dose=float(np.exp(best[1])), notes={**t.notes, "kl": float(budget * np.exp(best[2])), "damage_budget": budget})
 
-# %% ../nbs/05_evaluation.ipynb #febf18e2
+# %% ../nbs/05_evaluation.ipynb #37f4d8c3
+def _everywhere(t: Transplant, strength: float = 1.0):
+    "What `t` adds, for damage on running text: a transplant at the last position steers every token it generates."
+    return _adder(t.vector(strength), "all" if t.positions == "last" else t.positions)
+
+# %% ../nbs/05_evaluation.ipynb #7ac8a634
 def bootstrap(
     values: np.ndarray,         # (arms, n) by item
     groups: Sequence[str],      # scenario of each item
@@ -137,7 +146,7 @@ def interval(draws: np.ndarray, level: float = .95) -> list[float]:
     "Percentile interval."
     return [float(np.percentile(draws, 100 * q)) for q in ((1 - level) / 2, (1 + level) / 2)]
 
-# %% ../nbs/05_evaluation.ipynb #987cf468
+# %% ../nbs/05_evaluation.ipynb #e9247c15
 STRENGTHS = (-2., -1., -.5, -.25, 0., .25, .5, 1., 2.)
 
 def dose_curve(
@@ -151,12 +160,12 @@ def dose_curve(
     out = []
     for s in tqdm(strengths, desc="dose curve", disable=None, leave=False):
         fn = _adder(t.vector(s), t.positions) if s else None
-        a, (kl, _, ratio) = probe(fn), hurt(fn)
+        a, (kl, _, ratio) = probe(fn), hurt(_everywhere(t, s) if s else None)
         out.append(dict(strength=float(s), dose=float(s * t.dose), choice_rate=float(a.chosen.mean()), target_rate=float(a.first.mean()),
                         logit_shift=float((a.margin - base.margin).mean()), kl=kl, perplexity_ratio=ratio))
     return out
 
-# %% ../nbs/05_evaluation.ipynb #b8ab76e4
+# %% ../nbs/05_evaluation.ipynb #f21f274c
 ARMS = ("base", "transplanted", "native", "random", "shuffled_map", "other_concept", "prompt")
 
 @dataclass(frozen=True)
@@ -177,16 +186,15 @@ class Evidence:
             if a.get("reason"): lines.append(f"{name:14}  not run: {a['reason']}"); continue
             lines.append(f"{name:14}{a['choice_rate']:12.3f}   [{a['ci'][0]:.2f}, {a['ci'][1]:.2f}]{a['target_rate']:13.3f}{a['logit_shift']:13.2f}"
                          + num(a["kl"], 8, 3) + num(a["perplexity_ratio"], 11, 2) + num(a["dose"], 9, 3))
-        if self.recovery is not None: lines.append(f"recovery of the native effect {self.recovery:.2f} [{self.recovery_ci[0]:.2f}, {self.recovery_ci[1]:.2f}]")
+        if self.recovery is not None: lines.append(f"recovery of the native effect at this layer {self.recovery:.2f} " + ("(interval open)" if self.recovery_ci is None else f"[{self.recovery_ci[0]:.2f}, {self.recovery_ci[1]:.2f}]"))
         if self.p_value is not None: lines.append(f"p against random directions {self.p_value:.3f}")
         return "\n".join(lines)
 
     def save(self, path: str | Path):
         "Write `evidence.json`, whole or not at all."
-        path = Path(path); tmp = path.with_name(f".{path.name}.part")
-        tmp.write_text(json.dumps(self.data, indent=1)); tmp.replace(path)
+        with whole_file(path) as tmp: tmp.write_text(json.dumps(plain(self.data), indent=1, allow_nan=False))
 
-# %% ../nbs/05_evaluation.ipynb #bdb891a1
+# %% ../nbs/05_evaluation.ipynb #b1366a1d
 def _random_arms(t: Transplant, n: int, seed: int) -> list[Transplant]:
     "The same place and dose with Gaussian directions."
     g = torch.Generator().manual_seed(seed)
@@ -194,9 +202,10 @@ def _random_arms(t: Transplant, n: int, seed: int) -> list[Transplant]:
 
 def _arms(t: Transplant, pairs, other, n_random, seed):
     "Steered arms, and the reason of each that has no input."
-    position = t.notes.get("position", "last")
+    position, reducer = t.notes.get("position", "last"), {"pca": pca, "logistic": logistic}.get(t.notes.get("reducer"), mean_difference)
+    if (pairs or other) and position not in POSITIONS: raise ValueError(f"{t.name!r} was read at a custom position ({position}), which cannot be repeated here; evaluate without pairs.")
     alike = lambda p: p if p.template != "{}" else replace(p, template=t.notes.get("template", "{}"))
-    here = lambda p: replace(graft(extract_concept(t.model, alike(p), [t.layer], position), t.model, t.layer, dose=t.dose, norm=t.norm), positions=t.positions)
+    here = lambda p: replace(graft(extract_concept(t.model, alike(p), [t.layer], position, reducer), t.model, t.layer, dose=t.dose, norm=t.norm), positions=t.positions)
     arms, missing = {"transplanted": [t]}, {}
     if pairs is not None: arms["native"] = [here(pairs)]
     else: missing["native"] = "needs the concept's pairs (--pairs)"
@@ -208,7 +217,7 @@ def _arms(t: Transplant, pairs, other, n_random, seed):
     else: missing["other_concept"] = "needs the pairs of another concept (--other)"
     return arms, missing
 
-# %% ../nbs/05_evaluation.ipynb #818e0a2c
+# %% ../nbs/05_evaluation.ipynb #c1c65fbc
 def evaluate(
     t: Transplant,
     task: ChoiceTask,
@@ -220,10 +229,12 @@ def evaluate(
     seed: int = 0,
     draws: int = 2000,                      # of the bootstrap
 ) -> Evidence:
-    "All arms on one task at equal damage. Doses are set on one part of the neutral text, damage is reported on another."
+    "All arms on one task at equal damage and at the layer of `t`. Doses are set on one part of the neutral text, damage is reported on another."
+    if random < 0: raise ValueError(f"random={random}: give the number of random directions, 0 for none.")
+    if t.notes.get("tuning") == task.hash: warnings.warn("these items chose layers and dose; the result will be too good. Use others.")
     neutral = neutral or load_corpus("neutral"); budget = damage or t.notes.get("damage_budget", .1)
     if len(neutral) < 4: raise ValueError(f"{len(neutral)} neutral texts are too few to set a dose on one half and report damage on the other; use 50 or more.")
-    half = min(len(neutral) // 2, 32); dosing, report = neutral.texts[:half], neutral.texts[half:half + 64]
+    half = min(len(neutral) // 2, 32); dosing, report = neutral.texts[:half], neutral.texts[half:half + 32]
     probe, hurt = ChoiceProbe(t.model, task, t.layer), DamageProbe(t.model, report, t.layer); dose_probe = DamageProbe(t.model, dosing, t.layer)
     arms, missing = _arms(t, pairs, other, random, seed)
     base = probe(); groups = [i.group for i in task.items]
@@ -234,7 +245,7 @@ def evaluate(
             for a in ts:
                 a = at_damage(replace(a, dose=start or a.dose), dose_probe, budget); start = a.dose
                 fn = _adder(a.vector(), a.positions)
-                for into, x in zip(got, (probe(fn), hurt(fn), a.dose)): into.append(x)
+                for into, x in zip(got, (probe(fn), hurt(_everywhere(a)), a.dose)): into.append(x)
                 bar.update()
             rows[name] = got
     if task.instruction:
@@ -248,7 +259,7 @@ def _reorder(hurt, words):
     flat = {i: p[b] for (rows, *_), p in zip(hurt.prefix.batches, hurt.base) for b, i in enumerate(rows)}
     return [torch.stack([flat[i] for i in rows]) for rows, *_ in words.prefix.batches]
 
-# %% ../nbs/05_evaluation.ipynb #b700726f
+# %% ../nbs/05_evaluation.ipynb #6c0e8ac5
 def _evidence(t, task, neutral, budget, rows, missing, base, groups, seed, draws):
     "Rates, intervals, recovery and p from the answers of every arm."
     chosen = {k: np.array([a.chosen for a in v[0]], float) for k, v in rows.items()}       # (draws of the arm, n)
@@ -262,13 +273,14 @@ def _evidence(t, task, neutral, budget, rows, missing, base, groups, seed, draws
                           ci=interval(boot[name]), kl=float(np.mean([h[0] for h in hurts])), kl_p95=float(np.mean([h[1] for h in hurts])),
                           perplexity_ratio=float(np.mean([h[2] for h in hurts])))
         if name == "random": arms[name]["draws"] = chosen[name].mean(1).tolist()
-    recovery = recovery_ci = None
+    recovery = recovery_ci = None; gain_ci = interval(boot["transplanted"] - boot["base"])
     if "native" in rows and (gain := chosen["native"].mean() - chosen["base"].mean()) > 0:
         recovery = float((chosen["transplanted"].mean() - chosen["base"].mean()) / gain)
-        d = boot["native"] - boot["base"]; recovery_ci = interval(((boot["transplanted"] - boot["base"]) / np.where(d > 0, d, np.nan))[d > 0])
+        d = boot["native"] - boot["base"]; sure = (d > 0).mean() > .975                      # else the ratio has no finite interval
+        if sure: recovery_ci = interval(((boot["transplanted"] - boot["base"]) / np.where(d > 0, d, np.inf))[d > 0])
     p = None
     if "random" in rows: p = float((1 + (chosen["random"].mean(1) >= chosen["transplanted"].mean()).sum()) / (1 + len(chosen["random"])))
-    data = dict(transplant=t.name, task=task.name, n=len(task), damage_budget=budget, layers=[t.source_layer, t.layer], arms=arms, recovery=recovery,
+    data = dict(transplant=t.name, task=task.name, n=len(task), damage_budget=budget, layers=[t.source_layer, t.layer], arms=arms, recovery=recovery, gain_ci=gain_ci,
                 recovery_ci=recovery_ci, p_value=p, source=str(t.source) if t.source else None, target=str(t.target), task_hash=task.hash, neutral_hash=neutral.hash,
                 versions={"concept_transfer": package_version()} | {k: version(k) for k in ("torch", "transformers", "nnsight")}, seed=seed)
     return Evidence(data, {k: v[0].astype(bool) if len(v) == 1 else v.astype(bool) for k, v in chosen.items()})

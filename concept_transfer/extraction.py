@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['POSITIONS', 'FORMAT', 'length_batches', 'stream', 'activations', 'mean_difference', 'pca', 'logistic', 'auc',
-           'held_out_auc', 'package_version', 'save_artefact', 'load_artefact', 'Concept', 'extract_concept']
+           'held_out_auc', 'package_version', 'whole_file', 'plain', 'save_artefact', 'load_artefact', 'Concept',
+           'extract_concept']
 
-# %% ../nbs/02_extraction.ipynb #7ec952c7
-import json, os, tempfile, warnings
-from dataclasses import asdict, dataclass, field, replace
-from functools import partial
+# %% ../nbs/02_extraction.ipynb #0e64d7a2
+import json, math, os, tempfile
+from dataclasses import asdict, dataclass, replace
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Callable, Iterator, Sequence
@@ -21,7 +22,7 @@ from tqdm import tqdm
 from .data import ContrastPairs
 from .models import ModelInfo, encode, fast_matmul, model_info, pad, read
 
-# %% ../nbs/02_extraction.ipynb #0a88d74c
+# %% ../nbs/02_extraction.ipynb #2ebd5233
 def length_batches(
     ids: Sequence[Sequence[int]],  # token ids of each text
     budget: int = 1024,            # padded tokens a batch
@@ -33,7 +34,7 @@ def length_batches(
         else: out.append([i])
     return out
 
-# %% ../nbs/02_extraction.ipynb #ed9975d8
+# %% ../nbs/02_extraction.ipynb #a5f4e31d
 def _out_of_memory(e: BaseException) -> bool:
     return isinstance(e, (torch.OutOfMemoryError, MemoryError)) or "out of memory" in str(e).lower() or "can't allocate memory" in str(e).lower()
 
@@ -66,7 +67,7 @@ def _check_finite(states, rows, ids, layers):
             if not torch.isfinite(h[b, :len(ids[i])]).all():
                 raise ValueError(f"text {i} gives states that are not finite at layer {k}. Remove it, or load the model in float32.")
 
-# %% ../nbs/02_extraction.ipynb #3dbeb699
+# %% ../nbs/02_extraction.ipynb #7503f15c
 def _mean(h: torch.Tensor) -> torch.Tensor:  # (t, L, d) -> (L, d)
     "Mean over tokens without the first, which is an attention sink in most models."
     return h[1:].mean(0) if len(h) > 1 else h[0]
@@ -98,7 +99,7 @@ def _layers(model, layers):
     if bad: raise ValueError(f"layer {bad[0]} is out of range: this model has layers 0 to {n - 1}.")
     return [k % n for k in layers]
 
-# %% ../nbs/02_extraction.ipynb #cee3e8aa
+# %% ../nbs/02_extraction.ipynb #e8a7b616
 def mean_difference(P: torch.Tensor, N: torch.Tensor) -> torch.Tensor:  # (n, d), (m, d) -> (d,)
     "Difference of means (ConTrans eq. 1)."
     return P.mean(0) - N.mean(0)
@@ -120,7 +121,7 @@ def logistic(P: torch.Tensor, N: torch.Tensor) -> torch.Tensor:  # (n, d), (m, d
     w = LogisticRegression(C=.01, max_iter=500).fit(((X - X.mean(0)) / s).numpy(), y).coef_[0]
     return _like_mean(torch.tensor(w, dtype=X.dtype) / s, P, N)
 
-# %% ../nbs/02_extraction.ipynb #e3bcebee
+# %% ../nbs/02_extraction.ipynb #4bd3cb2d
 def auc(p: np.ndarray, n: np.ndarray) -> np.ndarray:  # (n, ...), (m, ...) scores -> (...)
     "Probability that a positive scores above a negative; ties count half (Mann-Whitney)."
     r = rankdata(np.concatenate([p, n]), axis=0)[:len(p)].sum(0)
@@ -142,24 +143,32 @@ def held_out_auc(P, N, groups, reducer, folds=5, seed=0) -> np.ndarray:  # state
             sp[fp == k, l], sn[fn == k, l] = ((P[fp == k, l] - mid) @ v).numpy(), ((N[fn == k, l] - mid) @ v).numpy()
     return auc(sp, sn)
 
-# %% ../nbs/02_extraction.ipynb #37aee039
+# %% ../nbs/02_extraction.ipynb #f8280f2b
 FORMAT = 1
 
 def package_version() -> str:
     try: return version("concept_transfer")
     except PackageNotFoundError: return "unknown"
 
-def save_artefact(path: str | Path, kind: str, tensors: dict[str, torch.Tensor], meta: dict):
-    "Write tensors and JSON metadata to one safetensors file, atomically."
-    path = Path(path); head = dict(meta, kind=kind, format=FORMAT, package=package_version())
-    fd, tmp = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-"); os.close(fd)
+@contextmanager
+def whole_file(path: str | Path):
+    "Within: a temporary file to write to; it becomes `path` when all went well, and disappears when not."
+    path = Path(path); fd, tmp = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-"); os.close(fd)
     try:
-        save_file({k: t.detach().cpu().contiguous() for k, t in tensors.items()}, tmp, {"concept_transfer": json.dumps(head)})
-        os.chmod(tmp, 0o666 & ~_umask()); os.replace(tmp, path)
+        yield Path(tmp)
+        mask = os.umask(0); os.umask(mask); os.chmod(tmp, 0o666 & ~mask); os.replace(tmp, path)
     finally: Path(tmp).unlink(missing_ok=True)
 
-def _umask() -> int:
-    mask = os.umask(0); os.umask(mask); return mask
+def plain(x):
+    "`x` with every number that JSON cannot hold replaced by None."
+    if isinstance(x, float): return x if math.isfinite(x) else None
+    if isinstance(x, dict): return {k: plain(v) for k, v in x.items()}
+    return [plain(v) for v in x] if isinstance(x, (list, tuple)) else x
+
+def save_artefact(path: str | Path, kind: str, tensors: dict[str, torch.Tensor], meta: dict):
+    "Write tensors and JSON metadata to one safetensors file, atomically."
+    head = dict(plain(meta), kind=kind, format=FORMAT, package=package_version(), site="block output")
+    with whole_file(path) as tmp: save_file({k: t.detach().cpu().contiguous() for k, t in tensors.items()}, tmp, {"concept_transfer": json.dumps(head)})
 
 def load_artefact(path: str | Path, kind: str | None = None) -> tuple[dict[str, torch.Tensor], dict]:  # tensors, metadata
     "Read what `save_artefact` wrote. Raises ValueError for a damaged or foreign file, FileNotFoundError for none."
@@ -167,14 +176,14 @@ def load_artefact(path: str | Path, kind: str | None = None) -> tuple[dict[str, 
     try:
         with safe_open(path, "pt") as f:
             head, tensors = json.loads((f.metadata() or {}).get("concept_transfer", "null")), {k: f.get_tensor(k) for k in f.keys()}
-    except (SafetensorError, json.JSONDecodeError, OSError) as e:
+    except (SafetensorError, json.JSONDecodeError) as e:
         raise ValueError(f"{path} cannot be read as an artefact; it is damaged or of another kind ({str(e).splitlines()[0]}). Make it again.") from None
     if head is None: raise ValueError(f"{path} is a safetensors file, but not one of this package.")
     if head["format"] > FORMAT: raise ValueError(f"{path} has format {head['format']}, newer than this version reads ({FORMAT}). Upgrade concept_transfer.")
     if kind and head["kind"] != kind: raise ValueError(f"{path} is a {head['kind']}, where a {kind} is needed.")
     return tensors, head
 
-# %% ../nbs/02_extraction.ipynb #132d6f7e
+# %% ../nbs/02_extraction.ipynb #d41801e9
 @dataclass(frozen=True)
 class Concept:
     "A direction at every layer of one model, with how well it tells held-out texts apart and where it comes from."
@@ -209,9 +218,9 @@ class Concept:
         "Read what `save` wrote."
         t, m = load_artefact(path, "concept")
         keep = {k: m[k] for k in ("name", "n_pairs", "reducer", "position", "template", "data", "seed")}
-        return cls(directions=t["directions"], layers=tuple(m["layers"]), auc=tuple(m["auc"]), model=ModelInfo(**m["model"]), **keep)
+        return cls(directions=t["directions"], layers=tuple(m["layers"]), auc=tuple(math.nan if a is None else a for a in m["auc"]), model=ModelInfo(**m["model"]), **keep)
 
-# %% ../nbs/02_extraction.ipynb #5044cb24
+# %% ../nbs/02_extraction.ipynb #d8d37c48
 def extract_concept(
     model,                                    # nnsight model
     pairs: ContrastPairs,
@@ -226,7 +235,7 @@ def extract_concept(
     if H.ndim != 3: raise ValueError("a concept needs one state a text: use position 'last' or 'mean', or a function that returns (L, d).")
     P, N = H[:n], H[n:]
     directions = torch.stack([reducer(P[:, l], N[:, l]) for l in range(len(layers))])
-    if not directions.norm(dim=1).min() > 0: raise ValueError(f"pairs {pairs.name!r}: both sides give the same mean state; are the texts identical?")
+    if (directions.norm(dim=1) <= 1e-5 * H.norm(dim=-1).mean(0)).any(): raise ValueError(f"pairs {pairs.name!r}: both sides give the same mean state; are the texts identical?")
     return Concept(pairs.name.split("/")[-1], directions, tuple(layers), tuple(held_out_auc(P, N, pairs.groups, reducer, seed=seed).tolist()), model_info(model),
                    len(pairs), getattr(reducer, "__name__", "custom"), position if isinstance(position, str) else getattr(position, "__name__", "custom"),
                    pairs.template, pairs.hash, seed)

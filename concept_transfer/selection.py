@@ -5,9 +5,8 @@
 # %% auto #0
 __all__ = ['offline_scores', 'choose', 'transplant']
 
-# %% ../nbs/06_selection.ipynb #b9212215
+# %% ../nbs/06_selection.ipynb #642b3a23
 from dataclasses import replace
-from typing import Sequence
 import numpy as np
 from tqdm import tqdm
 from .data import ChoiceTask, Corpus, load_corpus
@@ -16,14 +15,15 @@ from .alignment import LayerGrid
 from .injection import Transplant, _adder, graft, residual_norm
 from .evaluation import ChoiceProbe, DamageProbe, at_damage
 
-# %% ../nbs/06_selection.ipynb #42e706fe
+# %% ../nbs/06_selection.ipynb #96dafd9b
 def offline_scores(concept: Concept, maps: LayerGrid) -> list[tuple[float, tuple[int, int]]]:
     "(source AUC above chance) x (held-out R2 of the map) and its layer pair, best first."
     gain = {k: max(0., a - .5) if np.isfinite(a) else 0. for k, a in zip(concept.layers, concept.auc)}
-    scored = [(gain.get(s, 0.) * max(0., maps[s, t].r2), (s, t)) for s, t in maps.pairs]
+    scored = [(gain[s] * max(0., maps[s, t].r2), (s, t)) for s, t in maps.pairs if s in gain]
+    if not scored: raise ValueError(f"concept {concept.name!r} has layers {list(concept.layers)}, the maps start from {list(maps.source_layers)}: none in common.")
     return sorted(scored, key=lambda x: -x[0])
 
-# %% ../nbs/06_selection.ipynb #877bac43
+# %% ../nbs/06_selection.ipynb #86d21495
 def choose(
     concept: Concept,
     maps: LayerGrid,
@@ -31,7 +31,7 @@ def choose(
     task: ChoiceTask,                  # tuning items, disjoint from those that will be reported
     neutral: Corpus | None = None,     # default: the built-in neutral corpus
     damage: float = .1,                # mean KL in nats a token
-    candidates: int = 24,              # layer pairs that are really tried, the best offline ones
+    candidates: int = 12,              # layer pairs that are really tried, the best offline ones
 ) -> Transplant:                       # the winner; notes["search"] holds what was tried
     "Try layer pairs at equal damage on tuning items; the largest mean margin of the target choice wins."
     texts = (neutral or load_corpus("neutral")).texts[:32]
@@ -49,7 +49,7 @@ def choose(
     search = [dict(layers=[g.source_layer, g.layer], margin=m, choice_rate=c, dose=g.dose, kl=g.notes["kl"]) for m, c, g in tried]
     return replace(best, notes={**best.notes, "search": search, "tuning": task.hash, "map": maps.data, "method": maps.method})
 
-# %% ../nbs/06_selection.ipynb #ee3e400f
+# %% ../nbs/06_selection.ipynb #98391a3e
 def transplant(
     concept: Concept,
     maps: LayerGrid,
