@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['residual_norm', 'Transplant', 'generate', 'graft']
 
-# %% ../nbs/04_injection.ipynb #2ba2843c
+# %% ../nbs/04_injection.ipynb #268914fe
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -16,18 +16,18 @@ from .models import ModelInfo, encode, load_model, model_info, pad, writing
 from .extraction import Concept, _layers, activations, load_artefact, save_artefact
 from .alignment import AffineMap
 
-# %% ../nbs/04_injection.ipynb #a77037ec
+# %% ../nbs/04_injection.ipynb #2c853a16
 def residual_norm(
     model,                             # nnsight model
     layer: int,
-    texts: Sequence[str] | None = None,  # default: 64 sentences of the neutral corpus
+    texts: Sequence[str] | None = None,  # default: 32 sentences of the neutral corpus
 ) -> float:
     "Median norm of the residual stream after `layer`, over all tokens but the first of each text."
-    texts = load_corpus("neutral").texts[:64] if texts is None else texts
+    texts = load_corpus("neutral").texts[:32] if texts is None else texts
     states = activations(model, texts, [layer], "all")
     return float(torch.cat([h[1:, 0] if len(h) > 1 else h[:, 0] for h in states]).norm(dim=-1).median())
 
-# %% ../nbs/04_injection.ipynb #25d1fbbb
+# %% ../nbs/04_injection.ipynb #2258540a
 @dataclass(frozen=True)
 class Transplant:
     "A direction with its place and dose in one target model. Call it for a context in which the model is steered."
@@ -53,7 +53,7 @@ class Transplant:
         kl = f", KL {self.notes['kl']:.2f}" if "kl" in self.notes else ""
         return f"Transplant({self.name!r}, {where}{self.target.name}[{self.layer}], dose {self.dose:.3g}{kl})"
 
-# %% ../nbs/04_injection.ipynb #0de12150
+# %% ../nbs/04_injection.ipynb #3923092c
 def _adder(vector, positions):
     "hidden -> hidden + vector at the wanted positions."
     def add(h):
@@ -74,7 +74,7 @@ def _steer(self: Transplant, strength: float = 1.0, alpha: float | None = None):
 
 Transplant.__call__ = _steer
 
-# %% ../nbs/04_injection.ipynb #f1ec6a87
+# %% ../nbs/04_injection.ipynb #265021fa
 def generate(
     model,                                # nnsight model, steered or not
     prompts: str | Sequence[str],
@@ -95,7 +95,7 @@ def _generate(self: Transplant, prompts: str | Sequence[str], strength: float = 
 
 Transplant.generate = _generate
 
-# %% ../nbs/04_injection.ipynb #846ced7f
+# %% ../nbs/04_injection.ipynb #856c91df
 def graft(
     concept: Concept | torch.Tensor,    # of the source (with a map), of the target itself, or a bare direction
     target,                             # nnsight model
@@ -122,7 +122,7 @@ def graft(
     return Transplant(name or (concept.name if isinstance(concept, Concept) else "direction"), v.float(), layer, dose, norm or residual_norm(target, layer), info, source, ls,
                       shuffled=shuffled, notes=notes, model=target)
 
-# %% ../nbs/04_injection.ipynb #4d4cf4b5
+# %% ../nbs/04_injection.ipynb #371792b1
 def _save(self: Transplant, path: str | Path):
     "Write to one safetensors file; a function as `positions` cannot be saved."
     if callable(self.positions): raise ValueError("positions given as a function cannot be saved; use 'all' or 'last'.")

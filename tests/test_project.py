@@ -53,7 +53,7 @@ def test_wheel_holds_every_module_and_data_file(tmp_path):
 
 
 def test_import_needs_no_development_tools():
-    code = "import sys, concept_transfer.all; print(*sorted({'nbdev', 'execnb', 'IPython'} & set(sys.modules)))"
+    code = "import sys, concept_transfer.all; print(*sorted({'nbdev', 'execnb', 'fastcore'} & set(sys.modules)))"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert not out.split()
 
