@@ -9,7 +9,7 @@ __all__ = ['load_pairs', 'load_task', 'load_corpus', 'choice_task', 'lint', 'Con
            'residual_norm', 'Transplant', 'evaluate', 'dose_curve', 'at_damage', 'Evidence', 'choose', 'transplant',
            'plot_separation', 'plot_grid', 'plot_spectrum', 'plot_arms', 'plot_dose', 'verdict', 'write_report']
 
-# %% ../nbs/index.ipynb #9ed4f02b
+# %% ../nbs/index.ipynb #c5844817
 from .data import *
 from .models import *
 from .extraction import *
@@ -19,7 +19,7 @@ from .evaluation import *
 from .selection import *
 from .plots import *
 
-# %% ../nbs/index.ipynb #6997443c
+# %% ../nbs/index.ipynb #b0caa0db
 _all_ = ["load_pairs", "load_task", "load_corpus", "choice_task", "lint", "ContrastPairs", "ChoiceTask", "Corpus", "EMOTIONS", "CONCEPTS",
          "load_model", "model_info", "tiny_model", "twin", "activations", "extract_concept", "mean_difference", "pca", "logistic", "Concept",
          "fit_maps", "LayerGrid", "AffineMap", "graft", "generate", "residual_norm", "Transplant", "evaluate", "dose_curve", "at_damage", "Evidence",

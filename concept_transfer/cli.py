@@ -6,7 +6,7 @@
 __all__ = ['PROMPTS', 'cmd_extract', 'cmd_align', 'cmd_transplant', 'cmd_generate', 'cmd_evaluate', 'cmd_info', 'cmd_demo',
            'main']
 
-# %% ../nbs/08_cli.ipynb #e09f01b6
+# %% ../nbs/08_cli.ipynb #3ac62d45
 import argparse, json, logging, sys, time, warnings
 from pathlib import Path
 from .data import data_hash, lint, load_corpus, load_pairs, load_task
@@ -18,7 +18,7 @@ from .evaluation import Evidence, dose_curve, evaluate
 from .selection import choose, transplant
 from .plots import plot_arms, plot_dose, plot_grid, plot_separation, verdict, write_report
 
-# %% ../nbs/08_cli.ipynb #e881de99
+# %% ../nbs/08_cli.ipynb #884f5bbf
 def _parser() -> argparse.ArgumentParser:
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--json", action="store_true", help="one JSON object on standard output")
@@ -51,12 +51,12 @@ def _layer_pair(text):
     try: s, t = map(int, text.split(":")); return s, t
     except ValueError: raise argparse.ArgumentTypeError(f"{text!r} is neither auto nor LS:LT, such as 20:12") from None
 
-# %% ../nbs/08_cli.ipynb #bab8cbfc
+# %% ../nbs/08_cli.ipynb #63777a3d
 def _count(text):
     if not text.isdigit(): raise argparse.ArgumentTypeError(f"{text!r} is not a number of directions, 0 or more")
     return int(text)
 
-# %% ../nbs/08_cli.ipynb #9e05ae4d
+# %% ../nbs/08_cli.ipynb #600a6ff1
 def _writable(path: str) -> str:
     "Fail before the work, not after it."
     folder = Path(path).absolute().parent
@@ -96,7 +96,7 @@ def cmd_generate(a):
     if a.compare: out["base"] = generate(t.model, a.prompt, a.max_new_tokens)
     return out, "\n\n".join(([f"base:    {a.prompt}{out['base']}"] if a.compare else []) + [f"{'steered: ' if a.compare else ''}{a.prompt}{out['text']}"])
 
-# %% ../nbs/08_cli.ipynb #b2e88a19
+# %% ../nbs/08_cli.ipynb #98f443b1
 def cmd_evaluate(a):
     pairs, other = (load_pairs(p) if p else None for p in (a.pairs, a.other)); task, neutral, out = _task(a, "test"), load_corpus(a.neutral), Path(a.out)
     if out.exists() and not out.is_dir(): raise NotADirectoryError(f"{a.out!r} is a file; give a folder.")
@@ -111,7 +111,7 @@ def cmd_info(a):
     text = {"concept": lambda: Concept.load(a.file), "map": lambda: LayerGrid.load(a.file)}.get(head["kind"])
     return head, (repr(text()) + "\n" if text else "") + "\n".join(f"{k}: {json.dumps(v)[:300]}" for k, v in head.items())
 
-# %% ../nbs/08_cli.ipynb #9ab40a78
+# %% ../nbs/08_cli.ipynb #73172da3
 PROMPTS = ("Today I met my neighbour and", "When the letter arrived, she", "The children came home from school and")
 
 def _kept(path, make, load, fits):
@@ -150,7 +150,7 @@ def cmd_demo(a):
     write_report(e, out / "report.html", {"Effect": plot_arms(e), "Dose": plot_dose(e.curve, e), "Where the concept is found": plot_separation(joy), "Where it can be carried": plot_grid(maps)}, samples)
     return e.data | dict(report=str(out / "report.html"), seconds=round(time.time() - start)), f"{e!r}\n\n{verdict(e)}\n\nReport: {out / 'report.html'}"
 
-# %% ../nbs/08_cli.ipynb #827e55d3
+# %% ../nbs/08_cli.ipynb #8c47ef65
 def main(argv: list[str] | None = None) -> int:
     "Entry point of `concept-transfer`; returns the exit code."
     a = _parser().parse_args(argv)

@@ -6,7 +6,7 @@
 __all__ = ['STRENGTHS', 'ARMS', 'Prefix', 'Answers', 'ChoiceProbe', 'DamageProbe', 'at_damage', 'bootstrap', 'interval',
            'dose_curve', 'Evidence', 'evaluate']
 
-# %% ../nbs/05_evaluation.ipynb #d2b4dea2
+# %% ../nbs/05_evaluation.ipynb #628f663b
 import json, warnings
 from dataclasses import dataclass, replace
 from importlib.metadata import version
@@ -19,7 +19,7 @@ from .models import context_length, encode, fast_matmul, logits, pad, read
 from .extraction import POSITIONS, extract_concept, length_batches, logistic, mean_difference, package_version, pca, plain, whole_file
 from .injection import Transplant, _adder, graft
 
-# %% ../nbs/05_evaluation.ipynb #63271fb6
+# %% ../nbs/05_evaluation.ipynb #ecb6e177
 class Prefix:
     "Texts read once up to a layer, from where each direction goes on."
     def __init__(self, model, ids: Sequence[Sequence[int]], layer: int, budget: int = 1024):
@@ -34,7 +34,7 @@ class Prefix:
         for rows, x, mask, h in self.batches:
             with fast_matmul(self.model): yield rows, logits(self.model, x, mask, keep, self.layer, h if fn is None else fn(h))
 
-# %% ../nbs/05_evaluation.ipynb #6ec433b3
+# %% ../nbs/05_evaluation.ipynb #48ccd854
 @dataclass(frozen=True)
 class Answers:
     "What a model answered, item by item."
@@ -77,7 +77,7 @@ class ChoiceProbe:
 def _common(a, b) -> int:
     return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
 
-# %% ../nbs/05_evaluation.ipynb #0b2ca862
+# %% ../nbs/05_evaluation.ipynb #ec76d533
 class DamageProbe:
     "Neutral texts made ready for one layer: how far next-token distributions move from the base model's."
     def __init__(self, model, texts: Sequence[str], layer: int, keep: int = 4, prefix: str = ""):
@@ -104,7 +104,7 @@ def _behind(model, prefix, texts, ids, keep):
     out, head = encode(model, [prefix + t for t in texts]), encode(model, [prefix])[0]
     return [o if o[-keep - 1:] == x[-keep - 1:] else head + x[_common(head, x):] for o, x in zip(out, ids)]
 
-# %% ../nbs/05_evaluation.ipynb #237c33a6
+# %% ../nbs/05_evaluation.ipynb #4933c53f
 def at_damage(
     t: Transplant,
     probe: DamageProbe,      # on the layer of `t`
@@ -125,12 +125,12 @@ def at_damage(
     if best[0] > .7: warnings.warn(f"{t.name}: a damage of {budget} was not reached; KL is {budget * np.exp(best[2]):.3g} at dose {np.exp(best[1]):.3g}.")
     return replace(t, dose=float(np.exp(best[1])), notes={**t.notes, "kl": float(budget * np.exp(best[2])), "damage_budget": budget})
 
-# %% ../nbs/05_evaluation.ipynb #89dec0ea
+# %% ../nbs/05_evaluation.ipynb #a5ea4d84
 def _everywhere(t: Transplant, strength: float = 1.0):
     "What `t` adds, for damage on running text: a transplant at the last position steers every token it generates."
     return _adder(t.vector(strength), "all" if t.positions == "last" else t.positions)
 
-# %% ../nbs/05_evaluation.ipynb #6f30e083
+# %% ../nbs/05_evaluation.ipynb #3fb99cb8
 def bootstrap(
     values: np.ndarray,         # (arms, n) by item
     groups: Sequence[str],      # scenario of each item
@@ -146,7 +146,7 @@ def interval(draws: np.ndarray, level: float = .95) -> list[float]:
     "Percentile interval."
     return [float(np.percentile(draws, 100 * q)) for q in ((1 - level) / 2, (1 + level) / 2)]
 
-# %% ../nbs/05_evaluation.ipynb #d91c3949
+# %% ../nbs/05_evaluation.ipynb #285a5d35
 STRENGTHS = (-2., -1., -.5, -.25, 0., .25, .5, 1., 2.)
 
 def dose_curve(
@@ -165,7 +165,7 @@ def dose_curve(
                         logit_shift=float((a.margin - base.margin).mean()), kl=kl, perplexity_ratio=ratio))
     return out
 
-# %% ../nbs/05_evaluation.ipynb #cfba1705
+# %% ../nbs/05_evaluation.ipynb #b0c5e17b
 ARMS = ("base", "transplanted", "native", "random", "shuffled_map", "other_concept", "prompt")
 
 @dataclass(frozen=True)
@@ -194,7 +194,7 @@ class Evidence:
         "Write `evidence.json`, whole or not at all."
         with whole_file(path) as tmp: tmp.write_text(json.dumps(plain(self.data), indent=1, allow_nan=False))
 
-# %% ../nbs/05_evaluation.ipynb #fcdcc7ba
+# %% ../nbs/05_evaluation.ipynb #e133284f
 def _random_arms(t: Transplant, n: int, seed: int) -> list[Transplant]:
     "The same place and dose with Gaussian directions."
     g = torch.Generator().manual_seed(seed)
@@ -217,7 +217,7 @@ def _arms(t: Transplant, pairs, other, n_random, seed):
     else: missing["other_concept"] = "needs the pairs of another concept (--other)"
     return arms, missing
 
-# %% ../nbs/05_evaluation.ipynb #23e6bab8
+# %% ../nbs/05_evaluation.ipynb #0bbbe54d
 def evaluate(
     t: Transplant,
     task: ChoiceTask,
@@ -234,7 +234,7 @@ def evaluate(
     if t.notes.get("tuning") == task.hash: warnings.warn("these items chose layers and dose; the result will be too good. Use others.")
     neutral = neutral or load_corpus("neutral"); budget = damage or t.notes.get("damage_budget", .1)
     if len(neutral) < 4: raise ValueError(f"{len(neutral)} neutral texts are too few to set a dose on one half and report damage on the other; use 50 or more.")
-    half = min(len(neutral) // 2, 24); dosing, report = neutral.texts[:half], neutral.texts[half:half + 24]
+    half = min(len(neutral) // 2, 32); dosing, report = neutral.texts[:half], neutral.texts[half:half + 32]
     probe, hurt = ChoiceProbe(t.model, task, t.layer), DamageProbe(t.model, report, t.layer); dose_probe = DamageProbe(t.model, dosing, t.layer)
     arms, missing = _arms(t, pairs, other, random, seed)
     base = probe(); groups = [i.group for i in task.items]
@@ -259,7 +259,7 @@ def _reorder(hurt, words):
     flat = {i: p[b] for (rows, *_), p in zip(hurt.prefix.batches, hurt.base) for b, i in enumerate(rows)}
     return [torch.stack([flat[i] for i in rows]) for rows, *_ in words.prefix.batches]
 
-# %% ../nbs/05_evaluation.ipynb #566dd57b
+# %% ../nbs/05_evaluation.ipynb #28f533d3
 def _evidence(t, task, neutral, budget, rows, missing, base, groups, seed, draws):
     "Rates, intervals, recovery and p from the answers of every arm."
     chosen = {k: np.array([a.chosen for a in v[0]], float) for k, v in rows.items()}       # (draws of the arm, n)

@@ -5,31 +5,29 @@
 # %% auto #0
 __all__ = ['LOOK', 'plot_separation', 'plot_grid', 'plot_spectrum', 'plot_arms', 'plot_dose', 'verdict', 'write_report']
 
-# %% ../nbs/07_plots.ipynb #c77094a3
+# %% ../nbs/07_plots.ipynb #cde4a5b8
 import base64, html, io
 from pathlib import Path
 from typing import Sequence
-import matplotlib as mpl, matplotlib.pyplot as plt, numpy as np, seaborn as sns, torch
+import matplotlib as mpl, matplotlib.pyplot as plt, matplotlib.ticker, numpy as np, seaborn as sns, torch
 from .extraction import Concept, whole_file
 from .alignment import AffineMap, LayerGrid
 from .evaluation import ARMS, Evidence
 
-# %% ../nbs/07_plots.ipynb #5a348860
+# %% ../nbs/07_plots.ipynb #c8b50c0c
 LOOK = {  # arm: colour, marker, words
     "base": ("#555555", "s", "base model"), "transplanted": ("#0072b2", "o", "transplanted"), "native": ("#e69f00", "D", "native (ceiling)"),
     "random": ("#999999", "v", "random directions"), "shuffled_map": ("#cc79a7", "P", "shuffled-pair map"),
     "other_concept": ("#009e73", "X", "other concept"), "prompt": ("#d55e00", "^", "prompt"),
 }
-_STYLE = {
-          "axes.spines.top": False, "axes.spines.right": False, "figure.dpi": 110, "figure.constrained_layout.use": True, "font.size": 10,
-          "axes.titlesize": 11, "axes.titleweight": "bold", "axes.titlelocation": "left"}
+_STYLE = {"axes.spines.top": False, "axes.spines.right": False, "figure.dpi": 110, "figure.constrained_layout.use": True}
 
 def _figure(width=6.4, height=3.6, **kw):
     with mpl.rc_context(_STYLE): fig, ax = plt.subplots(figsize=(width, height), **kw)
     plt.close(fig)   # shown by whoever asked for it, not by the notebook on its own
     return fig, ax
 
-# %% ../nbs/07_plots.ipynb #3d61fe00
+# %% ../nbs/07_plots.ipynb #a3930d8d
 def plot_separation(*concepts: Concept) -> mpl.figure.Figure:
     "Held-out AUC of each concept by layer."
     fig, ax = _figure()
@@ -37,7 +35,7 @@ def plot_separation(*concepts: Concept) -> mpl.figure.Figure:
         ax.plot(c.layers, c.auc, marker=marker, ms=4, lw=1.3, label=f"{c.name}, {c.model.name}")
     ax.axhline(.5, color="#555555", lw=1, ls=":"); ax.text(concepts[0].layers[0], .505, "chance", color="#555555", va="bottom")
     ax.set(xlabel="layer", ylabel="held-out AUC", title="How well a direction tells held-out scenarios apart", ylim=(min(.45, min(min(c.auc) for c in concepts)) - .02, 1.01))
-    ax.legend(frameon=False, fontsize=8, loc="lower right"); return fig
+    ax.xaxis.set_major_locator(mpl.ticker.MaxNLocator(integer=True)); ax.legend(frameon=False, fontsize=8); return fig
 
 def plot_grid(maps: LayerGrid, values: str = "r2") -> mpl.figure.Figure:
     "Heat map of a held-out score (`r2` or `cosine`) over all layer pairs."
@@ -56,7 +54,7 @@ def plot_spectrum(*maps: AffineMap) -> mpl.figure.Figure:
         s = torch.linalg.svdvals(m.W); ax.plot(np.arange(1, len(s) + 1), s / s[0], ls, label=f"{m.layers[0]}:{m.layers[1]}, effective rank {float(s.square().sum()**2 / s.pow(4).sum()):.0f}")
     ax.set(xlabel="rank", ylabel="singular value / largest", yscale="log", title="Spectrum of the map"); ax.legend(frameon=False, fontsize=8); return fig
 
-# %% ../nbs/07_plots.ipynb #948cd09a
+# %% ../nbs/07_plots.ipynb #b684e617
 def plot_arms(e: Evidence) -> mpl.figure.Figure:
     "How often each arm chooses the target, with its interval; all steered arms did the same damage."
     arms = [a for a in ARMS if not e.arms[a].get("reason")][::-1]
@@ -84,9 +82,9 @@ def plot_dose(curve: Sequence[dict], e: Evidence | None = None, native: Sequence
         handles.append(ax.axhline(e.arms["base"]["choice_rate"], color="#555555", lw=1, ls=":", label="base model"))
     ax.set(xlabel="dose: norm added / median residual norm", ylabel="share choosing the target", ylim=(-.03, 1.03), title="Dose, response and damage")
     ax2.set(ylabel="mean KL from base, nats a token", ylim=(0, None)); ax2.yaxis.label.set_color("#d55e00")
-    ax.legend(handles=[*handles, *kl], frameon=False, fontsize=8, loc="upper left"); return fig
+    fig.legend(handles=[*handles, *kl], frameon=False, fontsize=8, loc="outside lower center", ncol=3); return fig
 
-# %% ../nbs/07_plots.ipynb #67f935ed
+# %% ../nbs/07_plots.ipynb #d7d3754a
 def verdict(e: Evidence) -> str:
     "What was found, in a sentence or two."
     a, b, r, n = (e.arms[k] for k in ("transplanted", "base", "random", "native"))
@@ -113,7 +111,7 @@ def _table(e):
         rows += f"<tr><td>{LOOK[name][2]}<td>{a['choice_rate']:.2f}<td>{a['ci'][0]:.2f} to {a['ci'][1]:.2f}<td>{a['target_rate']:.2f}" + "".join(f"<td>{show(a[k])}" for k in ("logit_shift", "kl", "perplexity_ratio", "dose"))
     return f"<div class=wide><table><tr><th>arm<th>chosen<th>95% interval<th>first token<th>logit shift<th>KL<th>perplexity ratio<th>dose{rows}</table></div>"
 
-# %% ../nbs/07_plots.ipynb #6f813634
+# %% ../nbs/07_plots.ipynb #e1106d01
 def write_report(
     e: Evidence,
     path: str | Path,
@@ -134,5 +132,5 @@ def write_report(
     part.append("<h2>Provenance</h2><p><small>" + "; ".join(f"{k}: {html.escape(str(v))}" for k, v in known.items()) + "</small></p>")
     with whole_file(path) as tmp: tmp.write_text(f"<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'><title>{html.escape(e.transplant)}</title><style>{_CSS}</style>{''.join(part)}</html>", encoding="utf-8")
 
-# %% ../nbs/07_plots.ipynb #56931d3a
+# %% ../nbs/07_plots.ipynb #f589a867
 Evidence.show = plot_arms

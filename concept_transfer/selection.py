@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['offline_scores', 'choose', 'transplant']
 
-# %% ../nbs/06_selection.ipynb #493e240f
+# %% ../nbs/06_selection.ipynb #0e320b1c
 from dataclasses import replace
 import numpy as np
 from tqdm import tqdm
@@ -15,7 +15,7 @@ from .alignment import LayerGrid
 from .injection import Transplant, _adder, graft, residual_norm
 from .evaluation import ChoiceProbe, DamageProbe, at_damage
 
-# %% ../nbs/06_selection.ipynb #13decbd9
+# %% ../nbs/06_selection.ipynb #d5605d70
 def offline_scores(concept: Concept, maps: LayerGrid) -> list[tuple[float, tuple[int, int]]]:
     "(source AUC above chance) x (held-out R2 of the map) and its layer pair, best first."
     gain = {k: max(0., a - .5) if np.isfinite(a) else 0. for k, a in zip(concept.layers, concept.auc)}
@@ -23,7 +23,7 @@ def offline_scores(concept: Concept, maps: LayerGrid) -> list[tuple[float, tuple
     if not scored: raise ValueError(f"concept {concept.name!r} has layers {list(concept.layers)}, the maps start from {list(maps.source_layers)}: none in common.")
     return sorted(scored, key=lambda x: -x[0])
 
-# %% ../nbs/06_selection.ipynb #17bf3120
+# %% ../nbs/06_selection.ipynb #46270f76
 def choose(
     concept: Concept,
     maps: LayerGrid,
@@ -34,7 +34,7 @@ def choose(
     candidates: int = 12,              # layer pairs that are really tried, the best offline ones
 ) -> Transplant:                       # the winner; notes["search"] holds what was tried
     "Try layer pairs at equal damage on tuning items; the largest mean margin of the target choice wins."
-    texts = (neutral or load_corpus("neutral")).texts[:24]
+    texts = (neutral or load_corpus("neutral")).texts[:32]
     tried, pairs = [], [p for _, p in offline_scores(concept, maps)[:candidates]]
     with tqdm(total=len(pairs), desc="layer pairs", disable=None, leave=False) as bar:
         for layer in sorted({t for _, t in pairs}):
@@ -49,7 +49,7 @@ def choose(
     search = [dict(layers=[g.source_layer, g.layer], margin=m, choice_rate=c, dose=g.dose, kl=g.notes["kl"]) for m, c, g in tried]
     return replace(best, notes={**best.notes, "search": search, "tuning": task.hash, "map": maps.data, "method": maps.method})
 
-# %% ../nbs/06_selection.ipynb #097dbfc6
+# %% ../nbs/06_selection.ipynb #f4c2437a
 def transplant(
     concept: Concept,
     maps: LayerGrid,
@@ -65,5 +65,5 @@ def transplant(
     if layers == "auto" and task is not None: return choose(concept, maps, target, task, neutral, damage)
     pair = offline_scores(concept, maps)[0][1] if layers == "auto" else tuple(layers)
     g = graft(concept, target, map=maps[pair])
-    g = at_damage(g, DamageProbe(target, (neutral or load_corpus("neutral")).texts[:24], g.layer), damage)
+    g = at_damage(g, DamageProbe(target, (neutral or load_corpus("neutral")).texts[:32], g.layer), damage)
     return replace(g, notes={**g.notes, "map": maps.data, "method": maps.method})
