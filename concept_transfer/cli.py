@@ -12,6 +12,7 @@ from pathlib import Path
 from .data import data_hash, lint, load_corpus, load_pairs, load_task
 from .models import load_model, model_info
 from .extraction import Concept, extract_concept, load_artefact, plain
+from .moments import texts_hash
 from .alignment import METHODS, LayerGrid, fit_maps
 from .injection import Transplant, generate
 from .evaluation import Evidence, dose_curve, evaluate
@@ -75,7 +76,8 @@ def cmd_extract(a):
     return dict(out=a.out, concept=c.name, model=c.model.name, n_pairs=c.n_pairs, layers=list(c.layers), auc=list(c.auc)), repr(c)
 
 def cmd_align(a):
-    _writable(a.out); corpus = load_corpus(a.corpus); maps = fit_maps(load_model(a.source), load_model(a.target), corpus, method=a.method); maps.save(a.out)
+    _writable(a.out); corpus, part = load_corpus(a.corpus), Path(f"{a.out}.part")      # what an interrupted run goes on from
+    maps = fit_maps(load_model(a.source), load_model(a.target), corpus, method=a.method, path=part); maps.save(a.out); part.unlink(missing_ok=True)
     return _map_facts(maps) | dict(out=a.out), repr(maps)
 
 def _map_facts(m):
@@ -138,7 +140,7 @@ def cmd_demo(a):
     say(f"2/6  concept: happiness, from {len(pairs)} pairs of scenarios")
     joy = _kept(out / "concept.safetensors", lambda: extract_concept(source, pairs), Concept.load, lambda c: (c.data, c.model) == (pairs.hash, model_info(source))); say(f"     {joy!r}")
     say(f"3/6  maps: both models read {len(corpus)} sentences")
-    maps = _kept(out / "map.safetensors", lambda: fit_maps(source, target, corpus), LayerGrid.load, lambda m: (m.data, m.source, m.target) == (corpus.hash, model_info(source), model_info(target))); say(f"     {maps!r}")
+    maps = _kept(out / "map.safetensors", lambda: fit_maps(source, target, corpus), LayerGrid.load, lambda m: (m.data, m.source, m.target) == (texts_hash(corpus.texts), model_info(source), model_info(target))); say(f"     {maps!r}")
     say("4/6  layers and dose, on scenarios kept for tuning")
     tune = load_task(name, "tune").take(40)
     t = _kept(out / "transplant.safetensors", lambda: choose(joy, maps, target, tune, candidates=8), lambda p: Transplant.load(p, target),

@@ -15,7 +15,7 @@ from typing import NamedTuple, Sequence
 
 # %% ../nbs/00_data.ipynb #6f2807c3
 EMOTIONS = ("happiness", "sadness", "anger", "fear", "disgust", "surprise")
-CONCEPTS = ("honesty", "politeness", "harmlessness", "formality")
+CONCEPTS = ("honesty", "politeness", "harmlessness", "formality", "sentiment", "refusal", "french", "brevity")
 SPLITS = ("fit", "tune", "test")
 EMOTION_PROMPT = "{} The main emotion in this story is"
 

@@ -22,7 +22,7 @@ from .injection import Transplant, _adder, graft
 # %% ../nbs/05_evaluation.ipynb #ecb6e177
 class Prefix:
     "Texts read once up to a layer, from where each direction goes on."
-    def __init__(self, model, ids: Sequence[Sequence[int]], layer: int, budget: int = 1024):
+    def __init__(self, model, ids: Sequence[Sequence[int]], layer: int, budget: int = 512):
         self.model, self.layer, self.n, self.batches = model, layer, len(ids), []
         for rows in length_batches(ids, budget):
             x, mask = pad(model, [ids[i] for i in rows], left=True)

@@ -25,7 +25,7 @@ from .models import ModelInfo, encode, fast_matmul, model_info, pad, read
 # %% ../nbs/02_extraction.ipynb #2ebd5233
 def length_batches(
     ids: Sequence[Sequence[int]],  # token ids of each text
-    budget: int = 1024,            # padded tokens a batch
+    budget: int = 512,             # padded tokens a batch
 ) -> list[list[int]]:              # indices of the texts in each batch, longest first
     "Texts of like length together, at most `budget` padded tokens a batch; longest first, so that memory runs out at once or never."
     order, out = sorted(range(len(ids)), key=lambda i: -len(ids[i])), []
@@ -42,30 +42,36 @@ def stream(
     model,                                  # nnsight model
     ids: Sequence[Sequence[int]],           # token ids of each text, as `encode` gives them
     layers: Sequence[int],                  # which layers
-    budget: int = 1024,                     # padded tokens a batch
+    budget: int = 512,                      # padded tokens a batch
+    at: Sequence[Sequence[int]] | None = None,  # token positions wanted of each text; default: all
     what: str = "reading",                  # label of the progress bar
-) -> Iterator[tuple[list[int], list[torch.Tensor]]]:  # indices of the texts, and for each layer their states (b, t, d), padded on the right
+) -> Iterator[tuple[list[int], list[torch.Tensor]]]:  # indices of the texts, and for each layer their states (b, t, d), padded on the right; with `at` (r, d), text after text
     "Residual streams of many texts, batch by batch; nothing is kept. Raises ValueError for states that are not finite, naming the text."
     todo = length_batches(ids, budget)[::-1]
     with tqdm(total=sum(map(len, ids)), desc=what, unit="tok", unit_scale=True, disable=None, leave=False) as bar:
         while todo:
             rows = todo.pop()
             try:
-                with fast_matmul(model): states = read(model, *pad(model, [ids[i] for i in rows]), list(layers))
+                with fast_matmul(model): states = read(model, *pad(model, [ids[i] for i in rows]), list(layers), _flat(at, rows))
             except Exception as e:
                 if not _out_of_memory(e) or len(rows) == 1: raise
                 todo += [rows[len(rows) // 2:], rows[:len(rows) // 2]]; continue
             bar.update(sum(len(ids[i]) for i in rows))
-            _check_finite(states, rows, ids, layers)
+            _check_finite(model, states, rows, ids, layers, at)
             yield rows, states
 
-def _check_finite(states, rows, ids, layers):
+def _flat(at, rows):
+    "Rows of the batch and positions in them."
+    return None if at is None else (torch.tensor([b for b, i in enumerate(rows) for _ in at[i]], dtype=torch.long), torch.tensor([p for i in rows for p in at[i]], dtype=torch.long))
+
+def _check_finite(model, states, rows, ids, layers, at):
     "Padding is not looked at."
     for k, h in zip(layers, states):
         if torch.isfinite(h.sum()): continue
-        for b, i in enumerate(rows):
-            if not torch.isfinite(h[b, :len(ids[i])]).all():
-                raise ValueError(f"text {i} gives states that are not finite at layer {k}. Remove it, or load the model in float32.")
+        parts = [h[b, :len(ids[i])] for b, i in enumerate(rows)] if at is None else h.split([len(at[i]) for i in rows])
+        for i, part in zip(rows, parts):
+            if not torch.isfinite(part).all():
+                raise ValueError(f"text {i}, {model.tokenizer.decode(ids[i])[:60]!r}, gives states that are not finite at layer {k}. Remove it, or load the model in float32.")
 
 # %% ../nbs/02_extraction.ipynb #7503f15c
 def _mean(h: torch.Tensor) -> torch.Tensor:  # (t, L, d) -> (L, d)
@@ -79,15 +85,15 @@ def activations(
     texts: Sequence[str],
     layers: Sequence[int] | None = None,     # default: every layer
     position: str | Callable = "last",       # "last", "mean" (without the first token), "all", or a function of (t, L, d)
-    budget: int = 1024,                      # padded tokens a batch
+    budget: int = 512,                       # padded tokens a batch; on a GPU ten times as many
 ) -> torch.Tensor | list[torch.Tensor]:      # (n, L, d) float32 on the CPU; with "all" a list of (t, L, d)
     "Residual stream of each text at the wanted layers and position, equal to reading each text alone. Raises ValueError for empty or non-finite texts."
     take = position if callable(position) else POSITIONS.get(position)
     if take is None: raise ValueError(f"position {position!r}: use {', '.join(POSITIONS)} or a function of the states (t, L, d).")
     layers = _layers(model, layers); ids = encode(model, texts); out = [None] * len(ids)
-    for rows, states in stream(model, ids, layers, budget):
+    for rows, states in stream(model, ids, layers, budget, at=[[len(x) - 1] for x in ids] if position == "last" else None):
         for b, i in enumerate(rows):
-            if position == "last": out[i] = torch.stack([h[b, len(ids[i]) - 1] for h in states]).float().cpu()
+            if position == "last": out[i] = torch.stack([h[b] for h in states]).float().cpu()
             else: out[i] = take(torch.stack([h[b, :len(ids[i])] for h in states], 1).float()).cpu()
     return out if position == "all" else torch.stack(out)
 

@@ -8,7 +8,7 @@ __all__ = ['log', 'RENAME', 'TINY', 'EMBEDDED', 'read', 'writing', 'logits', 'fa
            'cache_dir', 'convert_gguf', 'fetch', 'load_model']
 
 # %% ../nbs/01_models.ipynb #01aafd5a
-import contextlib, copy, functools, hashlib, json, logging, os, platform, shutil, subprocess, sys, tempfile, warnings, zipfile
+import contextlib, copy, functools, hashlib, json, logging, os, shutil, subprocess, sys, tempfile, warnings, zipfile
 from dataclasses import dataclass
 from pathlib import Path
 import platformdirs, torch
@@ -40,12 +40,13 @@ def read(
     ids: torch.Tensor,       # (b, t) token ids, padded on either side
     mask: torch.Tensor,      # (b, t) 1 where a token is real
     layers: list[int],       # which layers
-) -> list[torch.Tensor]:     # for each layer, in the order asked for: (b, t, d)
+    at: tuple | None = None, # rows and positions (r,), (r,): these states alone
+) -> list[torch.Tensor]:     # for each layer, in the order asked for: (b, t, d), or (r, d) with `at`
     "Residual stream after each of `layers`; nothing deeper is computed."
     order = sorted(set(layers))
     with torch.no_grad(), model.trace(input_ids=ids, attention_mask=mask) as tracer:
         got = save({})
-        for k in order: got[k] = _hidden(model.layers[k].output).clone()
+        for k in order: got[k] = _hidden(model.layers[k].output).clone() if at is None else _hidden(model.layers[k].output)[at]
         tracer.stop()
     return [got[k] for k in layers]
 
@@ -82,12 +83,16 @@ def logits(
     return out.float()
 
 # %% ../nbs/01_models.ipynb #45dbdd3b
+@functools.cache
+def _amd() -> bool:
+    info = Path("/proc/cpuinfo")
+    return info.is_file() and "AuthenticAMD" in info.read_text()
+
 @contextlib.contextmanager
 def fast_matmul(model):
     "Within: the fastest matrix products that are still float32."
-    cpu = next(model._module.parameters()).device.type == "cpu"
     old = torch.get_float32_matmul_precision()
-    if cpu and platform.machine() in ("x86_64", "AMD64") and not torch.cpu._is_amx_tile_supported(): torch.set_float32_matmul_precision("medium")
+    if next(model._module.parameters()).device.type == "cpu" and _amd(): torch.set_float32_matmul_precision("medium")
     try: yield
     finally: torch.set_float32_matmul_precision(old)
 

@@ -11,7 +11,7 @@ def scenarios(): return {e: [t for s in SPLITS for t in load_pairs(f"emotions/{e
 
 def test_emotions_are_many_and_do_not_name_themselves(scenarios):
     for e, texts in scenarios.items():
-        assert len(texts) >= 60 and not [t for t in texts if FEELING.search(t)], e
+        assert len(texts) >= 100 and not [t for t in texts if FEELING.search(t)], e
 
 def test_no_near_duplicates(scenarios):
     texts = [t for ts in scenarios.values() for t in ts]
@@ -25,7 +25,8 @@ def test_scenarios_vary_in_length_and_opening(scenarios):
 @pytest.mark.parametrize("concept", CONCEPTS)
 def test_concepts_have_many_pairs_of_like_length(concept):
     sides = [[t for s in SPLITS for t in getattr(load_pairs(concept, s), side)] for side in ("positive", "negative")]
-    assert len(sides[0]) >= 40
+    assert len(sides[0]) >= 100
+    if concept == "brevity": return
     means = [sum(len(_words(t)) for t in side) / len(side) for side in sides]
     assert abs(means[0] / means[1] - 1) < .08
 
@@ -33,7 +34,7 @@ def test_concepts_have_many_pairs_of_like_length(concept):
 def test_splits_are_disjoint_and_lint_is_quiet(name):
     parts = [set(load_pairs(name, s).texts) for s in SPLITS]
     assert not any(a & b for a, b in itertools.combinations(parts, 2))
-    assert not lint(load_pairs(name))
+    assert not [l for l in lint(load_pairs(name)) if name != "brevity" or "length alone" not in l]
     if name.startswith("emotions/"):
         for split in ("tune", "test"): assert not lint(load_pairs(name), load_task(name, split))
 

@@ -1,7 +1,8 @@
 """What each part must stand: a clear error or the right result, and never a half-written file."""
 import json, os, resource, subprocess, sys, warnings
 import numpy as np, pytest, torch
-from concept_transfer.alignment import LayerGrid, contrans, fit_maps, shared_boundaries
+from concept_transfer.alignment import LayerGrid, contrans, fit_maps
+from concept_transfer.moments import shared_boundaries
 from concept_transfer.data import ContrastPairs, Corpus, load_corpus, load_pairs
 from concept_transfer.extraction import Concept, activations, extract_concept, save_artefact
 from concept_transfer.injection import graft, generate
@@ -57,10 +58,10 @@ def test_the_tokenizers_padding_side_does_not_matter(family, side):
 
 def test_memory_running_out_halves_the_batch(monkeypatch):
     m, calls = tiny_model("llama"), []
-    def scarce(model, ids, mask, layers):
+    def scarce(model, ids, mask, layers, at=None):
         calls.append(len(ids))
         if len(ids) > 2: raise torch.OutOfMemoryError("CUDA out of memory")
-        return read(model, ids, mask, layers)
+        return read(model, ids, mask, layers, at)
     whole = activations(m, SCENES.texts[:9])
     monkeypatch.setattr(extraction, "read", scarce)
     assert torch.allclose(activations(m, SCENES.texts[:9]), whole, atol=1e-5) and max(calls) > 2
@@ -73,7 +74,7 @@ def test_other_errors_are_not_taken_for_memory(monkeypatch):
 
 def test_fewer_rows_than_dimensions():
     a, b = tiny_model("llama", hidden_size=160), tiny_model("gpt2")
-    maps = fit_maps(a, b, SCENES.take(8), [1], [1], folds=3, held_out=.2)
+    maps = fit_maps(a, b, SCENES.take(8), [1], [1], folds=2, held_out=.3)
     assert maps.rows < 500 and torch.isfinite(maps.W).all() and maps.r2[0, 0] > -1
 
 @pytest.mark.parametrize("d1, d2", [(48, 48), (48, 96), (96, 48)])

@@ -1,0 +1,123 @@
+"""Properties of moments and maps that hold whatever the data."""
+import warnings
+import numpy as np, pytest, torch
+from sklearn.linear_model import Ridge
+from concept_transfer import moments as mo
+from concept_transfer.alignment import contrans, downstream, fit_maps, random_map, ridge, solve
+from concept_transfer.data import Corpus, load_pairs
+from concept_transfer.extraction import extract_concept
+from concept_transfer.models import tiny_model, twin
+from concept_transfer.moments import Moments, collect, last_token, robust_weight
+
+SCENES = Corpus("scenes", [t for e in ("happiness", "anger") for t in load_pairs(f"emotions/{e}").texts])
+
+
+def rows(n, d1=12, d2=9, seed=0, noise=.1):
+    g = torch.Generator().manual_seed(seed); X = torch.randn(n, 2, d1, generator=g, dtype=torch.float64) * torch.logspace(-1, 1, d1) + 3
+    Y = torch.einsum("rlc,lcd->rld", X, torch.randn(2, d1, d2, generator=g).double()) + noise * torch.randn(n, 2, d2, generator=g) + 5
+    return X, Y
+
+def summed(X, Y, folds=4, weight=None):
+    m = Moments.zeros(folds, *X.shape[1:], *Y.shape[1:]); m.add(X, Y, torch.arange(len(X)) % folds, weight); return m
+
+def close(a, b, tol): assert (a - b).abs().max() <= tol * b.abs().max(), float((a - b).abs().max() / b.abs().max())
+
+def test_order_of_rows_and_size_of_batches_do_not_matter():
+    X, Y = rows(300); fold = torch.arange(300) % 4; p = torch.randperm(300, generator=torch.Generator().manual_seed(1))
+    other = Moments.zeros(4, 2, 12, 2, 9)
+    for i in p.split(37): other.add(X[i], Y[i], fold[i])
+    close(ridge(other, 1)[0], ridge(summed(X, Y), 1)[0], 1e-9)
+
+def test_merge_equals_the_whole():
+    X, Y = rows(300); fold = torch.arange(300) % 4; parts = [Moments.zeros(4, 2, 12, 2, 9) for _ in range(2)]
+    for m, i in zip(parts, (slice(0, 90), slice(90, None))): m.add(X[i], Y[i], fold[i])
+    close(ridge(parts[0] + parts[1], 0)[0], ridge(summed(X, Y), 0)[0], 1e-10)
+
+def test_units_of_either_space_do_not_matter():
+    X, Y = rows(200); a = torch.logspace(-2, 3, 12).double(); c = torch.logspace(2, -3, 9).double()
+    W, scaled = ridge(summed(X, Y), 0)[0], ridge(summed(X * a - 7, Y * c + 100), 0)[0]
+    close(scaled * a[:, None] / c, W, 1e-5)
+
+def test_a_planted_map_is_found_in_noise():
+    g = torch.Generator().manual_seed(3); X = torch.randn(4000, 1, 20, generator=g).double(); W = torch.randn(20, 15, generator=g).double()
+    Y = (X[:, 0] @ W + .5 * torch.randn(4000, 15, generator=g) + 2)[:, None]
+    got = ridge(summed(X, Y), 0)[0][0]
+    assert (got - W).norm() / W.norm() < .02
+
+@pytest.mark.parametrize("n", [30, 400])
+def test_the_solution_is_that_of_scikit_learn(n):
+    X, Y = rows(n, d1=40); W, _, lam, _ = ridge(summed(X, Y), 0); sx, sy = X[:, 0].std(0, correction=0), Y[:, 1].std(0, correction=0)
+    ref = Ridge(alpha=float(lam[1]) * n, solver="svd").fit((X[:, 0] / sx).numpy(), (Y[:, 1] / sy).numpy()).coef_.T
+    close(W[1], torch.tensor(ref) / sx[:, None] * sy, 1e-6)
+
+def test_weights_are_repetitions():
+    X, Y = rows(60); w = torch.arange(60) % 3
+    close(ridge(summed(X, Y, weight=w.double()), 0, [.1])[0], ridge(summed(X.repeat_interleave(w, 0), Y.repeat_interleave(w, 0)), 0, [.1])[0], 1e-9)
+
+def test_duplicate_rows_and_constant_dimensions_are_harmless():
+    X, Y = rows(50); X[:, :, 3] = 7.; Y[:, :, 2] = -1.; X, Y = torch.cat([X, X]), torch.cat([Y, Y])
+    W = ridge(summed(X, Y), 0)[0]
+    assert torch.isfinite(W).all() and not W[:, 3].any() and not W[:, :, 2].any()
+
+def test_no_collapse_where_least_squares_collapses():
+    X, Y = rows(400, d1=40, d2=20, noise=20.); held = slice(40, None)
+    W = ridge(summed(X[:40], Y[:40]), 0)[0][0]
+    r2 = lambda P: float(1 - (Y[held, 0] - P).square().sum() / (Y[held, 0] - Y[:40, 0].mean(0)).square().sum())
+    with pytest.warns(UserWarning, match="n = d"): raw = r2(X[held, 0] @ contrans(X[:40, 0], Y[:40, 0]))
+    assert r2((X[held, 0] - X[:40, 0].mean(0)) @ W + Y[:40, 0].mean(0)) > max(raw, -.05) and raw < -1
+
+def test_rows_that_are_not_finite_are_refused_and_the_text_is_named(monkeypatch):
+    X, Y = rows(10); X[3, 0, 0] = torch.nan
+    with pytest.raises(ValueError, match="not finite"): summed(X, Y)
+    a, b = tiny_model("llama"), tiny_model("gpt2"); bad = "The kettle sang in the empty kitchen."; broken = tiny_model("llama"); ids = a.tokenizer(bad).input_ids
+    broken._module.model.embed_tokens.weight.data[ids[-3]] = torch.nan
+    with pytest.raises(ValueError, match="not finite") as e: collect(broken, b, Corpus("c", [bad]), [1], [1])
+    assert "kettle" in str(e.value)
+
+def test_an_interrupted_reading_goes_on_where_it_stopped(tmp_path, monkeypatch):
+    a, b = tiny_model("llama"), tiny_model("gpt2"); whole = collect(a, b, SCENES, [1], [2]); real, calls = mo.paired_states, []
+    def dies(*args, **kw):
+        calls.append(1)
+        if len(calls) == 2: raise KeyboardInterrupt
+        return real(*args, **kw)
+    monkeypatch.setattr(mo, "_chunks", lambda texts: [texts[i:i + 60] for i in range(0, len(texts), 60)]); monkeypatch.setattr(mo, "paired_states", dies)
+    with pytest.raises(KeyboardInterrupt): collect(a, b, SCENES, [1], [2], path=tmp_path/"m", every=0)
+    assert len(Moments.load(tmp_path/"m").seen) == 60
+    again = collect(a, b, SCENES, [1], [2], path=tmp_path/"m", every=0)
+    assert again.seen == whole.seen and torch.equal(again.n, whole.n) and len(calls) < 2 + len(SCENES) / 60
+    close(solve(again).W, solve(whole).W, 1e-2)          # the shift differs, and products are float32
+
+def test_thinning_and_weights_reach_the_fit():
+    a, b = tiny_model("llama"), tiny_model("gpt2"); full, last, soft = (collect(a, b, SCENES, [1], [2], **kw).n.sum() for kw in ({}, {"positions": last_token}, {"weight": lambda X, Y: torch.full((len(X),), .5)}))
+    assert last < len(SCENES) and soft == full / 2
+    X, Y = rows(100); X[7] += 1000
+    assert robust_weight(X, Y)[7] < .25 and (robust_weight(X, Y) == 1).sum() > 80
+
+def test_every_method_finds_the_twin_and_the_controls_do_not():
+    m = tiny_model("llama"); t, Q = twin(m, widen=8); joy = extract_concept(m, load_pairs("emotions/happiness")); sums = collect(m, t, SCENES, [2], [2])
+    for method in ("ridge", "procrustes", "lowrank", "whitened"):
+        maps = solve(sums, method); cosine = torch.cosine_similarity(maps[2, 2].direction(joy), joy[2] @ Q, 0)
+        assert cosine > (.95 if method == "procrustes" else .99), (method, cosine)
+    assert maps.p_value < .01 and maps.inside(joy)[0] > .99 and maps.rank.item() > 10
+    assert abs(torch.cosine_similarity(joy[2] @ random_map(maps[2, 2].W), joy[2] @ Q, 0)) < .6 and maps.r2_null.item() < .05
+    area, cosine = downstream(maps, joy, t, load_pairs("emotions/happiness"))
+    assert cosine.item() > .99 and area.item() > .6
+
+def test_the_same_sums_serve_the_way_back():
+    a, b = tiny_model("llama"), tiny_model("gpt2"); back, direct = solve(collect(a, b, SCENES, [1], [2]).reversed()), solve(collect(b, a, SCENES, [2], [1]))
+    assert (back.source, back.target_layers) == (direct.source, direct.target_layers)
+    assert torch.allclose(back.r2, direct.r2, atol=.01) and torch.allclose(back.W, direct.W, atol=.05 * float(direct.W.abs().max()))
+
+def test_maps_compose():
+    m = tiny_model("llama"); t, _ = twin(m); u, _ = twin(t, seed=5); there = fit_maps(m, t, SCENES, [2], [2])[2, 2]; on = fit_maps(t, u, SCENES, [2], [2])[2, 2]
+    joy = extract_concept(m, load_pairs("emotions/happiness")); direct = fit_maps(m, u, SCENES, [2], [2])[2, 2]
+    assert torch.cosine_similarity(there.then(on).direction(joy), direct.direction(joy), 0) > .99
+    with pytest.raises(ValueError, match="belongs to"): there.then(there)
+
+def test_pure_noise_is_not_significant():
+    g = torch.Generator().manual_seed(0); p = []
+    for _ in range(20):
+        m = Moments.zeros(3, 2, 10, 2, 8, source_layers=(0, 1), target_layers=(0, 1)); X, Y = torch.randn(400, 2, 10, generator=g), torch.randn(400, 2, 8, generator=g)
+        m.add(X[:300], Y[:300], torch.arange(300) % 3); m.held_x, m.held_y, m.held_of = X[300:], Y[300:], torch.arange(100)
+        p.append(solve(m).p_value)
+    assert sum(x <= .05 for x in p) <= 4 and np.mean(p) > .25

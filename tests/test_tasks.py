@@ -1,0 +1,62 @@
+"The sets behind the tasks are what their cards say: counts, balance, and nothing that gives the answer away."
+import itertools, re
+from collections import Counter
+
+import pytest
+
+from concept_transfer.data import _auc, _builtin, _near, _words
+from concept_transfer.tasks import RULES, load_instructions, load_knowledge, load_truthfulness
+
+NEGATED = re.compile(r"\b(no|not|none|never|nothing|nobody|neither|nowhere|cannot|without)\b", re.I)
+
+
+@pytest.fixture(scope="module", params=["tune", "test"])
+def truth(request): return load_truthfulness(request.param)
+
+
+def test_truthfulness_has_its_counts():
+    rows = _builtin("truthfulness")
+    assert Counter(r["split"] for r in rows) == {"tune": 32, "test": 64}
+    assert set(Counter(r["topic"] for r in rows).values()) == {8}
+    assert all(1 <= len(r["correct"]) <= 3 <= len(r["incorrect"]) <= 4 for r in rows)
+
+
+def test_every_topic_is_in_both_splits(truth): assert len(set(truth.topics)) == 12
+
+
+def test_truth_is_not_told_by_length(truth):
+    best, true, false = [t[0] for t in truth.true], [a for t in truth.true for a in t], [a for f in truth.false for a in f]
+    for size, side in itertools.product((len, lambda a: len(_words(a))), (best, true)):
+        assert .35 < _auc(list(map(size, side)), list(map(size, false))) < .65
+
+
+def test_truth_is_not_told_by_negation(truth):
+    best, false = [t[0] for t in truth.true], [a for f in truth.false for a in f]
+    share = [sum(bool(NEGATED.search(a)) for a in side) / len(side) for side in (best, false)]
+    assert abs(share[0] - share[1]) < .15 and all(.4 < s < .6 for s in share)
+
+
+def test_answers_are_sentences_and_differ(truth):
+    for answers in (t + f for t, f in zip(truth.true, truth.false)):
+        assert len(set(answers)) == len(answers) and all(a.endswith(".") and a[0].isupper() and len(_words(a)) <= 12 for a in answers)
+
+
+@pytest.mark.parametrize("name, key", [("truthfulness", "question"), ("knowledge", "question"), ("instructions", "prompt")])
+def test_no_question_is_asked_twice(name, key):
+    texts = [r[key] for r in _builtin(name)]
+    assert len({t.lower() for t in texts}) == len(texts)
+    if name != "knowledge": assert not [(a, b) for a, b in itertools.combinations(texts, 2) if _near(a, b) > .5]   # short stems are alike
+
+
+def test_knowledge_is_balanced():
+    rows = _builtin("knowledge")
+    assert set(Counter(r["subject"] for r in rows).values()) == {12} and len({r["subject"] for r in rows}) == 10
+    assert Counter(r["answer"] for r in rows) == dict.fromkeys(range(4), 30)
+    assert all(len(set(r["choices"])) == 4 and not any(c != c.strip() for c in r["choices"]) for r in rows)
+    task = load_knowledge(); right, wrong = [len(t[0]) for t in task.true], [len(a) for f in task.false for a in f]
+    assert .4 < _auc(right, wrong) < .6
+
+
+def test_instructions_cover_every_rule():
+    kinds = Counter(r["rule"] for r in load_instructions())
+    assert set(kinds) == set(RULES) and min(kinds.values()) >= 3
