@@ -15,9 +15,9 @@ from .extraction import Concept, extract_concept, load_artefact, plain
 from .moments import texts_hash
 from .alignment import METHODS, LayerGrid, fit_maps
 from .injection import Transplant, generate
-from .evaluation import Evidence, dose_curve, evaluate
+from .evaluation import Evidence, evaluate
 from .selection import choose, transplant
-from .plots import plot_arms, plot_dose, plot_grid, plot_separation, verdict, write_report
+from .plots import figures, plot_grid, plot_separation, verdict, write_report
 
 # %% ../nbs/08_cli.ipynb #884f5bbf
 def _parser() -> argparse.ArgumentParser:
@@ -103,9 +103,9 @@ def cmd_evaluate(a):
     pairs, other = (load_pairs(p) if p else None for p in (a.pairs, a.other)); task, neutral, out = _task(a, "test"), load_corpus(a.neutral), Path(a.out)
     if out.exists() and not out.is_dir(): raise NotADirectoryError(f"{a.out!r} is a file; give a folder.")
     for problem in lint(pairs, task) if pairs else (): warnings.warn(problem)
-    t = Transplant.load(a.transplant); e = evaluate(t, task, neutral, pairs, other, a.random, seed=a.seed); e.data["curve"] = dose_curve(t, task, neutral)
+    t = Transplant.load(a.transplant); e = evaluate(t, task, neutral, pairs, other, a.random, seed=a.seed)
     out.mkdir(parents=True, exist_ok=True); e.save(out / "evidence.json")
-    write_report(e, out / "report.html", {"Effect": plot_arms(e), "Dose": plot_dose(e.curve, e)})
+    write_report(e, out / "report.html", figures(e))
     return e.data | dict(report=str(out / "report.html")), f"{e!r}\n\n{verdict(e)}\nReport: {out / 'report.html'}"
 
 def cmd_info(a):
@@ -128,9 +128,9 @@ def _kept_evidence(path, t, task, pairs, seed):
     mark = dict(direction=data_hash([str(t.vector().tolist())]), task_hash=task.hash, seed=seed)
     try:
         kept = json.loads(path.read_text())
-        if mark.items() <= kept.items(): return Evidence(kept, {})
+        if mark.items() <= kept.items(): return Evidence(kept)
     except (OSError, ValueError): pass
-    e = evaluate(t, task, pairs=pairs, other=load_pairs("emotions/sadness"), seed=seed); e.data.update(mark, curve=dose_curve(t, task)); e.save(path); return e
+    e = evaluate(t, task, pairs=pairs, other=load_pairs("emotions/sadness"), seed=seed); e.data.update(mark); e.save(path); return e
 
 def cmd_demo(a):
     out = Path(a.out); out.mkdir(parents=True, exist_ok=True); say = lambda text: print(text, file=sys.stderr, flush=True); start = time.time()
@@ -149,7 +149,7 @@ def cmd_demo(a):
     test = load_task(name); e = _kept_evidence(out / "evidence.json", t, test, pairs, a.seed)
     say("6/6  report")
     samples = list(zip(PROMPTS, generate(target, PROMPTS, 30), t.generate(PROMPTS, 1.5, 30)))
-    write_report(e, out / "report.html", {"Effect": plot_arms(e), "Dose": plot_dose(e.curve, e), "Where the concept is found": plot_separation(joy), "Where it can be carried": plot_grid(maps)}, samples)
+    write_report(e, out / "report.html", figures(e) | {"Where the concept is found": plot_separation(joy), "Where it can be carried": plot_grid(maps)}, samples)
     return e.data | dict(report=str(out / "report.html"), seconds=round(time.time() - start)), f"{e!r}\n\n{verdict(e)}\n\nReport: {out / 'report.html'}"
 
 # %% ../nbs/08_cli.ipynb #8c47ef65

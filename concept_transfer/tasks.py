@@ -27,6 +27,7 @@ class MultipleChoice:
     false: tuple[tuple[str, ...], ...]
     topics: tuple[str, ...]
     template: str = "Q: {}\nA:"        # words around a question ({}) when it is asked
+    instruction: str = ""              # asks for true answers in words (the prompt arm)
 
     def __post_init__(self):
         if not self.questions: raise ValueError(f"{self.name!r} has no questions.")
@@ -37,6 +38,8 @@ class MultipleChoice:
     def prompts(self) -> tuple[str, ...]: return tuple(self.template.format(q) for q in self.questions)
     @property
     def answers(self) -> tuple[tuple[str, ...], ...]: return tuple(tuple(f" {a}" for a in t + f) for t, f in zip(self.true, self.false))
+    @property
+    def items(self) -> tuple[ChoiceItem, ...]: return tuple(ChoiceItem(p, a, 0, q) for p, a, q in zip(self.prompts, self.answers, self.questions))
     @property
     def n_true(self) -> tuple[int, ...]: return tuple(map(len, self.true))
     @property
