@@ -71,7 +71,7 @@ def _ask(self: ChoiceProbe, fn: Callable | None = None) -> Answers:
         for b, r in enumerate(rows):
             i, c, t = self.rows[r]
             if c is None:
-                lp = out[b, -1].log_softmax(-1); logp[i][:] = lp[[x[0] for x in t]].numpy(); first[i][:] = [int(lp.argmax()) == x[0] for x in t]
+                lp = out[b, -1].log_softmax(-1); ids = np.array([x[0] for x in t]); logp[i][:] = lp[ids].numpy(); first[i][:] = ids == int(lp.argmax())
             else:
                 lp = out[b, out.shape[1] - len(t):].log_softmax(-1); logp[i][c] = float(lp[range(len(t)), t].sum()); lengths[i][c] = len(t)
                 first[i][c] = int(lp[0].argmax()) == t[0]
