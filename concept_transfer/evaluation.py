@@ -25,7 +25,7 @@ from .inference import bootstrap, holm, interval, mcnemar, permutation_p, slope_
 class Prefix:
     "Texts read once up to a layer, from where each direction goes on."
     def __init__(self, model, ids: Sequence[Sequence[int]], layer: int, budget: int = 512):
-        self.model, self.layer, self.n, self.batches = model, layer, len(ids), []
+        self.model, self.layer, self.n, self.batches, self.read = model, layer, len(ids), [], 0     # read: texts that went on from here
         for rows in length_batches(ids, budget):
             x, mask = pad(model, [ids[i] for i in rows], left=True)
             with fast_matmul(model): (h,) = read(model, x, mask, [layer])
@@ -34,6 +34,7 @@ class Prefix:
     def logits(self, fn: Callable | None = None, keep: int = 1) -> Iterator[tuple[list[int], torch.Tensor]]:
         "Indices of the texts and their last `keep` logits (b, keep, vocabulary), with `fn` applied to the residual stream."
         for rows, x, mask, h in self.batches:
+            self.read += len(rows)
             with fast_matmul(self.model): yield rows, logits(self.model, x, mask, keep, self.layer, h if fn is None else fn(h))
 
 # %% ../nbs/05_evaluation.ipynb #48ccd854

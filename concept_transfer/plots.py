@@ -147,7 +147,7 @@ def _more(e):
         out += f"<h2>What else breaks</h2><div class=wide><table><tr><th>arm<th>knowledge<th>95% interval<th>repetition{rows}</table></div><p><small>Knowledge: share of {c['base']['knowledge_n']} four-way questions right. Repetition: share of repeated 4-grams in greedy text.</small></p>"
     tests = f"Against the base model p = {e.p_mcnemar:.2g} (McNemar, exact)."
     if e.smallest_effect: tests += f" So many scenarios show a difference of {e.smallest_effect:.0%} four times in five, a smaller one less often."
-    if e.search: tests += f" {len(e.search)} layer pairs were tried on tuning items; the numbers here are from other items."
+    if e.search: tests += f" {len({tuple(s['layers']) for s in e.search})} layer pairs were tried on tuning items; the numbers here are from other items."
     return out + f"<h2>Tests</h2><p>{html.escape(tests)}</p>"
 
 # %% ../nbs/07_plots.ipynb #e1106d01
