@@ -81,6 +81,7 @@ def _read(path: Path) -> str:
     try: return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError: raise ValueError(f"{path} is not UTF-8 text; save it so.") from None
 
+# %% ../nbs/00_data.ipynb #d569e7d7
 def _json(path: Path):
     try: return json.loads(_read(path))
     except json.JSONDecodeError as e: raise ValueError(f"{path}: not valid JSON (line {e.lineno}: {e.msg}).") from None

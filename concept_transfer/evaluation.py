@@ -87,6 +87,7 @@ def _false(self: ChoiceProbe, i, item):
 
 ChoiceProbe.__call__, ChoiceProbe._false = _ask, _false
 
+# %% ../nbs/05_evaluation.ipynb #59b678ed
 def _common(a, b) -> int:
     return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
 
@@ -112,6 +113,7 @@ class DamageProbe:
             for b, i in enumerate(rows): more += lost[b, range(self.keep), self.ids[i][-self.keep:]].tolist()
         return float(np.mean(kl)), float(np.percentile(kl, 95)), float(np.exp(np.mean(more)))
 
+# %% ../nbs/05_evaluation.ipynb #5b58242d
 def _behind(model, prefix, texts, ids, keep):
     "Token ids of prefix and text, ending with the same tokens as the text alone."
     out, head = encode(model, [prefix + t for t in texts]), encode(model, [prefix])[0]
@@ -266,6 +268,7 @@ def _arm(runs: list[dict], base: Answers, task) -> dict:
         out["scores"] = {k: float(np.mean([s[k] for s in scores])) for k in scores[0]}
     return out
 
+# %% ../nbs/05_evaluation.ipynb #4b83b56f
 def summarise(data: dict, draws: int = 2000) -> dict:
     "Everything that follows from the answers in an evidence file: rates, intervals, recovery, tests. `evaluate` itself uses it, so it can be repeated by anybody."
     rows = {k: np.array(a["items"], float) for k, a in data["arms"].items() if not a.get("reason")}          # (draws of the arm, n)
@@ -351,6 +354,7 @@ def evaluate(
     if knowledge: data["capability"] = capability({"base": None, **placed}, t.model, t.layer)
     return Evidence(data)
 
+# %% ../nbs/05_evaluation.ipynb #48e2090c
 def _provenance(t, task, neutral, budget, seed) -> dict:
     return dict(transplant=t.name, task=task.name, n=len(task), damage_budget=budget, layers=[t.source_layer, t.layer], source=str(t.source) if t.source else None, target=str(t.target),
                 task_hash=task.hash, neutral_hash=neutral.hash, versions={"concept_transfer": package_version()} | {k: version(k) for k in ("torch", "transformers", "nnsight")},

@@ -47,6 +47,7 @@ def _round(concept, maps, target, task, texts, damage, arms, norms):
         read += hurt.prefix.read + probe.prefix.read
     return tried, read
 
+# %% ../nbs/06_selection.ipynb #0ffb3cad
 def choose(
     concept: Concept,
     maps: LayerGrid,
