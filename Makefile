@@ -30,8 +30,9 @@ studies: .venv/.dev ## run all of nbs/studies again, in place (long)
 	for nb in nbs/studies/*.ipynb; do $(BIN)/papermill --kernel python3 --cwd nbs/studies --no-progress-bar $$nb $$nb || exit 1; done
 	$(BIN)/nbdev_clean
 
-benchmarks: .venv/.runtime ## tables of run times, one after another (long)
-	for f in benchmarks/*.py; do $(BIN)/python $$f || exit 1; done
+benchmarks: .venv/.runtime ## tables of run times, into benchmarks/RESULTS.md (long)
+	for f in extraction alignment evidence; do $(BIN)/python benchmarks/$$f.py || exit 1; done > benchmarks/RESULTS.part
+	mv benchmarks/RESULTS.part benchmarks/RESULTS.md
 
 docs: .venv/.dev ## the site in _docs/: with Quarto if installed, else as a preview
 	$(BIN)/python tools/docs.py site

@@ -121,6 +121,7 @@ def whitened(R: torch.Tensor, C: torch.Tensor, Ry: torch.Tensor, lam: float) -> 
     U, _, V = torch.linalg.svd(inv @ C @ inv_y, full_matrices=False)
     return inv @ U @ V @ root_y
 
+# %% ../nbs/03_alignment.ipynb #4426e604
 def reduced_rank(W: torch.Tensor, R: torch.Tensor, rank: int) -> torch.Tensor:
     "`W` followed by the projection on the `rank` directions in which its predictions vary most (reduced-rank regression, Izenman 1975)."
     V = torch.linalg.eigh(W.T @ R @ W)[1][:, -rank:]

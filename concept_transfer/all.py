@@ -5,16 +5,22 @@
 # %% auto #0
 __all__ = ['load_pairs', 'load_task', 'load_corpus', 'choice_task', 'lint', 'ContrastPairs', 'ChoiceTask', 'Corpus', 'EMOTIONS',
            'CONCEPTS', 'load_model', 'model_info', 'tiny_model', 'twin', 'activations', 'extract_concept',
-           'mean_difference', 'pca', 'logistic', 'Concept', 'fit_maps', 'LayerGrid', 'AffineMap', 'graft', 'generate',
-           'residual_norm', 'Transplant', 'evaluate', 'dose_curve', 'at_damage', 'Evidence', 'choose', 'transplant',
-           'plot_separation', 'plot_grid', 'plot_spectrum', 'plot_arms', 'plot_dose', 'verdict', 'write_report']
+           'mean_difference', 'pca', 'logistic', 'Concept', 'collect', 'Moments', 'fit_maps', 'solve', 'downstream',
+           'LayerGrid', 'AffineMap', 'graft', 'generate', 'residual_norm', 'Transplant', 'load_behaviour',
+           'load_truthfulness', 'load_knowledge', 'truthfulqa', 'MultipleChoice', 'GenerationTask',
+           'load_generation_task', 'evaluate', 'evaluate_text', 'dose_curve', 'steerability', 'off_target', 'at_damage',
+           'summarise', 'Evidence', 'choose', 'transplant', 'plot_separation', 'plot_grid', 'plot_spectrum',
+           'plot_arms', 'plot_dose', 'plot_frontier', 'plot_matrix', 'verdict', 'figures', 'write_report']
 
 # %% ../nbs/index.ipynb #c5844817
 from .data import *
 from .models import *
 from .extraction import *
+from .moments import *
 from .alignment import *
 from .injection import *
+from .tasks import *
+from .inference import *
 from .evaluation import *
 from .selection import *
 from .plots import *
@@ -22,5 +28,7 @@ from .plots import *
 # %% ../nbs/index.ipynb #b0caa0db
 _all_ = ["load_pairs", "load_task", "load_corpus", "choice_task", "lint", "ContrastPairs", "ChoiceTask", "Corpus", "EMOTIONS", "CONCEPTS",
          "load_model", "model_info", "tiny_model", "twin", "activations", "extract_concept", "mean_difference", "pca", "logistic", "Concept",
-         "fit_maps", "LayerGrid", "AffineMap", "graft", "generate", "residual_norm", "Transplant", "evaluate", "dose_curve", "at_damage", "Evidence",
-         "choose", "transplant", "plot_separation", "plot_grid", "plot_spectrum", "plot_arms", "plot_dose", "verdict", "write_report"]
+         "collect", "Moments", "fit_maps", "solve", "downstream", "LayerGrid", "AffineMap", "graft", "generate", "residual_norm", "Transplant",
+         "load_behaviour", "load_truthfulness", "load_knowledge", "truthfulqa", "MultipleChoice", "GenerationTask", "load_generation_task",
+         "evaluate", "evaluate_text", "dose_curve", "steerability", "off_target", "at_damage", "summarise", "Evidence", "choose", "transplant",
+         "plot_separation", "plot_grid", "plot_spectrum", "plot_arms", "plot_dose", "plot_frontier", "plot_matrix", "verdict", "figures", "write_report"]

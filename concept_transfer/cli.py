@@ -47,6 +47,7 @@ def _parser() -> argparse.ArgumentParser:
     command("info", "what an artefact is", ("file", dict(help="concept, map or transplant")))
     return p
 
+# %% ../nbs/08_cli.ipynb #3346f316
 def _layer_pair(text):
     if text == "auto": return text
     try: s, t = map(int, text.split(":")); return s, t
@@ -80,6 +81,7 @@ def cmd_align(a):
     maps = fit_maps(load_model(a.source), load_model(a.target), corpus, method=a.method, path=part); maps.save(a.out); part.unlink(missing_ok=True)
     return _map_facts(maps) | dict(out=a.out), repr(maps)
 
+# %% ../nbs/08_cli.ipynb #552bd061
 def _map_facts(m):
     return dict(source=m.source.name, target=m.target.name, method=m.method, source_layers=list(m.source_layers), target_layers=list(m.target_layers), rows=m.rows, texts=m.texts,
                 r2=m.r2.tolist(), cosine=m.cosine.tolist(), r2_shuffled=m.r2_null.tolist())
@@ -132,6 +134,7 @@ def _kept_evidence(path, t, task, pairs, seed):
     except (OSError, ValueError): pass
     e = evaluate(t, task, pairs=pairs, other=load_pairs("emotions/sadness"), seed=seed); e.data.update(mark); e.save(path); return e
 
+# %% ../nbs/08_cli.ipynb #762aca5a
 def cmd_demo(a):
     out = Path(a.out); out.mkdir(parents=True, exist_ok=True); say = lambda text: print(text, file=sys.stderr, flush=True); start = time.time()
     say("1/6  models"); source, target = load_model("smollm2-135m-instruct"), load_model("gemma-3-270m")

@@ -25,7 +25,7 @@ from .inference import bootstrap, holm, interval, mcnemar, permutation_p, slope_
 class Prefix:
     "Texts read once up to a layer, from where each direction goes on."
     def __init__(self, model, ids: Sequence[Sequence[int]], layer: int, budget: int = 512):
-        self.model, self.layer, self.n, self.batches = model, layer, len(ids), []
+        self.model, self.layer, self.n, self.batches, self.read = model, layer, len(ids), [], 0     # read: texts that went on from here
         for rows in length_batches(ids, budget):
             x, mask = pad(model, [ids[i] for i in rows], left=True)
             with fast_matmul(model): (h,) = read(model, x, mask, [layer])
@@ -34,6 +34,7 @@ class Prefix:
     def logits(self, fn: Callable | None = None, keep: int = 1) -> Iterator[tuple[list[int], torch.Tensor]]:
         "Indices of the texts and their last `keep` logits (b, keep, vocabulary), with `fn` applied to the residual stream."
         for rows, x, mask, h in self.batches:
+            self.read += len(rows)
             with fast_matmul(self.model): yield rows, logits(self.model, x, mask, keep, self.layer, h if fn is None else fn(h))
 
 # %% ../nbs/05_evaluation.ipynb #48ccd854
@@ -71,7 +72,7 @@ def _ask(self: ChoiceProbe, fn: Callable | None = None) -> Answers:
         for b, r in enumerate(rows):
             i, c, t = self.rows[r]
             if c is None:
-                lp = out[b, -1].log_softmax(-1); logp[i][:] = lp[[x[0] for x in t]].numpy(); first[i][:] = [int(lp.argmax()) == x[0] for x in t]
+                lp = out[b, -1].log_softmax(-1); ids = np.array([x[0] for x in t]); logp[i][:] = lp[ids].numpy(); first[i][:] = ids == int(lp.argmax())
             else:
                 lp = out[b, out.shape[1] - len(t):].log_softmax(-1); logp[i][c] = float(lp[range(len(t)), t].sum()); lengths[i][c] = len(t)
                 first[i][c] = int(lp[0].argmax()) == t[0]
@@ -86,6 +87,7 @@ def _false(self: ChoiceProbe, i, item):
 
 ChoiceProbe.__call__, ChoiceProbe._false = _ask, _false
 
+# %% ../nbs/05_evaluation.ipynb #59b678ed
 def _common(a, b) -> int:
     return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
 
@@ -111,6 +113,7 @@ class DamageProbe:
             for b, i in enumerate(rows): more += lost[b, range(self.keep), self.ids[i][-self.keep:]].tolist()
         return float(np.mean(kl)), float(np.percentile(kl, 95)), float(np.exp(np.mean(more)))
 
+# %% ../nbs/05_evaluation.ipynb #5b58242d
 def _behind(model, prefix, texts, ids, keep):
     "Token ids of prefix and text, ending with the same tokens as the text alone."
     out, head = encode(model, [prefix + t for t in texts]), encode(model, [prefix])[0]
@@ -265,6 +268,7 @@ def _arm(runs: list[dict], base: Answers, task) -> dict:
         out["scores"] = {k: float(np.mean([s[k] for s in scores])) for k in scores[0]}
     return out
 
+# %% ../nbs/05_evaluation.ipynb #4b83b56f
 def summarise(data: dict, draws: int = 2000) -> dict:
     "Everything that follows from the answers in an evidence file: rates, intervals, recovery, tests. `evaluate` itself uses it, so it can be repeated by anybody."
     rows = {k: np.array(a["items"], float) for k, a in data["arms"].items() if not a.get("reason")}          # (draws of the arm, n)
@@ -350,6 +354,7 @@ def evaluate(
     if knowledge: data["capability"] = capability({"base": None, **placed}, t.model, t.layer)
     return Evidence(data)
 
+# %% ../nbs/05_evaluation.ipynb #48e2090c
 def _provenance(t, task, neutral, budget, seed) -> dict:
     return dict(transplant=t.name, task=task.name, n=len(task), damage_budget=budget, layers=[t.source_layer, t.layer], source=str(t.source) if t.source else None, target=str(t.target),
                 task_hash=task.hash, neutral_hash=neutral.hash, versions={"concept_transfer": package_version()} | {k: version(k) for k in ("torch", "transformers", "nnsight")},

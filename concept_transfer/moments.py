@@ -265,7 +265,7 @@ def _empty(K, L1, d1, L2, d2, products, device, shift_x, shift_y):
     z = lambda *s: torch.zeros(s, dtype=torch.float64, device=device)
     return SimpleNamespace(n=z(K), x=z(K, L1, d1), y=z(K, L2, d2), xy=z(K, L1, d1, L2, d2), yy=z(K, L2, d2, d2) if products else z(K, L2, d2), null=z(L1, d1, L2, d2), n_null=z(), shift_x=shift_x, shift_y=shift_y)
 
-# %% ../nbs/02a_moments.ipynb #b0e5333a
+# %% ../nbs/02a_moments.ipynb #24fbab78
 def _summing(model, chunks, layers, shape, products, shift, weight, bar=None):
     "Send one request for the sums of several chunks [(X, fold, held, batches, place)], `place` being where the rows of the batches belong."
     job, order = backend(model, False, bar), sorted(set(layers))
@@ -288,7 +288,7 @@ def _summing(model, chunks, layers, shape, products, shift, weight, bar=None):
         kept = save({k: v.float() if k in ("xy", "yy", "null") else v for k, v in vars(sums).items() if v is not None})
     return job
 
-# %% ../nbs/02a_moments.ipynb #74df17a7
+# %% ../nbs/02a_moments.ipynb #311d31f1
 def _merge_answer(m: Moments, got, made, present):
     "Add a request's sums. Raises ValueError, naming the text, for rows that are not finite; then nothing is added."
     parts, chunks = zip(*made)
@@ -303,7 +303,7 @@ def _merge_answer(m: Moments, got, made, present):
         fit = fold_of >= 0
         _by_fold(_add_source, m, fold_of[fit], w.float(), X[fit] - m.shift_x.to(X)); _keep(m, X[held], own, of, keys, held)
 
-# %% ../nbs/02a_moments.ipynb #70c09cf5
+# %% ../nbs/02a_moments.ipynb #a1ec6ac4
 class _Noted:
     "Job ids of requests under way, kept in a file beside the moments until their sums are saved."
     def __init__(self, path):
@@ -322,7 +322,7 @@ def _taken_up(model, job_id, bar):
     try: return None if job._ask().status is None else job.result()
     except (OSError, RuntimeError, ValueError): return None
 
-# %% ../nbs/02a_moments.ipynb #15655235
+# %% ../nbs/02a_moments.ipynb #f783b405
 def _collect_far(source, target, groups, m, held_out, most_rows, template, positions, weight, products, notes, bar):
     "What adds each group of chunks, its sums made where the target runs."
     room, far_ = most_rows - len(m.held_x), far(target)
@@ -337,7 +337,7 @@ def _collect_far(source, target, groups, m, held_out, most_rows, template, posit
             got = job if isinstance(job, dict) else job.result()
             yield lambda: _merge_answer(m, got, made, present) or notes.done.append(key) or sum(len(of_chunk[0][0]) for of_chunk in made)
 
-# %% ../nbs/02a_moments.ipynb #a3684c20
+# %% ../nbs/02a_moments.ipynb #ef052984
 def _prepared(source, target, part, m, held_out, room, template, positions):
     "A chunk: what stays here (texts, text of each row, keys, folds) and what is sent."
     (ids1, at1), (ids2, at2) = _paired(source, target, [template.replace("{}", t) for t in part], positions); of = _text_of(at1)
@@ -346,7 +346,7 @@ def _prepared(source, target, part, m, held_out, room, template, positions):
     order = torch.cat([torch.arange(start[i], start[i + 1]) for rows in batches for i in rows])
     return (part, of, keys, fold), (X, fold, held, [(*pad(target, [ids2[i] for i in rows]), _flat(at2, rows)) for rows in batches], order.argsort())
 
-# %% ../nbs/02a_moments.ipynb #bc192e8a
+# %% ../nbs/02a_moments.ipynb #3e33facd
 def _requested(target, made, m, products, weight, notes, bar):
     "Folds that a request holds, its name, and its job or, of an earlier run, its result."
     parts, chunks = zip(*made); present = torch.cat([c[1] for c in chunks]).unique(); present = present[present >= 0]; shift = (m.shift_x, m.shift_y) if m.n.any() else (None, None)
@@ -357,7 +357,7 @@ def _requested(target, made, m, products, weight, notes, bar):
     job = _summing(target, sent, list(m.target_layers), (len(present), *m.xy.shape[1:]), products, shift, weight, bar); notes.write(**{key: job.job_id})
     return present, key, job
 
-# %% ../nbs/02a_moments.ipynb #6dc76101
+# %% ../nbs/02a_moments.ipynb #0ab94292
 def spread_layers(model, most: int = 8) -> list[int]:
     "At most `most` layers, evenly from a third of the depth to the last but one, where concepts live."
     n = len(model.layers)
@@ -393,7 +393,7 @@ def _kept(adding, m, path, every, bar, notes):
         if path is not None and time.monotonic() - last > every: save(); last = time.monotonic()
     if path is not None and m.seen: save()
 
-# %% ../nbs/02a_moments.ipynb #cab12360
+# %% ../nbs/02a_moments.ipynb #b3d0c908
 def collect(
     source, target,                              # nnsight models
     corpus: Corpus,

@@ -49,6 +49,7 @@ def plot_grid(maps: LayerGrid, values: str = "r2") -> mpl.figure.Figure:
     ax.set(xlabel=f"layer of {maps.target.name}", ylabel=f"layer of {maps.source.name}", title=f"{maps.method}: {maps.rows:,} rows; shuffled pairs give at most {maps.r2_null.max():.2f}")
     ax.tick_params(axis="y", rotation=0); return fig
 
+# %% ../nbs/07_plots.ipynb #e6472206
 def plot_spectrum(*maps: AffineMap) -> mpl.figure.Figure:
     "Singular values of maps, relative to the largest."
     fig, ax = _figure()
@@ -71,6 +72,7 @@ def plot_arms(e: Evidence) -> mpl.figure.Figure:
     ax.set(yticks=range(len(arms)), yticklabels=[LOOK[a][2] for a in arms], xlim=(-.02, 1.02), ylim=(-.6, len(arms) - .4), xlabel=f"share of items where the target is chosen (n = {e.n})",
            title=f"{e.transplant}: effect at equal damage (prompt: as it is)"); return fig
 
+# %% ../nbs/07_plots.ipynb #0bb8edee
 def plot_dose(curve: Sequence[dict], e: Evidence | None = None, native: Sequence[dict] | None = None) -> mpl.figure.Figure:
     "Effect and damage against the dose, on one axis; the band is the range that random directions reached at the budget."
     fig, ax = _figure(6.4, 3.9); ax2 = ax.twinx(); ax2.spines["right"].set_visible(True)
@@ -129,6 +131,7 @@ def _png(fig) -> str:
     buffer = io.BytesIO(); fig.savefig(buffer, format="png", dpi=130, facecolor="white", metadata={"Software": None})
     return base64.b64encode(buffer.getvalue()).decode()
 
+# %% ../nbs/07_plots.ipynb #0f17576c
 def _table(e):
     show = lambda v, f=".3f": "" if v is None else format(v, f)
     rows = ""
@@ -147,7 +150,7 @@ def _more(e):
         out += f"<h2>What else breaks</h2><div class=wide><table><tr><th>arm<th>knowledge<th>95% interval<th>repetition{rows}</table></div><p><small>Knowledge: share of {c['base']['knowledge_n']} four-way questions right. Repetition: share of repeated 4-grams in greedy text.</small></p>"
     tests = f"Against the base model p = {e.p_mcnemar:.2g} (McNemar, exact)."
     if e.smallest_effect: tests += f" So many scenarios show a difference of {e.smallest_effect:.0%} four times in five, a smaller one less often."
-    if e.search: tests += f" {len(e.search)} layer pairs were tried on tuning items; the numbers here are from other items."
+    if e.search: tests += f" {len({tuple(s['layers']) for s in e.search})} layer pairs were tried on tuning items; the numbers here are from other items."
     return out + f"<h2>Tests</h2><p>{html.escape(tests)}</p>"
 
 # %% ../nbs/07_plots.ipynb #e1106d01
