@@ -63,6 +63,7 @@ def _asking(model, layer, batches, keep, reduce, against=False):
             part = base = None
     return job
 
+# %% ../nbs/05_evaluation.ipynb #30c2b1ac
 def _answered(prefix: Prefix, fns, keep, reduce, extras, plain=None) -> list[list]:  # for each fn, what came back of each batch
     "Ask a server, with as many directions in a request as it may hold."
     m, size, out = prefix.model, sum(x.numel() for _, x, *_ in prefix.batches), []; prefix.read += len(fns) * prefix.n
@@ -119,6 +120,7 @@ def _judged(self: ChoiceProbe, logp, lengths, first) -> Answers:
     return Answers(np.array([x[k] > x[f].max() for x, k, f in zip(logp, best, false)]), np.array([bool(x[k]) for x, k in zip(first, best)]),
                    np.array([x[k] - x[f].mean() for x, k, f in zip(logp, best, false)]), tuple(logp), tuple(lengths))
 
+# %% ../nbs/05_evaluation.ipynb #672df235
 def _false(self: ChoiceProbe, i, item):
     "Which choices the target is compared with."
     true = range(self.task.n_true[i]) if isinstance(self.task, MultipleChoice) else (item.target,)

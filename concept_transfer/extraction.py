@@ -55,6 +55,7 @@ def stream(
             _check_finite(model, states, rows, ids, layers, at)
             yield rows, states
 
+# %% ../nbs/02_extraction.ipynb #d599d73f
 def _batches(model, ids, layers, budget, at, take, bar):
     "Read here, in halves where memory runs out."
     todo = length_batches(ids, budget)[::-1]
@@ -67,6 +68,7 @@ def _batches(model, ids, layers, budget, at, take, bar):
             todo += [rows[len(rows) // 2:], rows[:len(rows) // 2]]; continue
         yield rows, [take(h, mask) for h in states] if take else states
 
+# %% ../nbs/02_extraction.ipynb #fdb00a68
 def _far_batches(model, ids, layers, budget, at, take, bar):
     "Read on a server, several jobs at once; smaller ones where its memory runs out."
     remote, ask = far(model), lambda batches: reading(model, [(*pad(model, [ids[i] for i in rows]), _flat(at, rows)) for rows in batches], layers, take, bar)
@@ -80,6 +82,7 @@ def _far_batches(model, ids, layers, budget, at, take, bar):
     bundles = bundled(length_batches(ids, max(budget, remote.batch)), remote, lambda rows: len(rows) * len(ids[rows[0]]), size)
     for bundle, job in in_flight(((b, lambda b=b: ask(b)) for b in bundles), remote.flight): yield from answered(bundle, job)
 
+# %% ../nbs/02_extraction.ipynb #d95224d5
 def bundled(
     items: Sequence,         # batches, or anything else that is sent
     remote,                  # the limits of one job
@@ -97,6 +100,7 @@ def _flat(at, rows):
     "Rows of the batch and positions in them."
     return None if at is None else (torch.tensor([b for b, i in enumerate(rows) for _ in at[i]], dtype=torch.long), torch.tensor([p for i in rows for p in at[i]], dtype=torch.long))
 
+# %% ../nbs/02_extraction.ipynb #d5191a9a
 def _check_finite(model, states, rows, ids, layers, at):
     "Padding is not looked at."
     for k, h in zip(layers, states):
@@ -118,6 +122,7 @@ def _means(h, mask):  # (b, t, d), (b, t) -> (b, d)
 
 POSITIONS = {"last": lambda h: h[-1], "mean": _mean, "all": lambda h: h}
 
+# %% ../nbs/02_extraction.ipynb #8e09f0df
 def activations(
     model,                                   # nnsight model
     texts: Sequence[str],
@@ -135,6 +140,7 @@ def activations(
             else: out[i] = take(torch.stack([h[b, :len(ids[i])] for h in states], 1).float()).cpu()
     return out if position == "all" else torch.stack(out)
 
+# %% ../nbs/02_extraction.ipynb #5bd6458e
 def _layers(model, layers):
     "Checked layer numbers; a negative one counts from the end."
     n = len(model.layers)
@@ -209,6 +215,7 @@ def plain(x):
     if isinstance(x, dict): return {k: plain(v) for k, v in x.items()}
     return [plain(v) for v in x] if isinstance(x, (list, tuple)) else x
 
+# %% ../nbs/02_extraction.ipynb #598d1fba
 def save_artefact(path: str | Path, kind: str, tensors: dict[str, torch.Tensor], meta: dict):
     "Write tensors and JSON metadata to one safetensors file, atomically."
     head = dict(plain(meta), kind=kind, format=FORMAT, package=package_version(), site="block output")

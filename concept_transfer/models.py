@@ -106,6 +106,7 @@ def logits(
         out = model.output.logits.save()
     return out.float()
 
+# %% ../nbs/01_models.ipynb #e2f56b18
 def continued(
     model, ids: torch.Tensor, mask: torch.Tensor,  # (b, t), padded on the left
     **options,                                     # as for transformers' generate
@@ -139,6 +140,7 @@ def context_length(model) -> int:
     cfg = model._module.config.get_text_config()
     return int(getattr(cfg, "max_position_embeddings", None) or getattr(cfg, "n_positions", None) or 2048)
 
+# %% ../nbs/01_models.ipynb #95adf585
 def encode(
     model,                          # nnsight model
     texts: list[str],
@@ -156,6 +158,7 @@ def encode(
         ids = [x if len(x) <= limit else head(x) + x[-(limit - len(head(x))):] for x in ids]
     return ids
 
+# %% ../nbs/01_models.ipynb #696e3b14
 def pad(model, ids: list[list[int]], left: bool = False):  # -> (b, t) ids, (b, t) mask, on the model's device
     "Token lists as one padded batch."
     t = max(map(len, ids))
@@ -292,6 +295,7 @@ TINY = {  # family: configuration, tokenizer
     "opt": (dict(hidden_size=48, num_hidden_layers=4, num_attention_heads=4, ffn_dim=96, max_position_embeddings=128, word_embed_proj_dim=48), "byte"),
 }
 
+# %% ../nbs/01_models.ipynb #deb802d2
 def tiny_model(
     family: str = "llama",  # llama, mistral, qwen2, gemma3_text, gpt2, gpt_neox or opt
     seed: int = 0,
@@ -545,6 +549,7 @@ def load_model(
     if remote: return _elsewhere(where, name, tok, rename, Remote() if remote is True else remote)
     return wrap(module.to(device or ("cuda" if torch.cuda.is_available() else "cpu")), tok, name, rename)
 
+# %% ../nbs/01_models.ipynb #3ccb4c80
 def _simulate(ref, remote: Remote, tokenizer, *how) -> TransformersModel:
     "The model with its requests packed and unpacked as for a server; one that was loaded before stays as it is."
     if hasattr(ref, "_module"): ref, tokenizer = ref._module, tokenizer or ref.tokenizer

@@ -58,6 +58,7 @@ def _paired(source, target, texts, positions=None):
     if positions: at = [positions(p, len(a), len(b)) for p, a, b in zip(at, ids1, ids2)]
     return [(ids, [[p[side] for p in a] for a in at]) for side, ids in enumerate((ids1, ids2))]
 
+# %% ../nbs/02a_moments.ipynb #b390d01e
 def _rows(model, ids, at, layers, what="reading"):
     "(r, L, d) float32, text after text."
     start = np.concatenate([[0], np.cumsum([len(a) for a in at])]); Z = torch.empty(int(start[-1]), len(layers), model_info(model).width)
@@ -141,6 +142,7 @@ def _by_fold(add, m, fold, w, *rows):
 def _add_source(m, k, w, X):
     for s in range(X.shape[1]): m.xx[k, s] += (X[:, s] * w).T @ X[:, s]
 
+# %% ../nbs/02a_moments.ipynb #50392b56
 def _add_both(m, k, w, X, Y):
     r, (_, L1, d1, L2, d2) = len(X), m.xy.shape
     m.n[k] += w.double().sum(); m.x[k] += (X * w[..., None]).sum(0); m.y[k] += (Y * w[..., None]).sum(0)
@@ -169,6 +171,7 @@ def _moved(m: Moments, dx, dy):
     for s in range(L1): m.null[s].view(d1, -1).addr_(share * m.x[:, s].sum(0), fy).addr_(dx[s], share * m.y.sum(0).flatten() + m.n_null * fy)
     m.x += m.n[:, None, None] * dx; m.y += m.n[:, None, None] * dy
 
+# %% ../nbs/02a_moments.ipynb #eae489de
 def _merge(self: Moments, other: Moments) -> Moments:
     "The sums over both; `other` is used up. Raises ValueError where they do not belong together or share texts."
     same = lambda m: (m.xy.shape, m.yy.shape, m.source, m.target, m.source_layers, m.target_layers, m.template)
@@ -379,6 +382,7 @@ def _collect_here(source, target, groups, m, held_out, most_rows, template, posi
             yield lambda: _take(m, X[on], Y[on], of[on] - start, part, held_out, most_rows, weight) or len(part)
             start += len(part)
 
+# %% ../nbs/02a_moments.ipynb #72240a3b
 def _kept(adding, m, path, every, bar, notes):
     "Add all, and save now and then; also when a server fails or the user stops meanwhile."
     def save(): m.save(path); notes.write()

@@ -49,6 +49,7 @@ def far(model) -> Remote | None:
 def _http(connect: float, read: float) -> httpx.Client:
     return httpx.Client(timeout=httpx.Timeout(read, connect=connect), limits=httpx.Limits(max_keepalive_connections=0), follow_redirects=True)
 
+# %% ../nbs/00a_remote.ipynb #1d36a7d4
 def _call(
     send: Callable,         # () -> response
     remote: Remote,
@@ -67,6 +68,7 @@ def _call(
         if n + 1 < remote.attempts: time.sleep(min(.2 * 2 ** n, 10, max(0, end - time.monotonic())))
     raise ConnectionError(f"{CONFIG.API.HOST} cannot be reached or fails: {why} ({n + 1} attempts). See that it is up and NDIF_HOST right, then run again; what was finished and kept is not done twice.")
 
+# %% ../nbs/00a_remote.ipynb #c2c9003b
 def _refusal(r) -> Exception:
     "What an answer of 400 to 499 means; keys are not repeated."
     try: detail = str(r.json().get("detail"))
@@ -90,6 +92,7 @@ def other_versions(remote: Remote = Remote(attempts=3)) -> dict[str, tuple[str, 
     there, bare = r.json().get("packages", {}), lambda v: v.split("+")[0]
     return {p: (version(p), there[p]) for p in PACKAGES if p in there and bare(version(p)) != bare(there[p])}
 
+# %% ../nbs/00a_remote.ipynb #c6780b27
 def server(
     name: str,                      # repository or folder of a model
     remote: Remote = Remote(),
