@@ -111,7 +111,7 @@ def test_a_long_queue_and_a_long_job(server):
     again = Job(load_model(str(server.folders["gpt2"]), remote=QUICK)); again.job_id = first.job_id; assert "h" in again.result()      # taken up by its id
 
 def test_the_servers_own_limit(server):
-    with pytest.raises(TimeoutError, match="requests smaller"): timed(60, lambda: slow(load_model(str(server.folders["gpt2"]), remote=QUICK), 40))
+    with pytest.raises(TimeoutError, match="requests smaller"): timed(60, lambda: slow(load_model(str(server.folders["gpt2"]), remote=Remote(total=80, still=60)), 40))
 
 
 def during(act, f):
