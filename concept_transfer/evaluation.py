@@ -35,13 +35,13 @@ class Prefix:
                 with fast_matmul(model): (h,) = read(model, x, mask, [layer])
             self.batches.append((rows, x, mask, h))
 
-    def logits(self, fn: Callable | None = None, keep: int = 1) -> Iterator[tuple[list[int], torch.Tensor]]:
-        "Indices of the texts and their last `keep` logits (b, keep, vocabulary), with `fn` applied to the residual stream."
+    def logits(self, fn: Callable | None = None, keep: int | Callable = 1) -> Iterator[tuple[list[int], torch.Tensor]]:
+        "Indices of the texts and their last `keep` logits (b, keep, vocabulary), with `fn` applied to the residual stream; `keep` may be a function of the indices."
         for rows, x, mask, h in self.batches:
-            self.read += len(rows)
-            with fast_matmul(self.model): yield rows, logits(self.model, x, mask, keep, self.layer, h if fn is None else fn(h))
+            self.read += len(rows); k = keep(rows) if callable(keep) else keep
+            with fast_matmul(self.model): yield rows, logits(self.model, x, mask, k, self.layer, h if fn is None else fn(h))
 
-# %% ../nbs/05_evaluation.ipynb #8aa2a92a
+# %% ../nbs/05_evaluation.ipynb #4072e538
 def _unchanged(h): return h
 
 def _asking(model, layer, batches, keep, reduce, against=False):
@@ -63,7 +63,7 @@ def _asking(model, layer, batches, keep, reduce, against=False):
             part = base = None
     return job
 
-# %% ../nbs/05_evaluation.ipynb #30c2b1ac
+# %% ../nbs/05_evaluation.ipynb #0d12166c
 def _answered(prefix: Prefix, fns, keep, reduce, extras, plain=None) -> list[list]:  # for each fn, what came back of each batch
     "Ask a server, with as many directions in a request as it may hold."
     m, size, out = prefix.model, sum(x.numel() for _, x, *_ in prefix.batches), []; prefix.read += len(fns) * prefix.n
@@ -104,15 +104,15 @@ def _ask(self: ChoiceProbe, fn: Callable | None = None) -> Answers:
     "Answers with `fn` applied to the residual stream."
     if far(self.prefix.model): return self.many([fn])[0]
     items = self.task.items; logp, lengths, first = ([np.full(len(it.choices), v) for it in items] for v in (-np.inf, 1, 0))
-    keep = max([1, *(len(t) for _, c, t in self.rows if c is not None)])
-    for rows, out in self.prefix.logits(fn, keep):
+    longest = lambda rows: max(1 if self.rows[r][1] is None else len(self.rows[r][2]) for r in rows)
+    for rows, out in self.prefix.logits(fn, longest):
         for b, r in enumerate(rows):
             i, c, t = self.rows[r]
             if c is None:
-                lp = out[b, -1].log_softmax(-1); ids = np.array([x[0] for x in t]); logp[i][:] = lp[ids].numpy(); first[i][:] = ids == int(lp.argmax())
+                x, ids = out[b, -1], np.array([x[0] for x in t]); logp[i][:] = (x[ids] - x.logsumexp(-1)).cpu().numpy(); first[i][:] = ids == int(x.argmax())
             else:
-                lp = out[b, out.shape[1] - len(t):].log_softmax(-1); logp[i][c] = float(lp[range(len(t)), t].sum()); lengths[i][c] = len(t)
-                first[i][c] = int(lp[0].argmax()) == t[0]
+                x = out[b, out.shape[1] - len(t):]; logp[i][c] = float((x[range(len(t)), t] - x.logsumexp(-1)).sum()); lengths[i][c] = len(t)
+                first[i][c] = int(x[0].argmax()) == t[0]
     return self._judged(logp, lengths, first)
 
 def _judged(self: ChoiceProbe, logp, lengths, first) -> Answers:
@@ -120,7 +120,7 @@ def _judged(self: ChoiceProbe, logp, lengths, first) -> Answers:
     return Answers(np.array([x[k] > x[f].max() for x, k, f in zip(logp, best, false)]), np.array([bool(x[k]) for x, k in zip(first, best)]),
                    np.array([x[k] - x[f].mean() for x, k, f in zip(logp, best, false)]), tuple(logp), tuple(lengths))
 
-# %% ../nbs/05_evaluation.ipynb #672df235
+# %% ../nbs/05_evaluation.ipynb #df50993f
 def _false(self: ChoiceProbe, i, item):
     "Which choices the target is compared with."
     true = range(self.task.n_true[i]) if isinstance(self.task, MultipleChoice) else (item.target,)
@@ -132,7 +132,7 @@ ChoiceProbe.__call__, ChoiceProbe._judged, ChoiceProbe._false = _ask, _judged, _
 def _common(a, b) -> int:
     return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
 
-# %% ../nbs/05_evaluation.ipynb #f7536570
+# %% ../nbs/05_evaluation.ipynb #da3ccccb
 def _chosen(logits, base, at):
     "Log-probabilities of some tokens, and the arg-max at every position."
     return logits.log_softmax(-1)[at], logits.argmax(-1)
@@ -180,7 +180,7 @@ class DamageProbe:
             for b, i in enumerate(rows): more += lost[b, range(self.keep), self.ids[i][-self.keep:]].tolist()
         return float(np.mean(kl)), float(np.percentile(kl, 95)), float(np.exp(np.mean(more)))
 
-# %% ../nbs/05_evaluation.ipynb #479ecdad
+# %% ../nbs/05_evaluation.ipynb #46418b89
 def _drift(logits, base, tokens):
     "Log-probabilities of the base; of an arm its KL from them, and what the tokens lost."
     q = logits[:, :-1].log_softmax(-1)
@@ -306,11 +306,12 @@ class _Probes:
     hurt: DamageProbe     # other texts, on which damage is reported
     budget: float
 
-    def run(self, t: Transplant, dose: float) -> dict:
-        "Answers and damage at the dose of the budget, and at the dose given: equal damage and equal norm."
-        equal, same = at_damage(t, self.dosing, self.budget), replace(t, dose=dose)
-        ask = lambda a: self.choices(_adder(a.vector(), a.positions))
-        return dict(answers=ask(equal), hurt=self.hurt(_everywhere(equal)), dose=equal.dose, same=ask(same), same_hurt=self.hurt(_everywhere(same)), at=equal)
+    def run(self, t: Transplant, dose: float | None = None) -> dict:
+        "Answers and damage at the dose of the budget, and at the dose given, if any: equal damage and equal norm."
+        ask = lambda a: self.choices(_adder(a.vector(), a.positions)); equal = at_damage(t, self.dosing, self.budget)
+        out = dict(answers=ask(equal), hurt=self.hurt(_everywhere(equal)), dose=equal.dose, at=equal)
+        if dose is None: return out
+        same = replace(t, dose=dose); return out | dict(same=ask(same), same_hurt=self.hurt(_everywhere(same)))
 
     def words(self, model, text: str) -> dict:
         "The same for words before the prompt instead of a vector."
@@ -334,8 +335,8 @@ def _run_arms(t, probes, arms, task, examples, source) -> dict[str, list[dict]]:
     with tqdm(total=sum(map(len, arms.values())), desc="arms", disable=None, leave=False) as bar:
         for name, ts in arms.items():
             runs[name], start = [], None
-            for a in ts:
-                runs[name].append(probes.run(replace(a, dose=start or a.dose), t.dose)); start = runs[name][-1]["dose"]; bar.update()
+            for i, a in enumerate(ts):
+                runs[name].append(probes.run(replace(a, dose=start or a.dose), t.dose if i < 5 else None)); start = runs[name][-1]["dose"]; bar.update()
     if task.instruction: runs["prompt"] = [probes.words(t.model, task.instruction)]
     if examples: runs |= {k: [probes.words(t.model, _few_shot(examples, k == "few_shot_rotated"))] for k in ("few_shot", "few_shot_rotated")}
     if source is not None: runs["source"] = [dict(answers=ChoiceProbe(source, task, len(source.layers) - 1)(), hurt=None, dose=None)]
@@ -348,10 +349,12 @@ def _arm(runs: list[dict], base: Answers, task) -> dict:
     hurt = dict(zip(("kl", "kl_p95", "perplexity_ratio"), (mean(lambda r: r["hurt"][i]) if runs[0]["hurt"] else None for i in range(3))))
     out = dict(dose=None if runs[0]["dose"] is None else float(np.median([r["dose"] for r in runs])), target_rate=mean(lambda r: r["answers"].first.mean()),
                logit_shift=mean(lambda r: (r["answers"].margin - base.margin).mean()), **hurt, items=[r["answers"].chosen.astype(int).tolist() for r in runs])
-    if "same" in runs[0]: out["same_norm"] = dict(choice_rate=mean(lambda r: r["same"].chosen.mean()), logit_shift=mean(lambda r: (r["same"].margin - base.margin).mean()), kl=mean(lambda r: r["same_hurt"][0]))
+    if same := [r for r in runs if "same" in r]:           # of many draws the first five
+        out["same_norm"] = dict(zip(("choice_rate", "logit_shift", "kl"), (float(np.mean([fn(r) for r in same])) for fn in (
+            lambda r: r["same"].chosen.mean(), lambda r: (r["same"].margin - base.margin).mean(), lambda r: r["same_hurt"][0]))))
     if isinstance(task, MultipleChoice):
         scores = [mc_scores(r["answers"].logp, r["answers"].lengths, task.n_true) for r in runs]
-        out["scores"] = {k: float(np.mean([s[k] for s in scores])) for k in scores[0]}
+        out["scores"] = {k: np.mean([s[k] for s in scores], 0).round(6).tolist() for k in scores[0]}          # by item
     return out
 
 # %% ../nbs/05_evaluation.ipynb #4b83b56f
@@ -360,6 +363,8 @@ def summarise(data: dict, draws: int = 2000) -> dict:
     rows = {k: np.array(a["items"], float) for k, a in data["arms"].items() if not a.get("reason")}          # (draws of the arm, n)
     boot = dict(zip(rows, bootstrap(np.array([r.mean(0) for r in rows.values()]), data["groups"], draws, data["seed"]).T)); mean = {k: float(r.mean()) for k, r in rows.items()}
     arms = {k: dict(choice_rate=mean[k], ci=interval(boot[k])) for k in rows}
+    for k, a in data["arms"].items():
+        if a.get("scores"): arms[k]["score_means"] = {s: dict(mean=float(np.mean(v)), ci=interval(bootstrap([v], data["groups"], draws, data["seed"])[:, 0])) for s, v in a["scores"].items()}
     if "random" in rows: arms["random"]["draws"] = rows["random"].mean(1).tolist()
     out = dict(gain_ci=interval(boot["transplanted"] - boot["base"]), p_mcnemar=mcnemar(rows["base"][0] > 0, rows["transplanted"][0] > 0),
                smallest_effect=_smallest(len(set(data["groups"])), float(np.mean(rows["base"][0] != rows["transplanted"][0]))), recovery=None, recovery_ci=None,

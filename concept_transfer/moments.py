@@ -58,7 +58,7 @@ def _paired(source, target, texts, positions=None):
     if positions: at = [positions(p, len(a), len(b)) for p, a, b in zip(at, ids1, ids2)]
     return [(ids, [[p[side] for p in a] for a in at]) for side, ids in enumerate((ids1, ids2))]
 
-# %% ../nbs/02a_moments.ipynb #b390d01e
+# %% ../nbs/02a_moments.ipynb #96dc420c
 def _rows(model, ids, at, layers, what="reading"):
     "(r, L, d) float32, text after text."
     start = np.concatenate([[0], np.cumsum([len(a) for a in at])]); Z = torch.empty(int(start[-1]), len(layers), model_info(model).width)
@@ -142,7 +142,7 @@ def _by_fold(add, m, fold, w, *rows):
 def _add_source(m, k, w, X):
     for s in range(X.shape[1]): m.xx[k, s] += (X[:, s] * w).T @ X[:, s]
 
-# %% ../nbs/02a_moments.ipynb #50392b56
+# %% ../nbs/02a_moments.ipynb #ea300e91
 def _add_both(m, k, w, X, Y):
     r, (_, L1, d1, L2, d2) = len(X), m.xy.shape
     m.n[k] += w.double().sum(); m.x[k] += (X * w[..., None]).sum(0); m.y[k] += (Y * w[..., None]).sum(0)
@@ -171,7 +171,7 @@ def _moved(m: Moments, dx, dy):
     for s in range(L1): m.null[s].view(d1, -1).addr_(share * m.x[:, s].sum(0), fy).addr_(dx[s], share * m.y.sum(0).flatten() + m.n_null * fy)
     m.x += m.n[:, None, None] * dx; m.y += m.n[:, None, None] * dy
 
-# %% ../nbs/02a_moments.ipynb #eae489de
+# %% ../nbs/02a_moments.ipynb #b1ec24a1
 def _merge(self: Moments, other: Moments) -> Moments:
     "The sums over both; `other` is used up. Raises ValueError where they do not belong together or share texts."
     same = lambda m: (m.xy.shape, m.yy.shape, m.source, m.target, m.source_layers, m.target_layers, m.template)
@@ -268,7 +268,7 @@ def _empty(K, L1, d1, L2, d2, products, device, shift_x, shift_y):
     z = lambda *s: torch.zeros(s, dtype=torch.float64, device=device)
     return SimpleNamespace(n=z(K), x=z(K, L1, d1), y=z(K, L2, d2), xy=z(K, L1, d1, L2, d2), yy=z(K, L2, d2, d2) if products else z(K, L2, d2), null=z(L1, d1, L2, d2), n_null=z(), shift_x=shift_x, shift_y=shift_y)
 
-# %% ../nbs/02a_moments.ipynb #24fbab78
+# %% ../nbs/02a_moments.ipynb #20c93865
 def _summing(model, chunks, layers, shape, products, shift, weight, bar=None):
     "Send one request for the sums of several chunks [(X, fold, held, batches, place)], `place` being where the rows of the batches belong."
     job, order = backend(model, False, bar), sorted(set(layers))
@@ -291,7 +291,7 @@ def _summing(model, chunks, layers, shape, products, shift, weight, bar=None):
         kept = save({k: v.float() if k in ("xy", "yy", "null") else v for k, v in vars(sums).items() if v is not None})
     return job
 
-# %% ../nbs/02a_moments.ipynb #311d31f1
+# %% ../nbs/02a_moments.ipynb #832d8826
 def _merge_answer(m: Moments, got, made, present):
     "Add a request's sums. Raises ValueError, naming the text, for rows that are not finite; then nothing is added."
     parts, chunks = zip(*made)
@@ -306,7 +306,7 @@ def _merge_answer(m: Moments, got, made, present):
         fit = fold_of >= 0
         _by_fold(_add_source, m, fold_of[fit], w.float(), X[fit] - m.shift_x.to(X)); _keep(m, X[held], own, of, keys, held)
 
-# %% ../nbs/02a_moments.ipynb #a1ec6ac4
+# %% ../nbs/02a_moments.ipynb #84e2bd32
 class _Noted:
     "Job ids of requests under way, kept in a file beside the moments until their sums are saved."
     def __init__(self, path):
@@ -325,7 +325,7 @@ def _taken_up(model, job_id, bar):
     try: return None if job._ask().status is None else job.result()
     except (OSError, RuntimeError, ValueError): return None
 
-# %% ../nbs/02a_moments.ipynb #f783b405
+# %% ../nbs/02a_moments.ipynb #803e6817
 def _collect_far(source, target, groups, m, held_out, most_rows, template, positions, weight, products, notes, bar):
     "What adds each group of chunks, its sums made where the target runs."
     room, far_ = most_rows - len(m.held_x), far(target)
@@ -340,7 +340,7 @@ def _collect_far(source, target, groups, m, held_out, most_rows, template, posit
             got = job if isinstance(job, dict) else job.result()
             yield lambda: _merge_answer(m, got, made, present) or notes.done.append(key) or sum(len(of_chunk[0][0]) for of_chunk in made)
 
-# %% ../nbs/02a_moments.ipynb #ef052984
+# %% ../nbs/02a_moments.ipynb #94f7d0d7
 def _prepared(source, target, part, m, held_out, room, template, positions):
     "A chunk: what stays here (texts, text of each row, keys, folds) and what is sent."
     (ids1, at1), (ids2, at2) = _paired(source, target, [template.replace("{}", t) for t in part], positions); of = _text_of(at1)
@@ -349,7 +349,7 @@ def _prepared(source, target, part, m, held_out, room, template, positions):
     order = torch.cat([torch.arange(start[i], start[i + 1]) for rows in batches for i in rows])
     return (part, of, keys, fold), (X, fold, held, [(*pad(target, [ids2[i] for i in rows]), _flat(at2, rows)) for rows in batches], order.argsort())
 
-# %% ../nbs/02a_moments.ipynb #3e33facd
+# %% ../nbs/02a_moments.ipynb #2594a4c4
 def _requested(target, made, m, products, weight, notes, bar):
     "Folds that a request holds, its name, and its job or, of an earlier run, its result."
     parts, chunks = zip(*made); present = torch.cat([c[1] for c in chunks]).unique(); present = present[present >= 0]; shift = (m.shift_x, m.shift_y) if m.n.any() else (None, None)
@@ -360,7 +360,7 @@ def _requested(target, made, m, products, weight, notes, bar):
     job = _summing(target, sent, list(m.target_layers), (len(present), *m.xy.shape[1:]), products, shift, weight, bar); notes.write(**{key: job.job_id})
     return present, key, job
 
-# %% ../nbs/02a_moments.ipynb #0ab94292
+# %% ../nbs/02a_moments.ipynb #b3e591ed
 def spread_layers(model, most: int = 8) -> list[int]:
     "At most `most` layers, evenly from a third of the depth to the last but one, where concepts live."
     n = len(model.layers)
@@ -382,7 +382,7 @@ def _collect_here(source, target, groups, m, held_out, most_rows, template, posi
             yield lambda: _take(m, X[on], Y[on], of[on] - start, part, held_out, most_rows, weight) or len(part)
             start += len(part)
 
-# %% ../nbs/02a_moments.ipynb #72240a3b
+# %% ../nbs/02a_moments.ipynb #eb6892c5
 def _kept(adding, m, path, every, bar, notes):
     "Add all, and save now and then; also when a server fails or the user stops meanwhile."
     def save(): m.save(path); notes.write()
@@ -397,7 +397,7 @@ def _kept(adding, m, path, every, bar, notes):
         if path is not None and time.monotonic() - last > every: save(); last = time.monotonic()
     if path is not None and m.seen: save()
 
-# %% ../nbs/02a_moments.ipynb #b3d0c908
+# %% ../nbs/02a_moments.ipynb #20164524
 def collect(
     source, target,                              # nnsight models
     corpus: Corpus,

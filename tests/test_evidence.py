@@ -75,8 +75,8 @@ def test_arms_stand_at_equal_damage_and_at_equal_norm(evidence):
 def test_several_true_answers_are_scored_as_truthfulqa_does(pair):
     m, t, joy, maps = pair; mc = load_truthfulness("tune")
     e = evaluate(graft(joy, t, map=maps[2, 2]), mc, NEUTRAL, random=2, damage=.5, strengths=(), source=m)
-    for a in ("base", "transplanted", "source"): assert e.arms[a]["scores"]["mc1"] == pytest.approx(e.arms[a]["choice_rate"])
-    assert e.arms["base"]["scores"] == pytest.approx(e.arms["source"]["scores"], abs=1e-3)          # the twin answers as the model does
+    for a in ("base", "transplanted", "source"): assert e.arms[a]["score_means"]["mc1"]["mean"] == pytest.approx(e.arms[a]["choice_rate"])
+    for k in ("mc1", "mc2", "mc2_norm"): assert e.arms["base"]["scores"][k] == pytest.approx(e.arms["source"]["scores"][k], abs=1e-3)      # the twin answers as the model does
     assert 0 <= e.capability["base"]["knowledge"] <= 1 and set(e.capability) == {"base", "transplanted"} and e.capability["transplanted"]["knowledge_n"] == len(load_knowledge())
 
 def test_a_behaviour_is_moved_by_its_own_transplant_first(pair, task):
@@ -89,7 +89,7 @@ def test_the_verdict_is_rarely_wrong_on_nothing(pair):
     m, t, joy, maps = pair; own = replace(graft(joy, t, map=maps[2, 2]), shuffled=None); rng = np.random.default_rng(1)
     words = (" red", " blue", " cold", " old", " near"); items = tuple(ChoiceItem(f"{x} It was", words, 0, x) for x in load_pairs("emotions/fear", "test").positive)
     task = ChoiceTask("null", items); probes = _probes(own, task, Corpus("n", NEUTRAL.texts[:16]), .3); base = probes.choices()
-    g = torch.Generator().manual_seed(0); pool = [probes.run(replace(own, direction=torch.randn(len(own.direction), generator=g)), 1.) for _ in range(80)]; wrong = 0
+    g = torch.Generator().manual_seed(0); pool = [probes.run(replace(own, direction=torch.randn(len(own.direction), generator=g))) for _ in range(80)]; wrong = 0
     for run in range(200):
         draw = rng.choice(len(pool), 21, replace=False); arms = {"base": [dict(answers=base, hurt=(0., 0., 1.), dose=0.)], "transplanted": [pool[draw[0]]], "random": [pool[i] for i in draw[1:]]}
         data = _provenance(own, task, NEUTRAL, .3, run) | dict(groups=[i.group for i in items], arms={k: _arm(v, base, task) for k, v in arms.items()} | {k: {"reason": "not here"} for k in ARMS if k not in arms})
