@@ -5,10 +5,10 @@ PIP := $(BIN)/python -m pip install -c constraints.txt
 PACKAGE := settings.ini setup.py pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test prepare readme studies benchmarks docs clean
+.PHONY: help demo test test-remote prepare readme studies benchmarks docs clean
 
 help: ## this list
-	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile | expand -t 12
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 12
 
 demo: .venv/.runtime ## the whole flow on two small embedded models, result in demo/
 	$(BIN)/concept-transfer demo --out demo
@@ -17,6 +17,10 @@ test: .venv/.dev ## notebooks, then pytest
 	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2 --do_print --skip_folder_re '^([_.]|studies$$)'
 	@echo "notebook cells skipped: $$(cat nbs/*.ipynb | grep -cE '#\| *(eval: *false|notest)|skip_exec: *true')"
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadgroup
+
+test-remote: .venv/.dev ## against a real NDIF server on this machine (needs redis-server; installs 1.7 GB into .venv-server)
+	$(BIN)/python tests/remote/stack.py install .venv-server
+	CT_NDIF_VENV=$(CURDIR)/.venv-server OMP_NUM_THREADS=1 $(BIN)/pytest -m remote tests/remote
 
 prepare: .venv/.dev ## before every commit: export modules, clean notebooks, render README
 	$(BIN)/nbdev_export

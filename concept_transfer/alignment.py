@@ -45,7 +45,7 @@ class _Layer:
 def _layer(m: Moments, s: int) -> _Layer:
     n = m.n.sum(); mx, my = m.x[:, s].sum(0) / n, m.y.sum(0) / n
     R = (m.xx[:, s].sum(0) / n).addr_(mx, mx, alpha=-1)
-    sx, sy = _scale(R.diagonal(), m.shift_x[s]), _scale(torch.stack([c.diagonal() for c in m.yy.sum(0) / n]) - my ** 2, m.shift_y)
+    sx, sy = _scale(R.diagonal(), m.shift_x[s]), _scale(m.squares.sum(0) / n - my ** 2, m.shift_y)
     def standard(S, n):
         return (S / n).view(len(mx), -1).addr_(mx, my.flatten(), alpha=-1).div_(sx[:, None]).div_(sy.flatten()).view_as(S)
     return _Layer(m.n, mx, my, sx, sy, R / torch.outer(sx, sx), standard(m.xy[:, s].sum(0), n), standard(m.null[s], m.n_null.clamp_min(1)).float())
@@ -60,7 +60,7 @@ def _splits(m: Moments, s: int, u: _Layer):
         G.append(m.xx[k, s].addr(x, u.mx, alpha=-1).addr_(u.mx, m.x[k, s], alpha=-1) / torch.outer(u.sx, u.sx))
         F.append(m.xy[k, s].view(d1, -1).float().addr_(x.float(), my.float(), alpha=-1).addr_(u.mx.float(), m.y[k].flatten().float(), alpha=-1).div_(u.sx.float()[:, None]).div_(sy.float()))
         dx.append(x / u.sx); dy.append(y / sy)
-        yy.append(((torch.stack([c.diagonal() for c in m.yy[k]]).flatten() - my * (2 * m.y[k].flatten() - m.n[k] * my)) / sy ** 2))
+        yy.append(((m.squares[k].flatten() - my * (2 * m.y[k].flatten() - m.n[k] * my)) / sy ** 2))
     S, T = sum(F), sum(G)
     for k in range(len(m.n)):
         if m.n[k] == 0 or m.n[k] == n: continue
@@ -151,7 +151,9 @@ def _solve_layer(m, s, u, method):
     "Maps from source layer `s` to all target layers (L2, d1, d2), their shuffled controls, lambda."
     W, null, lam, _ = ridge(m, s, u=u)
     if method == "ridge": return W, null, lam
-    Ry = m.yy.sum(0) / m.n.sum() - torch.einsum("ta,tb->tab", u.my, u.my); Ry = Ry / (u.sy[:, :, None] * u.sy[:, None, :])
+    if method == "whitened":
+        if m.yy.ndim == 3: raise ValueError("whitened maps need the target's own products, which a server makes on request: fit_maps(..., products=True).")
+        Ry = m.yy.sum(0) / m.n.sum() - torch.einsum("ta,tb->tab", u.my, u.my); Ry = Ry / (u.sy[:, :, None] * u.sy[:, None, :])
     if method == "lowrank": ranks, inv = _choose_ranks(m, s, u, lam), _inverse(u.R, lam)
     each = {"procrustes": lambda t: procrustes(u.R, u.C[:, t]), "whitened": lambda t: whitened(u.R, u.C[:, t], Ry[t], lam[t]),
             "lowrank": lambda t: reduced_rank(inv[t] @ u.C[:, t], u.R, ranks[t])}[method]

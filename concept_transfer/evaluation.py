@@ -15,8 +15,10 @@ from typing import Callable, Iterator, Sequence
 import numpy as np, torch
 from tqdm import tqdm
 from .data import ChoiceTask, ContrastPairs, Corpus, load_corpus
-from .models import context_length, encode, fast_matmul, logits, pad, read
-from .extraction import POSITIONS, extract_concept, length_batches, logistic, mean_difference, package_version, pca, plain, whole_file
+from nnsight import save
+from .models import context_length, encode, fast_matmul, logits, pad, read, _hidden, _put
+from .remote import backend, far, in_flight
+from .extraction import POSITIONS, bundled, extract_concept, length_batches, logistic, mean_difference, package_version, pca, plain, whole_file
 from .injection import Transplant, _adder, generate, graft
 from .tasks import GenerationTask, MultipleChoice, load_knowledge, mc_scores, repetition
 from .inference import bootstrap, holm, interval, mcnemar, permutation_p, slope_per_item, smallest_effect, wilson, wrong_way
@@ -28,7 +30,9 @@ class Prefix:
         self.model, self.layer, self.n, self.batches, self.read = model, layer, len(ids), [], 0     # read: texts that went on from here
         for rows in length_batches(ids, budget):
             x, mask = pad(model, [ids[i] for i in rows], left=True)
-            with fast_matmul(model): (h,) = read(model, x, mask, [layer])
+            h = None                                                     # on a server texts go all the way for each arm, and only answers come back
+            if not far(model):
+                with fast_matmul(model): (h,) = read(model, x, mask, [layer])
             self.batches.append((rows, x, mask, h))
 
     def logits(self, fn: Callable | None = None, keep: int | Callable = 1) -> Iterator[tuple[list[int], torch.Tensor]]:
@@ -36,6 +40,38 @@ class Prefix:
         for rows, x, mask, h in self.batches:
             self.read += len(rows); k = keep(rows) if callable(keep) else keep
             with fast_matmul(self.model): yield rows, logits(self.model, x, mask, k, self.layer, h if fn is None else fn(h))
+
+# %% ../nbs/05_evaluation.ipynb #4072e538
+def _unchanged(h): return h
+
+def _asking(model, layer, batches, keep, reduce, against=False):
+    "Send one request: of all batches [(passes [(ids, mask, fn)], extra)] what `reduce(logits, base, extra)` gives; with `against` the first pass is the base."
+    job = backend(model, False)
+    with torch.no_grad(), model.session(backend=job):
+        table = save([])
+        for passes, extra in batches:
+            base, row = None, []
+            for ids, mask, fn in passes:
+                with model.trace(input_ids=ids, attention_mask=mask, logits_to_keep=keep):
+                    _put(model.layers[layer], fn(_hidden(model.layers[layer].output)))
+                    part = save(reduce(model.output.logits.float(), base, extra))
+                if against and base is None:
+                    base = part
+                else:
+                    row.append(part)
+            table.append(row)
+            part = base = None
+    return job
+
+# %% ../nbs/05_evaluation.ipynb #0d12166c
+def _answered(prefix: Prefix, fns, keep, reduce, extras, plain=None) -> list[list]:  # for each fn, what came back of each batch
+    "Ask a server, with as many directions in a request as it may hold."
+    m, size, out = prefix.model, sum(x.numel() for _, x, *_ in prefix.batches), []; prefix.read += len(fns) * prefix.n
+    first = lambda b: [] if plain is None else [(*plain[b], _unchanged)]
+    ask = lambda some: _asking(m, prefix.layer, [(first(b) + [(x, mask, fn or _unchanged) for fn in some], extras[b]) for b, (_, x, mask, _) in enumerate(prefix.batches)], keep, reduce, plain is not None)
+    for some, job in in_flight(((f, lambda f=f: ask(f)) for f in bundled(fns, far(m), lambda fn: size, lambda fn: 0)), far(m).flight):
+        table = job.result()["table"]; out += [[row[j] for row in table] for j in range(len(some))]
+    return out
 
 # %% ../nbs/05_evaluation.ipynb #48ccd854
 @dataclass(frozen=True)
@@ -66,6 +102,7 @@ class ChoiceProbe:
 # %% ../nbs/05_evaluation.ipynb #10537c9e
 def _ask(self: ChoiceProbe, fn: Callable | None = None) -> Answers:
     "Answers with `fn` applied to the residual stream."
+    if far(self.prefix.model): return self.many([fn])[0]
     items = self.task.items; logp, lengths, first = ([np.full(len(it.choices), v) for it in items] for v in (-np.inf, 1, 0))
     longest = lambda rows: max(1 if self.rows[r][1] is None else len(self.rows[r][2]) for r in rows)
     for rows, out in self.prefix.logits(fn, longest):
@@ -76,20 +113,49 @@ def _ask(self: ChoiceProbe, fn: Callable | None = None) -> Answers:
             else:
                 x = out[b, out.shape[1] - len(t):]; logp[i][c] = float((x[range(len(t)), t] - x.logsumexp(-1)).sum()); lengths[i][c] = len(t)
                 first[i][c] = int(x[0].argmax()) == t[0]
-    best, false = zip(*((it.target, self._false(i, it)) for i, it in enumerate(items)))
+    return self._judged(logp, lengths, first)
+
+def _judged(self: ChoiceProbe, logp, lengths, first) -> Answers:
+    best, false = zip(*((it.target, self._false(i, it)) for i, it in enumerate(self.task.items)))
     return Answers(np.array([x[k] > x[f].max() for x, k, f in zip(logp, best, false)]), np.array([bool(x[k]) for x, k in zip(first, best)]),
                    np.array([x[k] - x[f].mean() for x, k, f in zip(logp, best, false)]), tuple(logp), tuple(lengths))
 
+# %% ../nbs/05_evaluation.ipynb #df50993f
 def _false(self: ChoiceProbe, i, item):
     "Which choices the target is compared with."
     true = range(self.task.n_true[i]) if isinstance(self.task, MultipleChoice) else (item.target,)
     return [k for k in range(len(item.choices)) if k not in true]
 
-ChoiceProbe.__call__, ChoiceProbe._false = _ask, _false
+ChoiceProbe.__call__, ChoiceProbe._judged, ChoiceProbe._false = _ask, _judged, _false
 
 # %% ../nbs/05_evaluation.ipynb #59b678ed
 def _common(a, b) -> int:
     return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
+
+# %% ../nbs/05_evaluation.ipynb #da3ccccb
+def _chosen(logits, base, at):
+    "Log-probabilities of some tokens, and the arg-max at every position."
+    return logits.log_softmax(-1)[at], logits.argmax(-1)
+
+def _many(self: ChoiceProbe, fns: Sequence[Callable | None]) -> list[Answers]:
+    "Answers under each of several changes of the residual stream; on a server in as few requests as may be."
+    if not far(self.prefix.model): return [self(fn) for fn in fns]
+    keep = max([1, *(len(t) for _, c, t in self.rows if c is not None)])
+    index = lambda rows: [(b, keep - 1, x[0]) if c is None else (b, keep - len(t) + j, x) for b, r in enumerate(rows) for _, c, t in [self.rows[r]] for j, x in enumerate(t)]
+    extras = [tuple(torch.tensor(x) for x in zip(*index(rows))) for rows, *_ in self.prefix.batches]
+    return [self._read(parts, keep) for parts in _answered(self.prefix, fns, keep, _chosen, extras)]
+
+def _read(self: ChoiceProbe, parts, keep) -> Answers:
+    "Answers from what a server sent back of each batch."
+    logp, lengths, first = ([np.full(len(it.choices), v) for it in self.task.items] for v in (-np.inf, 1, 0))
+    for (rows, *_), (lp, top) in zip(self.prefix.batches, parts):
+        for part, r, best in zip(lp.split([len(self.rows[r][2]) for r in rows]), rows, top):
+            i, c, t = self.rows[r]
+            if c is None: logp[i][:] = part.numpy(); first[i][:] = [int(best[-1]) == x[0] for x in t]
+            else: logp[i][c] = float(part.sum()); lengths[i][c] = len(t); first[i][c] = int(best[keep - len(t)]) == t[0]
+    return self._judged(logp, lengths, first)
+
+ChoiceProbe.many, ChoiceProbe._read = _many, _read
 
 # %% ../nbs/05_evaluation.ipynb #ec76d533
 class DamageProbe:
@@ -99,19 +165,38 @@ class DamageProbe:
         if not good: raise ValueError(f"no neutral text has more than {keep} tokens; give whole sentences.")
         texts, ids = [texts[i] for i in good], [ids[i] for i in good]; self.keep, self.texts, self.ids = keep, texts, ids
         self.prefix = Prefix(model, ids if not prefix else _behind(model, prefix, texts, ids, keep), layer)
-        self.base = None if prefix else [self._logp(out) for _, out in self.prefix.logits(None, keep + 1)]
+        self.base = None if prefix or far(model) else [self._logp(out) for _, out in self.prefix.logits(None, keep + 1)]
 
     def _logp(self, out): return out[:, :-1].log_softmax(-1)   # the last position has no next token to be compared with
 
     def __call__(self, fn: Callable | None = None, base=None) -> tuple[float, float, float]:
         "Mean KL from the base model in nats a token, its 95th percentile, and the ratio of perplexities."
+        if far(self.prefix.model): return self.many([fn])[0]
         kl, more, base = [], [], base or self.base
         for (rows, out), p in zip(self.prefix.logits(fn, self.keep + 1), base):
             q = self._logp(out)                                              # (b, keep, vocabulary)
-            far, lost = torch.nn.functional.kl_div(q, p, reduction="none", log_target=True).sum(-1).clamp_min(0), p - q
-            kl += far.flatten().tolist()
+            away, lost = torch.nn.functional.kl_div(q, p, reduction="none", log_target=True).sum(-1).clamp_min(0), p - q
+            kl += away.flatten().tolist()
             for b, i in enumerate(rows): more += lost[b, range(self.keep), self.ids[i][-self.keep:]].tolist()
         return float(np.mean(kl)), float(np.percentile(kl, 95)), float(np.exp(np.mean(more)))
+
+# %% ../nbs/05_evaluation.ipynb #46418b89
+def _drift(logits, base, tokens):
+    "Log-probabilities of the base; of an arm its KL from them, and what the tokens lost."
+    q = logits[:, :-1].log_softmax(-1)
+    if base is None: return q
+    kl = torch.nn.functional.kl_div(q, base, reduction="none", log_target=True).sum(-1).clamp_min(0)
+    return kl, (base - q).gather(-1, tokens.to(q.device)[..., None])[..., 0]
+
+def _hurts(self: DamageProbe, fns: Sequence[Callable | None]) -> list[tuple[float, float, float]]:
+    "The same for several changes; on a server, where the base model reads along, in as few requests as may be."
+    model, batches = self.prefix.model, self.prefix.batches
+    if not far(model): return [self(fn) for fn in fns]
+    plain, last = [pad(model, [self.ids[i] for i in rows], left=True) for rows, *_ in batches], [torch.tensor([self.ids[i][-self.keep:] for i in rows]) for rows, *_ in batches]
+    sums = [[torch.cat([p[k].flatten() for p in parts]).double().numpy() for k in (0, 1)] for parts in _answered(self.prefix, fns, self.keep + 1, _drift, last, plain)]
+    return [(float(kl.mean()), float(np.percentile(kl, 95)), float(np.exp(lost.mean()))) for kl, lost in sums]
+
+DamageProbe.many = _hurts
 
 # %% ../nbs/05_evaluation.ipynb #5b58242d
 def _behind(model, prefix, texts, ids, keep):
@@ -157,9 +242,10 @@ def dose_curve(
 ) -> list[dict]:                                # strength, dose, choice_rate, target_rate, logit_shift, margins, kl, perplexity_ratio
     "Effect and damage at several strengths, negative ones and zero among them."
     probe, hurt = probes or (ChoiceProbe(t.model, task, t.layer), DamageProbe(t.model, (neutral or load_corpus("neutral")).texts[-32:], t.layer)); base = probe()
-    out = []
-    for s in tqdm(strengths, desc="dose curve", disable=None, leave=False):
-        a, (kl, _, ratio) = (probe(_adder(t.vector(s), t.positions)), hurt(_everywhere(t, s))) if s else (base, (0., 0., 1.))
+    out, some = [], [s for s in strengths if s]
+    asked = dict(zip(some, zip(probe.many([_adder(t.vector(s), t.positions) for s in some]), hurt.many([_everywhere(t, s) for s in some]))))
+    for s in strengths:
+        a, (kl, _, ratio) = asked.get(s, (base, (0., 0., 1.)))
         out.append(dict(strength=float(s), dose=float(s * t.dose), choice_rate=float(a.chosen.mean()), target_rate=float(a.first.mean()),
                         logit_shift=float((a.margin - base.margin).mean()), margins=[round(float(x), 4) for x in a.margin], kl=kl, perplexity_ratio=ratio))
     return out
@@ -230,7 +316,7 @@ class _Probes:
     def words(self, model, text: str) -> dict:
         "The same for words before the prompt instead of a vector."
         probe = DamageProbe(model, self.hurt.texts, self.hurt.prefix.layer, prefix=text)
-        return dict(answers=ChoiceProbe(model, self.choices.task, self.hurt.prefix.layer, text)(), hurt=probe(None, _reorder(self.hurt, probe)), dose=None)
+        return dict(answers=ChoiceProbe(model, self.choices.task, self.hurt.prefix.layer, text)(), hurt=probe(None, None if far(model) else _reorder(self.hurt, probe)), dose=None)
 
 def _reorder(hurt, words):
     "Base log-probabilities in the batches of another probe over the same texts."

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Callable, Sequence
 import torch
 from .data import load_corpus
-from .models import ModelInfo, encode, load_model, model_info, pad, writing
-from .extraction import Concept, _layers, activations, load_artefact, save_artefact
+from .models import ModelInfo, continued, encode, load_model, model_info, pad, writing
+from .extraction import Concept, _layers, load_artefact, save_artefact, stream
 from .alignment import AffineMap
 
 # %% ../nbs/04_injection.ipynb #2c853a16
@@ -24,8 +24,12 @@ def residual_norm(
 ) -> float:
     "Median norm of the residual stream after `layer`, over all tokens but the first of each text."
     texts = load_corpus("neutral").texts[:32] if texts is None else texts
-    states = activations(model, texts, [layer], "all")
-    return float(torch.cat([h[1:, 0] if len(h) > 1 else h[:, 0] for h in states]).norm(dim=-1).median())
+    ids, norms = encode(model, texts), []
+    for rows, (n,) in stream(model, ids, _layers(model, [layer]), take=_norms):
+        norms += [x[min(1, len(ids[i]) - 1):len(ids[i])].cpu() for i, x in zip(rows, n)]
+    return float(torch.cat(norms).median())
+
+def _norms(h, mask): return h.float().norm(dim=-1)      # on a server only these travel
 
 # %% ../nbs/04_injection.ipynb #2258540a
 @dataclass(frozen=True)
@@ -84,8 +88,7 @@ def generate(
     "Continuations, without the prompts. Prompts of different length are batched."
     one, tok = isinstance(prompts, str), model.tokenizer
     ids, mask = pad(model, encode(model, [prompts] if one else list(prompts), room=max_new_tokens), left=True)
-    with torch.no_grad():
-        out = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=max_new_tokens, **{"do_sample": False, "pad_token_id": tok.pad_token_id, **options})
+    out = continued(model, ids, mask, max_new_tokens=max_new_tokens, **{"do_sample": False, "pad_token_id": tok.pad_token_id, **options})
     texts = tok.batch_decode(out[:, ids.shape[1]:], skip_special_tokens=True)
     return texts[0] if one else texts
 

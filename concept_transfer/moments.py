@@ -7,15 +7,18 @@ __all__ = ['shared_boundaries', 'last_token', 'paired_states', 'Moments', 'texts
            'collect']
 
 # %% ../nbs/02a_moments.ipynb #fadea9c1
-import hashlib, time
+import hashlib, itertools, json, time
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Callable, Sequence
 import numpy as np, torch
 from tqdm import tqdm
 from .data import Corpus
-from .models import ModelInfo, context_length, fast_matmul, model_info
-from .extraction import load_artefact, save_artefact, stream, _layers
+from nnsight import save
+from .models import ModelInfo, context_length, fast_matmul, model_info, pad, _hidden
+from .remote import backend, far, in_flight
+from .extraction import bundled, length_batches, load_artefact, save_artefact, stream, whole_file, _flat, _layers
 
 # %% ../nbs/02a_moments.ipynb #3ce1a912
 def shared_boundaries(
@@ -45,17 +48,26 @@ def paired_states(
     what: str = "reading",
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # (r, L1, d1), (r, L2, d2) float32, and (r,) which text
     "States of both models wherever their tokenizers agree; row i of both stands after the same characters."
+    (ids1, at1), (ids2, at2) = _paired(source, target, texts, positions)
+    return _rows(source, ids1, at1, source_layers, what), _rows(target, ids2, at2, target_layers, what), _text_of(at1)
+
+def _paired(source, target, texts, positions=None):
+    "Token ids of all texts on both sides, and which tokens of each are paired."
     (ids1, off1), (ids2, off2) = _encode_offsets(source, texts), _encode_offsets(target, texts)
     at = [shared_boundaries(a, b) for a, b in zip(off1, off2)]
     if positions: at = [positions(p, len(a), len(b)) for p, a, b in zip(at, ids1, ids2)]
-    start = np.concatenate([[0], np.cumsum([len(p) for p in at])]); out = []
-    for side, (model, ids, layers) in enumerate([(source, ids1, source_layers), (target, ids2, target_layers)]):
-        Z = torch.empty(int(start[-1]), len(layers), model_info(model).width)
-        for rows, states in stream(model, ids, layers, at=[[p[side] for p in a] for a in at], what=f"{what} {model_info(model).name}"):
-            r = torch.cat([torch.arange(start[i], start[i + 1]) for i in rows])
-            for l, h in enumerate(states): Z[r, l] = h.float().cpu()
-        out.append(Z)
-    return *out, torch.tensor(np.repeat(np.arange(len(texts)), np.diff(start)))
+    return [(ids, [[p[side] for p in a] for a in at]) for side, ids in enumerate((ids1, ids2))]
+
+# %% ../nbs/02a_moments.ipynb #96dc420c
+def _rows(model, ids, at, layers, what="reading"):
+    "(r, L, d) float32, text after text."
+    start = np.concatenate([[0], np.cumsum([len(a) for a in at])]); Z = torch.empty(int(start[-1]), len(layers), model_info(model).width)
+    for rows, states in stream(model, ids, layers, at=at, what=f"{what} {model_info(model).name}"):
+        r = torch.cat([torch.arange(start[i], start[i + 1]) for i in rows])
+        for l, h in enumerate(states): Z[r, l] = h.float().cpu()
+    return Z
+
+def _text_of(at): return torch.tensor(np.repeat(np.arange(len(at)), [len(a) for a in at]), dtype=torch.long)
 
 # %% ../nbs/02a_moments.ipynb #0a278165
 @dataclass
@@ -66,7 +78,7 @@ class Moments:
     y: torch.Tensor        # (K, L2, d2)
     xx: torch.Tensor       # (K, L1, d1, d1)
     xy: torch.Tensor       # (K, L1, d1, L2, d2)
-    yy: torch.Tensor       # (K, L2, d2, d2)
+    yy: torch.Tensor       # (K, L2, d2, d2); or (K, L2, d2), squares alone, when a server made them
     null: torch.Tensor     # (L1, d1, L2, d2) products of one row in five with another text's: the shuffled control
     n_null: torch.Tensor   # () how many those were
     shift_x: torch.Tensor  # (L1, d1) what was subtracted from every row
@@ -86,6 +98,11 @@ class Moments:
         z = lambda *s, t=torch.float64: torch.zeros(s, dtype=t)
         return cls(z(folds), z(folds, L1, d1), z(folds, L2, d2), z(folds, L1, d1, d1), z(folds, L1, d1, L2, d2), z(folds, L2, d2, d2), z(L1, d1, L2, d2), z(),
                    z(L1, d1), z(L2, d2), z(0, L1, d1, t=torch.float32), z(0, L2, d2, t=torch.float32), z(0, t=torch.int64), **provenance)
+
+    @property
+    def squares(self) -> torch.Tensor:  # (K, L2, d2)
+        "The diagonals of `yy`, which are all that a ridge regression needs of it."
+        return self.yy if self.yy.ndim == 3 else self.yy.diagonal(dim1=-2, dim2=-1)
 
     @property
     def data(self) -> str:
@@ -113,22 +130,27 @@ def _add(self: Moments, X: torch.Tensor, Y: torch.Tensor, fold=0, weight: torch.
     "Add paired rows (r, L1, d1), (r, L2, d2) with their folds and weights (r,). Raises ValueError for rows that are not finite."
     if not torch.isfinite(X.sum() + Y.sum()): raise ValueError("rows that are not finite cannot be added; leave them out.")
     if not self.n.any(): self.shift_x, self.shift_y = X.double().mean(0), Y.double().mean(0)
-    X, Y = X - self.shift_x.to(X), Y - self.shift_y.to(Y)
     weight = X.new_ones(len(X)) if weight is None else weight.to(X); fold = torch.as_tensor(fold).expand(len(X))
-    for k in fold.unique().tolist():
-        on = (fold == k) & (weight > 0)
-        if on.any(): _add_fold(self, k, X[on], Y[on], weight[on, None])
+    X, Y = X - self.shift_x.to(X), Y - self.shift_y.to(Y)
+    _by_fold(_add_source, self, fold, weight, X); _by_fold(_add_both, self, fold, weight, X, Y)
 
-def _add_fold(m, k, X, Y, w):
+def _by_fold(add, m, fold, w, *rows):
+    for k in fold.unique().tolist():
+        on = (fold == k) & (w > 0)
+        if on.any(): add(m, k, w[on, None], *(Z[on] for Z in rows))
+
+def _add_source(m, k, w, X):
+    for s in range(X.shape[1]): m.xx[k, s] += (X[:, s] * w).T @ X[:, s]
+
+# %% ../nbs/02a_moments.ipynb #ea300e91
+def _add_both(m, k, w, X, Y):
     r, (_, L1, d1, L2, d2) = len(X), m.xy.shape
     m.n[k] += w.double().sum(); m.x[k] += (X * w[..., None]).sum(0); m.y[k] += (Y * w[..., None]).sum(0)
     F = Y.reshape(r, -1); some = slice(None, None, 5 if r >= 10 else 1); h = len(F[some]); other = F[some].roll(h // 2, 0)
     if h > 1: m.n_null += h
-    for t in range(L2): m.yy[k, t] += (Y[:, t] * w).T @ Y[:, t]
+    for t in range(L2): m.yy[k, t] += (Y[:, t] * w).T @ Y[:, t] if m.yy.ndim == 4 else (Y[:, t] * w * Y[:, t]).sum(0)
     for s in range(L1):
-        A = (X[:, s] * w).T                                  # (d1, r)
-        m.xx[k, s] += A @ X[:, s]
-        m.xy[k, s].view(d1, -1).add_(A @ F)
+        m.xy[k, s].view(d1, -1).add_((X[:, s] * w).T @ F)    # (d1, r) @ (r, L2 d2)
         if h > 1: m.null[s].view(d1, -1).add_(X[some, s].T @ other)
 
 Moments.add = _add
@@ -142,14 +164,17 @@ def _moved(m: Moments, dx, dy):
         for s in range(L1):
             m.xx[k, s].addr_(m.x[k, s], dx[s]).addr_(dx[s], m.x[k, s] + n * dx[s])
             m.xy[k, s].view(d1, -1).addr_(m.x[k, s], fy).addr_(dx[s], m.y[k].flatten() + n * fy)
-        for t in range(L2): m.yy[k, t].addr_(m.y[k, t], dy[t]).addr_(dy[t], m.y[k, t] + n * dy[t])
+        if m.yy.ndim == 3: m.yy[k] += dy * (2 * m.y[k] + n * dy)
+        else:
+            for t in range(L2): m.yy[k, t].addr_(m.y[k, t], dy[t]).addr_(dy[t], m.y[k, t] + n * dy[t])
     share = m.n_null / m.n.sum().clamp_min(1)                     # the rows of the control have the mean of all
     for s in range(L1): m.null[s].view(d1, -1).addr_(share * m.x[:, s].sum(0), fy).addr_(dx[s], share * m.y.sum(0).flatten() + m.n_null * fy)
     m.x += m.n[:, None, None] * dx; m.y += m.n[:, None, None] * dy
 
+# %% ../nbs/02a_moments.ipynb #b1ec24a1
 def _merge(self: Moments, other: Moments) -> Moments:
     "The sums over both; `other` is used up. Raises ValueError where they do not belong together or share texts."
-    same = lambda m: (m.xy.shape, m.source, m.target, m.source_layers, m.target_layers, m.template)
+    same = lambda m: (m.xy.shape, m.yy.shape, m.source, m.target, m.source_layers, m.target_layers, m.template)
     if same(self) != same(other): raise ValueError("these moments are of other models, layers, folds or templates; collect both in the same way.")
     if both := self.seen & other.seen: raise ValueError(f"{len(both)} texts are in both moments and would count twice; give each machine its own texts.")
     if not self.n.any(): self.shift_x, self.shift_y = other.shift_x, other.shift_y
@@ -178,7 +203,8 @@ Moments.save, Moments.load = _save, classmethod(_load)
 
 # %% ../nbs/02a_moments.ipynb #dbe4d3ec
 def _reversed(self: Moments) -> Moments:
-    "The moments of the opposite direction; nothing is read again."
+    "The moments of the opposite direction; nothing is read again. Raises ValueError where a server kept squares alone."
+    if self.yy.ndim == 3: raise ValueError("the way back needs the target's own products: collect(..., products=True).")
     turn = lambda t: t.permute(*range(t.ndim - 4), -2, -1, -4, -3).contiguous()
     return Moments(self.n, self.y, self.x, self.yy, turn(self.xy), self.xx, turn(self.null), self.n_null, self.shift_y, self.shift_x, self.held_y, self.held_x, self.held_of,
                    self.seen, self.target, self.source, self.target_layers, self.source_layers, self.template)
@@ -206,23 +232,172 @@ def _resumed(path, fresh: Moments) -> Moments:
     if path is None or not Path(path).is_file(): return fresh
     kept = Moments.load(path)
     differ = [k for k in ("source", "target", "source_layers", "target_layers", "template") if getattr(kept, k) != getattr(fresh, k)]
-    if differ or kept.xy.shape != fresh.xy.shape: raise ValueError(f"{path} holds moments of another {', '.join(differ) or 'number of folds'}. Give another path, or delete it.")
+    if differ or (kept.xy.shape, kept.yy.shape) != (fresh.xy.shape, fresh.yy.shape): raise ValueError(f"{path} holds moments of another {', '.join(differ) or 'number of folds, or with other products'}. Give another path, or delete it.")
     return kept
+
+def _sorted(part, of, folds, held_out, room):
+    "Keys of the texts of a chunk; fold and held-out ones of its rows, `room` of these at most."
+    keys = torch.tensor([_key(t) for t in part]); fold = torch.tensor([_part(int(k), folds, held_out) for k in keys])[of]
+    return keys, fold, torch.nonzero(fold < 0)[:max(0, room), 0]
+
+def _keep(m: Moments, X, Y, of, keys, held):
+    "Add the held-out rows, and note the texts as read."
+    m.held_x, m.held_y, m.held_of = torch.cat([m.held_x, X]), torch.cat([m.held_y, Y]), torch.cat([m.held_of, keys[of[held]]])
+    m.seen |= set(keys.tolist())
 
 def _take(m: Moments, X, Y, of, part, held_out, most_rows, weight):
     "Sort the rows of a chunk into folds and held-out rows."
-    keys = torch.tensor([_key(t) for t in part]); fold = torch.tensor([_part(int(k), len(m.n), held_out) for k in keys])[of]
-    held = torch.nonzero(fold < 0)[:max(0, most_rows - len(m.held_x)), 0]; fit = fold >= 0
-    m.held_x, m.held_y, m.held_of = torch.cat([m.held_x, X[held]]), torch.cat([m.held_y, Y[held]]), torch.cat([m.held_of, keys[of[held]]])
+    keys, fold, held = _sorted(part, of, len(m.n), held_out, most_rows - len(m.held_x)); fit = fold >= 0
     if fit.any(): m.add(X[fit], Y[fit], fold[fit], weight(X[fit], Y[fit]) if weight else None)
-    m.seen |= set(keys.tolist())
+    _keep(m, X[held], Y[held], of, keys, held)
 
 # %% ../nbs/02a_moments.ipynb #4c2b1f21
+def _sum_chunk(m, X, Y, fold, held, weight):
+    "Add a chunk to the sums, where the target runs; gives what travels besides: weights, held-out rows, the first row that is not finite."
+    with torch.autocast(Y.device.type, enabled=False):
+        bad, Y = torch.nonzero(~torch.isfinite(Y).flatten(1).all(1))[:1, 0], Y.float()
+        X, fold = X.to(Y.device), fold.to(Y.device); fit = fold >= 0; own = Y[held.to(Y.device)]; w = X.new_ones(int(fit.sum()))
+        if fit.any() and not len(bad):
+            if weight: w = weight(X[fit], Y[fit])
+            m.shift_x, m.shift_y = (X[fit].double().mean(0), Y[fit].double().mean(0)) if m.shift_x is None else (m.shift_x.to(Y.device), m.shift_y.to(Y.device))
+            _by_fold(_add_both, m, fold[fit], w.double(), X[fit].double() - m.shift_x, Y[fit].double() - m.shift_y)
+    return w, own, bad
+
+def _empty(K, L1, d1, L2, d2, products, device, shift_x, shift_y):
+    "Sums of a request."
+    z = lambda *s: torch.zeros(s, dtype=torch.float64, device=device)
+    return SimpleNamespace(n=z(K), x=z(K, L1, d1), y=z(K, L2, d2), xy=z(K, L1, d1, L2, d2), yy=z(K, L2, d2, d2) if products else z(K, L2, d2), null=z(L1, d1, L2, d2), n_null=z(), shift_x=shift_x, shift_y=shift_y)
+
+# %% ../nbs/02a_moments.ipynb #20c93865
+def _summing(model, chunks, layers, shape, products, shift, weight, bar=None):
+    "Send one request for the sums of several chunks [(X, fold, held, batches, place)], `place` being where the rows of the batches belong."
+    job, order = backend(model, False, bar), sorted(set(layers))
+    with torch.no_grad(), model.session(backend=job):
+        sums, extra = None, save([])
+        for X, fold, held, batches, place in chunks:
+            parts = []
+            for ids, mask, at in batches:
+                with model.trace(input_ids=ids, attention_mask=mask) as tracer:
+                    states = save([])
+                    for k in order:
+                        states.append(_hidden(model.layers[k].output)[at])
+                    tracer.stop()
+                parts.append(torch.stack([states[order.index(k)] for k in layers], 1))
+            Y = torch.cat(parts)[place.to(parts[0].device)]
+            if sums is None:
+                sums = _empty(*shape, products, Y.device, *shift)
+            extra.append(_sum_chunk(sums, X, Y, fold, held, weight))
+            states = parts = Y = None
+        kept = save({k: v.float() if k in ("xy", "yy", "null") else v for k, v in vars(sums).items() if v is not None})
+    return job
+
+# %% ../nbs/02a_moments.ipynb #832d8826
+def _merge_answer(m: Moments, got, made, present):
+    "Add a request's sums. Raises ValueError, naming the text, for rows that are not finite; then nothing is added."
+    parts, chunks = zip(*made)
+    for (X, *_), (w, own, bad), (part, of, keys, *_) in zip(chunks, got["extra"], parts):
+        if len(bad): raise ValueError(f"{part[of[int(bad[0])]][:60]!r} gives states that are not finite. Remove it, or use a model in float32.")
+    sums = got["kept"]
+    if "shift_x" in sums:
+        if not m.n.any(): m.shift_x, m.shift_y = sums["shift_x"], sums["shift_y"]
+        for k in ("n", "x", "y", "xy", "yy"): getattr(m, k)[present] += sums[k]
+        m.null += sums["null"]; m.n_null += sums["n_null"]
+    for (X, fold, held, *_), (w, own, _), (part, of, keys, fold_of) in zip(chunks, got["extra"], parts):
+        fit = fold_of >= 0
+        _by_fold(_add_source, m, fold_of[fit], w.float(), X[fit] - m.shift_x.to(X)); _keep(m, X[held], own, of, keys, held)
+
+# %% ../nbs/02a_moments.ipynb #84e2bd32
+class _Noted:
+    "Job ids of requests under way, kept in a file beside the moments until their sums are saved."
+    def __init__(self, path):
+        self.path, self.done = None if path is None else Path(f"{path}.jobs"), []
+        self.ids = json.loads(self.path.read_text()) if self.path and self.path.is_file() else {}
+    def write(self, **ids):
+        self.ids = {k: v for k, v in (self.ids | ids).items() if v and k not in self.done}
+        if self.path and self.ids:
+            with whole_file(self.path) as tmp: tmp.write_text(json.dumps(self.ids))
+        elif self.path: self.path.unlink(missing_ok=True)
+
+def _taken_up(model, job_id, bar):
+    "The result of a job of an earlier run, None where the server no longer has it."
+    if job_id is None or far(model).simulated: return None
+    job = backend(model, False, bar); job.job_id, job.end = job_id, time.monotonic() + far(model).total
+    try: return None if job._ask().status is None else job.result()
+    except (OSError, RuntimeError, ValueError): return None
+
+# %% ../nbs/02a_moments.ipynb #803e6817
+def _collect_far(source, target, groups, m, held_out, most_rows, template, positions, weight, products, notes, bar):
+    "What adds each group of chunks, its sums made where the target runs."
+    room, far_ = most_rows - len(m.held_x), far(target)
+    def starts(some):
+        nonlocal room
+        for group in some:
+            made = []
+            for part in group: made.append(_prepared(source, target, part, m, held_out, room, template, positions)); room -= len(made[-1][1][2])
+            yield made, lambda made=made: _requested(target, made, m, products, weight, notes, bar)
+    while alone := list(itertools.islice(groups, 1)):
+        for made, (present, key, job) in in_flight(starts(itertools.chain(alone, groups) if m.n.any() else alone), far_.flight):
+            got = job if isinstance(job, dict) else job.result()
+            yield lambda: _merge_answer(m, got, made, present) or notes.done.append(key) or sum(len(of_chunk[0][0]) for of_chunk in made)
+
+# %% ../nbs/02a_moments.ipynb #94f7d0d7
+def _prepared(source, target, part, m, held_out, room, template, positions):
+    "A chunk: what stays here (texts, text of each row, keys, folds) and what is sent."
+    (ids1, at1), (ids2, at2) = _paired(source, target, [template.replace("{}", t) for t in part], positions); of = _text_of(at1)
+    X = _rows(source, ids1, at1, m.source_layers); keys, fold, held = _sorted(part, of, len(m.n), held_out, room)
+    batches = length_batches(ids2, far(target).batch); start = np.concatenate([[0], np.cumsum([len(a) for a in at2])])
+    order = torch.cat([torch.arange(start[i], start[i + 1]) for rows in batches for i in rows])
+    return (part, of, keys, fold), (X, fold, held, [(*pad(target, [ids2[i] for i in rows]), _flat(at2, rows)) for rows in batches], order.argsort())
+
+# %% ../nbs/02a_moments.ipynb #2594a4c4
+def _requested(target, made, m, products, weight, notes, bar):
+    "Folds that a request holds, its name, and its job or, of an earlier run, its result."
+    parts, chunks = zip(*made); present = torch.cat([c[1] for c in chunks]).unique(); present = present[present >= 0]; shift = (m.shift_x, m.shift_y) if m.n.any() else (None, None)
+    h = hashlib.sha256(json.dumps([str(m.target), m.source_layers, m.target_layers, len(m.n), products, m.template, str(weight)]).encode())
+    for t in (torch.cat([p[2] for p in parts]), *(c[0] for c in chunks), *shift): h.update(b"" if t is None else t.numpy().tobytes())
+    if got := _taken_up(target, notes.ids.get(key := h.hexdigest()[:16]), bar): return present, key, got
+    sent = [(X, torch.where(fold < 0, fold, torch.searchsorted(present, fold)), *rest) for X, fold, *rest in chunks]
+    job = _summing(target, sent, list(m.target_layers), (len(present), *m.xy.shape[1:]), products, shift, weight, bar); notes.write(**{key: job.job_id})
+    return present, key, job
+
+# %% ../nbs/02a_moments.ipynb #b3e591ed
 def spread_layers(model, most: int = 8) -> list[int]:
     "At most `most` layers, evenly from a third of the depth to the last but one, where concepts live."
     n = len(model.layers)
     return sorted(set(np.linspace(n / 3, max(n / 3, n - 2), most).round().astype(int).clip(0, n - 1).tolist()))
 
+def _groups(source, target, todo, m, held_out):
+    "Chunks that are read together: one by one here, as many as a job holds on a server."
+    remote, characters, row = far(target) or far(source), 4, 4 * m.x.shape[1] * m.x.shape[2]
+    if remote and 4 * m.xy.numel() > 1 << 28: todo = sorted(todo, key=lambda t: _part(_key(t), len(m.n), held_out))    # sums of one fold a job
+    chunks = _chunks(todo); tokens = lambda part: sum(map(len, part)) // characters
+    return iter(bundled(chunks, remote, tokens, lambda part: row * tokens(part)) if remote else [[c] for c in chunks])
+
+def _collect_here(source, target, groups, m, held_out, most_rows, template, positions, weight):
+    "What adds each chunk, read here or brought here."
+    for group in groups:
+        X, Y, of = paired_states(source, target, [template.replace("{}", t) for part in group for t in part], m.source_layers, m.target_layers, positions); start = 0
+        for part in group:
+            on = (of >= start) & (of < start + len(part))
+            yield lambda: _take(m, X[on], Y[on], of[on] - start, part, held_out, most_rows, weight) or len(part)
+            start += len(part)
+
+# %% ../nbs/02a_moments.ipynb #eb6892c5
+def _kept(adding, m, path, every, bar, notes):
+    "Add all, and save now and then; also when a server fails or the user stops meanwhile."
+    def save(): m.save(path); notes.write()
+    last = time.monotonic()
+    while True:
+        try: add = next(adding, None)              # reading and waiting: nothing is half added
+        except BaseException:
+            if path is not None and m.seen: save()
+            raise
+        if add is None: break
+        bar.update(add())
+        if path is not None and time.monotonic() - last > every: save(); last = time.monotonic()
+    if path is not None and m.seen: save()
+
+# %% ../nbs/02a_moments.ipynb #20164524
 def collect(
     source, target,                              # nnsight models
     corpus: Corpus,
@@ -236,19 +411,17 @@ def collect(
     weight: Callable | None = None,              # rows -> weights, such as `robust_weight`
     path: str | Path | None = None,              # where to keep the sums, and to go on from
     every: float = 120.,                         # seconds between two savings
+    products: bool = False,                      # of a target on a server, also the products of its own dimensions, for other methods than ridge and for the way back
 ) -> Moments:
     "Moments of two models over a corpus. Raises ValueError for too little text, naming what to do."
     l1, l2 = (tuple(_layers(m, ls) if ls is not None else spread_layers(m)) for m, ls in ((source, source_layers), (target, target_layers)))
     one, two = model_info(source), model_info(target)
-    m = _resumed(path, Moments.zeros(folds, len(l1), one.width, len(l2), two.width, source=one, target=two, source_layers=l1, target_layers=l2, template=template))
-    todo, last = [t for t in dict.fromkeys(corpus.texts) if _key(t) not in m.seen], time.monotonic()
+    m = Moments.zeros(folds, len(l1), one.width, len(l2), two.width, source=one, target=two, source_layers=l1, target_layers=l2, template=template)
+    if far(target) and not products: m.yy = m.squares.clone()
+    m = _resumed(path, m); todo = [t for t in dict.fromkeys(corpus.texts) if _key(t) not in m.seen]
     with tqdm(total=len(todo), desc="moments", unit="text", disable=None, leave=False) as bar:
-        for part in _chunks(todo):
-            X, Y, of = paired_states(source, target, [template.replace("{}", t) for t in part], l1, l2, positions)
-            with fast_matmul(target): _take(m, X, Y, of, part, held_out, most_rows, weight)
-            bar.update(len(part))
-            if path is not None and time.monotonic() - last > every: m.save(path); last = time.monotonic()
-    if path is not None and todo: m.save(path)
+        groups, notes = _groups(source, target, todo, m, held_out), _Noted(path); how = (source, target, groups, m, held_out, most_rows, template, positions, weight)
+        with fast_matmul(target): _kept(_collect_far(*how, products, notes, bar) if far(target) else _collect_here(*how), m, path if todo else None, every, bar, notes)
     if (m.n > 0).sum() < 2 or len(m.held_x) < 2:
         raise ValueError(f"{len(m.seen)} texts are too few for {folds} folds and a held-out part; use more or longer texts, better hundreds.")
     return m

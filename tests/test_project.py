@@ -10,7 +10,7 @@ import concept_transfer
 
 ROOT = Path(__file__).parents[1]
 LIB = ROOT/"concept_transfer"
-ORDER = "data models extraction moments alignment injection tasks inference evaluation selection plots cli all".split()
+ORDER = "data remote models extraction moments alignment injection tasks inference evaluation selection plots cli all".split()
 MODULES = sorted(p.stem for p in LIB.glob("[!_]*.py"))
 
 
