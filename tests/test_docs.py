@@ -39,7 +39,7 @@ def test_index_has_its_content_and_a_sidebar_with_every_notebook(site, tmp_path)
     assert "load_model(" in text(dom)
     sidebar = dom.split('id="quarto-sidebar"')[1].split("</nav>")[0]
     linked = {Path(link).stem for link in re.findall(r'href="([^"]+)"', sidebar)}
-    notebooks = {re.sub(r"^\d+_", "", p.stem) for p in (ROOT/"nbs").rglob("[!._]*.ipynb") if "checkpoints" not in str(p)}
+    notebooks = {re.sub(r"^\d+[a-z]?_", "", p.stem) for p in (ROOT/"nbs").rglob("[!._]*.ipynb") if "checkpoints" not in str(p)}
     assert notebooks <= linked, f"add to _quarto.yml: {notebooks - linked}"
 
 
