@@ -77,8 +77,12 @@ def cmd_extract(a):
     return dict(out=a.out, concept=c.name, model=c.model.name, n_pairs=c.n_pairs, layers=list(c.layers), auc=list(c.auc)), repr(c)
 
 def cmd_align(a):
-    _writable(a.out); corpus, part = load_corpus(a.corpus), Path(f"{a.out}.part")      # what an interrupted run goes on from
-    maps = fit_maps(load_model(a.source), load_model(a.target), corpus, method=a.method, path=part); maps.save(a.out); part.unlink(missing_ok=True)
+    _writable(a.out); corpus, part = load_corpus(a.corpus), Path(f"{a.out}.part"); resumed = part.is_file()      # what an interrupted run left
+    try: maps = fit_maps(load_model(a.source), load_model(a.target), corpus, method=a.method, path=part)
+    except ValueError:
+        if not resumed: part.unlink(missing_ok=True)
+        raise
+    maps.save(a.out); part.unlink(missing_ok=True)
     return _map_facts(maps) | dict(out=a.out), repr(maps)
 
 # %% ../nbs/08_cli.ipynb #552bd061
