@@ -5,7 +5,7 @@
 published: one minimum-norm SVD solve for each pair of layers on stored rows (timed on a pair of each source layer, times the number of target layers)
 products:  the matrix products of the grid alone, at the measured rate of each precision
 """
-import resource, subprocess, sys, time
+import subprocess, sys, time
 import numpy as np, torch
 from concept_transfer.alignment import contrans, ridge
 from concept_transfer.data import load_corpus
@@ -44,13 +44,9 @@ def bare(models, texts):
 
 def growth(X, Y):
     "Exponents of the time of a grid in rows, widths and layers, from three sizes of each."
-    def seconds(n, d, L):
-        start = time.perf_counter(); grid(X[:n, :L, :d], Y[:n, :L, :d], 1, [.1])
-        return time.perf_counter() - start
-    seconds(512, 128, 4); sizes = {"rows": [(n, 576, 6) for n in (4096, 8192, 16384)], "widths": [(2048, d, 12) for d in (144, 288, 576)], "layers": [(2048, 576, L) for L in (4, 8, 16)]}
-    out = {}
+    sizes = {"rows": [(n, 576, 6) for n in (4096, 8192, 16384)], "widths": [(2048, d, 12) for d in (144, 288, 576)], "layers": [(2048, 576, L) for L in (4, 8, 16)]}
+    big, out = (torch.cat([X] * (1 + 16384 // len(X))), torch.cat([Y] * (1 + 16384 // len(Y)))), {}
     for k, points in sizes.items():
-        big = torch.cat([X] * (1 + 16384 // len(X))), torch.cat([Y] * (1 + 16384 // len(Y)))
         t = [min(_time(lambda: grid(big[0][:n, :L, :d], big[1][:n, :L, :d], 1, [.1])) for _ in range(2)) for n, d, L in points]
         at = [p[{"rows": 0, "widths": 1, "layers": 2}[k]] for p in points]; out[k] = float(np.polyfit(np.log(at), np.log(t), 1)[0])
     return out

@@ -42,7 +42,7 @@ def ours(model, task, texts, vectors):
 
 def main():
     a = arguments(items=24, arms=6, rounds=3); source, target = (load_model(n) for n in NAMES)
-    task, texts = load_task("emotions/happiness").take(a.items), load_corpus("neutral").texts[:16]; g = torch.Generator().manual_seed(0)
+    task, texts = load_task("emotions/happiness").take(a.items), load_corpus("neutral").texts[:16]
     joy = graft(extract_concept(target, load_pairs("emotions/happiness"), [LAYER]), target, LAYER, dose=.05)
     vectors = [joy.vector(s) for s in np.linspace(.5, 2, a.arms)]
     def check(got):

@@ -14,9 +14,9 @@ from typing import Sequence
 import numpy as np, torch
 from tqdm import tqdm
 from .data import ContrastPairs, Corpus
-from .models import ModelInfo, fast_matmul, model_info
+from .models import ModelInfo, model_info
 from .extraction import Concept, activations, auc, load_artefact, mean_difference, save_artefact, _layers
-from .moments import Moments, collect, last_token, paired_states, spread_layers, texts_hash, _key, _part
+from .moments import Moments, collect, last_token, paired_states, spread_layers, _key, _part
 
 # %% ../nbs/03_alignment.ipynb #8cd9bd59
 LAMBDAS = tuple(float(l) for l in np.logspace(-5, 1, 13))  # relative to the variance of a standardised dimension

@@ -7,11 +7,10 @@ __all__ = ['log', 'PACKAGES', 'LOST', 'Remote', 'far', 'hosted', 'other_versions
            'backend', 'in_flight']
 
 # %% ../nbs/00a_remote.ipynb #9bb75b48
-import functools, json, logging, os, sys, time
+import functools, json, logging, sys, time
 from collections import deque
 from dataclasses import dataclass
 from importlib.metadata import version
-from pathlib import Path
 from typing import Callable, Iterable, Iterator
 import httpx
 from nnsight import CONFIG

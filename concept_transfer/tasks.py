@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Callable, Sequence
 import numpy as np
 from scipy.special import softmax
-from .data import TRUTHFULLY, ChoiceItem, ChoiceTask, MultipleChoice, data_hash, truthfulqa, _builtin, _check_texts, _json, _path, _words
+from .data import TRUTHFULLY, ChoiceItem, ChoiceTask, MultipleChoice, data_hash, _builtin, _check_texts, _json, _path, _words
 
 # %% ../nbs/04a_tasks.ipynb #43542563
 def load_truthfulness(

@@ -1,5 +1,4 @@
 """Properties of moments and maps that hold whatever the data."""
-import warnings
 import numpy as np, pytest, torch
 from sklearn.linear_model import Ridge
 from concept_transfer import moments as mo

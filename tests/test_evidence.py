@@ -3,7 +3,7 @@ import json
 from dataclasses import replace
 import numpy as np, pytest, torch
 from concept_transfer.alignment import fit_maps, random_map
-from concept_transfer.data import ChoiceItem, ChoiceTask, Corpus, load_corpus, load_pairs, load_task
+from concept_transfer.data import ChoiceItem, ChoiceTask, Corpus, load_corpus, load_pairs
 from concept_transfer.evaluation import ARMS, ChoiceProbe, Evidence, _arm, _probes, _provenance, evaluate, off_target, steerability, summarise
 from concept_transfer.extraction import extract_concept
 from concept_transfer.injection import graft
