@@ -26,7 +26,7 @@ from .inference import bootstrap, holm, interval, mcnemar, permutation_p, slope_
 # %% ../nbs/05_evaluation.ipynb #ecb6e177
 class Prefix:
     "Texts read once up to a layer, from where each direction goes on."
-    def __init__(self, model, ids: Sequence[Sequence[int]], layer: int, budget: int = 512):
+    def __init__(self, model, ids: Sequence[Sequence[int]], layer: int, budget: int = 1024):
         self.model, self.layer, self.n, self.batches, self.read = model, layer, len(ids), [], 0     # read: texts that went on from here
         for rows in length_batches(ids, budget):
             x, mask = pad(model, [ids[i] for i in rows], left=True)
@@ -164,26 +164,23 @@ class DamageProbe:
         ids = encode(model, texts); good = [i for i, x in enumerate(ids) if len(x) > keep]
         if not good: raise ValueError(f"no neutral text has more than {keep} tokens; give whole sentences.")
         texts, ids = [texts[i] for i in good], [ids[i] for i in good]; self.keep, self.texts, self.ids = keep, texts, ids
-        self.prefix = Prefix(model, ids if not prefix else _behind(model, prefix, texts, ids, keep), layer)
-        self.base = None if prefix or far(model) else [self._logp(out) for _, out in self.prefix.logits(None, keep + 1)]
-
-    def _logp(self, out): return out[:, :-1].log_softmax(-1)   # the last position has no next token to be compared with
+        self.prefix = Prefix(model, [x[:-1] for x in (_behind(model, prefix, texts, ids, keep) if prefix else ids)], layer)   # nothing follows the last token
+        self.base = None if prefix or far(model) else [out.log_softmax(-1) for _, out in self.prefix.logits(None, keep)]
 
     def __call__(self, fn: Callable | None = None, base=None) -> tuple[float, float, float]:
         "Mean KL from the base model in nats a token, its 95th percentile, and the ratio of perplexities."
         if far(self.prefix.model): return self.many([fn])[0]
         kl, more, base = [], [], base or self.base
-        for (rows, out), p in zip(self.prefix.logits(fn, self.keep + 1), base):
-            q = self._logp(out)                                              # (b, keep, vocabulary)
-            away, lost = torch.nn.functional.kl_div(q, p, reduction="none", log_target=True).sum(-1).clamp_min(0), p - q
-            kl += away.flatten().tolist()
-            for b, i in enumerate(rows): more += lost[b, range(self.keep), self.ids[i][-self.keep:]].tolist()
+        for (rows, out), before in zip(self.prefix.logits(fn, self.keep), base):
+            for i, z, p in zip(rows, out, before):                           # text by text: fits the processor's cache
+                q = z.log_softmax(-1); away = torch.nn.functional.kl_div(q, p, reduction="none", log_target=True).sum(-1)     # (keep,)
+                kl += away.clamp_min(0).tolist(); more += (p - q)[range(self.keep), self.ids[i][-self.keep:]].tolist()
         return float(np.mean(kl)), float(np.percentile(kl, 95)), float(np.exp(np.mean(more)))
 
 # %% ../nbs/05_evaluation.ipynb #46418b89
 def _drift(logits, base, tokens):
     "Log-probabilities of the base; of an arm its KL from them, and what the tokens lost."
-    q = logits[:, :-1].log_softmax(-1)
+    q = logits.log_softmax(-1)
     if base is None: return q
     kl = torch.nn.functional.kl_div(q, base, reduction="none", log_target=True).sum(-1).clamp_min(0)
     return kl, (base - q).gather(-1, tokens.to(q.device)[..., None])[..., 0]
@@ -192,8 +189,8 @@ def _hurts(self: DamageProbe, fns: Sequence[Callable | None]) -> list[tuple[floa
     "The same for several changes; on a server, where the base model reads along, in as few requests as may be."
     model, batches = self.prefix.model, self.prefix.batches
     if not far(model): return [self(fn) for fn in fns]
-    plain, last = [pad(model, [self.ids[i] for i in rows], left=True) for rows, *_ in batches], [torch.tensor([self.ids[i][-self.keep:] for i in rows]) for rows, *_ in batches]
-    sums = [[torch.cat([p[k].flatten() for p in parts]).double().numpy() for k in (0, 1)] for parts in _answered(self.prefix, fns, self.keep + 1, _drift, last, plain)]
+    plain, last = [pad(model, [self.ids[i][:-1] for i in rows], left=True) for rows, *_ in batches], [torch.tensor([self.ids[i][-self.keep:] for i in rows]) for rows, *_ in batches]
+    sums = [[torch.cat([p[k].flatten() for p in parts]).double().numpy() for k in (0, 1)] for parts in _answered(self.prefix, fns, self.keep, _drift, last, plain)]
     return [(float(kl.mean()), float(np.percentile(kl, 95)), float(np.exp(lost.mean()))) for kl, lost in sums]
 
 DamageProbe.many = _hurts
