@@ -143,14 +143,15 @@ def cmd_demo(a):
     out = Path(a.out); out.mkdir(parents=True, exist_ok=True); say = lambda text: print(text, file=sys.stderr, flush=True); start = time.time()
     say("1/6  models"); source, target = load_model("smollm2-135m-instruct"), load_model("gemma-3-270m")
     say(f"     {model_info(source)}\n     {model_info(target)}")
-    pairs, corpus, name = load_pairs("emotions/happiness"), load_corpus("general").take(500), "emotions/happiness"
+    pairs, corpus, name = load_pairs("emotions/happiness"), load_corpus("general").take(400), "emotions/happiness"
     say(f"2/6  concept: happiness, from {len(pairs)} pairs of scenarios")
     joy = _kept(out / "concept.safetensors", lambda: extract_concept(source, pairs), Concept.load, lambda c: (c.data, c.model) == (pairs.hash, model_info(source))); say(f"     {joy!r}")
     say(f"3/6  maps: both models read {len(corpus)} sentences")
-    maps = _kept(out / "map.safetensors", lambda: fit_maps(source, target, corpus), LayerGrid.load, lambda m: (m.data, m.source, m.target) == (texts_hash(corpus.texts), model_info(source), model_info(target))); say(f"     {maps!r}")
+    maps = _kept(out / "map.safetensors", lambda: fit_maps(source, target, corpus, template=joy.template), LayerGrid.load,
+                 lambda m: (m.data, m.template, m.source, m.target) == (texts_hash(corpus.texts), joy.template, model_info(source), model_info(target))); say(f"     {maps!r}")
     say("4/6  layers and dose, on scenarios kept for tuning")
     tune = load_task(name, "tune").take(40)
-    t = _kept(out / "transplant.safetensors", lambda: choose(joy, maps, target, tune, candidates=8), lambda p: Transplant.load(p, target),
+    t = _kept(out / "transplant.safetensors", lambda: choose(joy, maps, target, tune, candidates=6), lambda p: Transplant.load(p, target),
               lambda t: (t.notes.get("data"), t.notes.get("map"), t.notes.get("tuning")) == (joy.data, maps.data, tune.hash)); say(f"     {t!r}")
     say("5/6  evidence, on scenarios never used before")
     test = load_task(name); e = _kept_evidence(out / "evidence.json", t, test, pairs, a.seed)

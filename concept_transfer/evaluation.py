@@ -15,9 +15,8 @@ from typing import Callable, Iterator, Sequence
 import numpy as np, torch
 from tqdm import tqdm
 from .data import ChoiceTask, ContrastPairs, Corpus, load_corpus
-from nnsight import save
-from .models import context_length, encode, fast_matmul, logits, pad, read, _hidden, _put
-from .remote import backend, far, in_flight
+from .models import asking, context_length, encode, fast_matmul, logits, pad, read
+from .remote import far, in_flight
 from .extraction import POSITIONS, bundled, extract_concept, length_batches, logistic, mean_difference, package_version, pca, plain, whole_file
 from .injection import Transplant, _adder, generate, graft
 from .tasks import GenerationTask, MultipleChoice, load_knowledge, mc_scores, repetition
@@ -41,34 +40,14 @@ class Prefix:
             self.read += len(rows); k = keep(rows) if callable(keep) else keep
             with fast_matmul(self.model): yield rows, logits(self.model, x, mask, k, self.layer, h if fn is None else fn(h))
 
-# %% ../nbs/05_evaluation.ipynb #4072e538
+# %% ../nbs/05_evaluation.ipynb #0d12166c
 def _unchanged(h): return h
 
-def _asking(model, layer, batches, keep, reduce, against=False):
-    "Send one request: of all batches [(passes [(ids, mask, fn)], extra)] what `reduce(logits, base, extra)` gives; with `against` the first pass is the base."
-    job = backend(model, False)
-    with torch.no_grad(), model.session(backend=job):
-        table = save([])
-        for passes, extra in batches:
-            base, row = None, []
-            for ids, mask, fn in passes:
-                with model.trace(input_ids=ids, attention_mask=mask, logits_to_keep=keep):
-                    _put(model.layers[layer], fn(_hidden(model.layers[layer].output)))
-                    part = save(reduce(model.output.logits.float(), base, extra))
-                if against and base is None:
-                    base = part
-                else:
-                    row.append(part)
-            table.append(row)
-            part = base = None
-    return job
-
-# %% ../nbs/05_evaluation.ipynb #0d12166c
 def _answered(prefix: Prefix, fns, keep, reduce, extras, plain=None) -> list[list]:  # for each fn, what came back of each batch
     "Ask a server, with as many directions in a request as it may hold."
     m, size, out = prefix.model, sum(x.numel() for _, x, *_ in prefix.batches), []; prefix.read += len(fns) * prefix.n
     first = lambda b: [] if plain is None else [(*plain[b], _unchanged)]
-    ask = lambda some: _asking(m, prefix.layer, [(first(b) + [(x, mask, fn or _unchanged) for fn in some], extras[b]) for b, (_, x, mask, _) in enumerate(prefix.batches)], keep, reduce, plain is not None)
+    ask = lambda some: asking(m, prefix.layer, [(first(b) + [(x, mask, fn or _unchanged) for fn in some], extras[b]) for b, (_, x, mask, _) in enumerate(prefix.batches)], keep, reduce, plain is not None)
     for some, job in in_flight(((f, lambda f=f: ask(f)) for f in bundled(fns, far(m), lambda fn: size, lambda fn: 0)), far(m).flight):
         table = job.result()["table"]; out += [[row[j] for row in table] for j in range(len(some))]
     return out

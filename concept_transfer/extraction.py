@@ -8,7 +8,7 @@ __all__ = ['POSITIONS', 'FORMAT', 'length_batches', 'stream', 'bundled', 'activa
            'extract_concept']
 
 # %% ../nbs/02_extraction.ipynb #0e64d7a2
-import json, math, os, tempfile
+import hashlib, json, math, os, tempfile
 from dataclasses import asdict, dataclass, replace
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Callable, Iterator, Sequence
 import numpy as np, torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from scipy.stats import rankdata
 from tqdm import tqdm
 from .data import ContrastPairs
@@ -122,6 +122,11 @@ def _means(h, mask):  # (b, t, d), (b, t) -> (b, d)
 
 POSITIONS = {"last": lambda h: h[-1], "mean": _mean, "all": lambda h: h}
 
+def _marks(model, ids, layers, position) -> list[str]:
+    "For each text a hash of all that its states depend on."
+    if callable(position): raise ValueError("states at a position of your own cannot be kept in `path`; use last, mean or all.")
+    return [hashlib.sha256(f"{model_info(model).weights} {layers} {position} {x}".encode()).hexdigest()[:24] for x in ids]
+
 # %% ../nbs/02_extraction.ipynb #8e09f0df
 def activations(
     model,                                   # nnsight model
@@ -129,15 +134,23 @@ def activations(
     layers: Sequence[int] | None = None,     # default: every layer
     position: str | Callable = "last",       # "last", "mean" (without the first token), "all", or a function of (t, L, d)
     budget: int = 512,                       # padded tokens a batch; on a GPU ten times as many
+    path: str | Path | None = None,          # folder that keeps each batch as it arrives; a rerun goes on from there
 ) -> torch.Tensor | list[torch.Tensor]:      # (n, L, d) float32 on the CPU; with "all" a list of (t, L, d)
     "Residual stream of each text at the wanted layers and position, equal to reading each text alone. Raises ValueError for empty or non-finite texts."
     take = position if callable(position) else POSITIONS.get(position)
     if take is None: raise ValueError(f"position {position!r}: use {', '.join(POSITIONS)} or a function of the states (t, L, d).")
-    layers = _layers(model, layers); ids = encode(model, texts); out = [None] * len(ids); one = position == "last" or (position == "mean" and far(model) is not None)
-    for rows, states in stream(model, ids, layers, budget, at=[[len(x) - 1] for x in ids] if position == "last" else None, take=_means if one and position == "mean" else None):
-        for b, i in enumerate(rows):
-            if one: out[i] = torch.stack([h[b] for h in states]).float().cpu()
-            else: out[i] = take(torch.stack([h[b, :len(ids[i])] for h in states], 1).float()).cpu()
+    layers = _layers(model, layers); ids = encode(model, texts); one = position == "last" or (position == "mean" and far(model) is not None); done = {}
+    marks = range(len(ids)) if path is None else _marks(model, ids, layers, position)
+    if path is not None:
+        Path(path).mkdir(parents=True, exist_ok=True)
+        for f in Path(path).glob("*.safetensors"): done |= load_file(f)
+    todo = [i for i, k in enumerate(marks) if k not in done]; left = [ids[i] for i in todo]
+    for rows, states in stream(model, left, layers, budget, at=[[len(x) - 1] for x in left] if position == "last" else None, take=_means if one and position == "mean" else None):
+        new = {marks[todo[j]]: (torch.stack([h[b] for h in states]) if one else take(torch.stack([h[b, :len(left[j])] for h in states], 1).float())).float().cpu().contiguous() for b, j in enumerate(rows)}
+        done |= new
+        if path is not None:
+            with whole_file(Path(path)/f"{marks[todo[rows[0]]]}.safetensors") as tmp: save_file(new, tmp)
+    out = [done[k] for k in marks]
     return out if position == "all" else torch.stack(out)
 
 # %% ../nbs/02_extraction.ipynb #5bd6458e
@@ -279,10 +292,11 @@ def extract_concept(
     position: str | Callable = "last",        # as for `activations`; the paper uses the last token
     reducer: Callable = mean_difference,      # (n, d), (m, d) -> (d,)
     seed: int = 0,                            # of the folds
+    path: str | Path | None = None,           # as for `activations`
 ) -> Concept:
     "The concept that `pairs` show, at every layer, with its AUC on held-out scenarios (five folds)."
     layers = _layers(model, layers); n = len(pairs.positive)
-    H = activations(model, [pairs.template.replace("{}", t) for t in pairs.texts], layers, position)  # (n + m, L, d)
+    H = activations(model, [pairs.template.replace("{}", t) for t in pairs.texts], layers, position, path=path)  # (n + m, L, d)
     if H.ndim != 3: raise ValueError("a concept needs one state a text: use position 'last' or 'mean', or a function that returns (L, d).")
     P, N = H[:n], H[n:]
     directions = torch.stack([reducer(P[:, l], N[:, l]) for l in range(len(layers))])

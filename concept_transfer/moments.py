@@ -15,8 +15,7 @@ from typing import Callable, Sequence
 import numpy as np, torch
 from tqdm import tqdm
 from .data import Corpus
-from nnsight import save
-from .models import ModelInfo, context_length, fast_matmul, model_info, pad, _hidden
+from .models import ModelInfo, context_length, fast_matmul, model_info, pad, summing
 from .remote import backend, far, in_flight
 from .extraction import bundled, length_batches, load_artefact, save_artefact, stream, whole_file, _flat, _layers
 
@@ -269,27 +268,12 @@ def _empty(K, L1, d1, L2, d2, products, device, shift_x, shift_y):
     return SimpleNamespace(n=z(K), x=z(K, L1, d1), y=z(K, L2, d2), xy=z(K, L1, d1, L2, d2), yy=z(K, L2, d2, d2) if products else z(K, L2, d2), null=z(L1, d1, L2, d2), n_null=z(), shift_x=shift_x, shift_y=shift_y)
 
 # %% ../nbs/02a_moments.ipynb #20c93865
-def _summing(model, chunks, layers, shape, products, shift, weight, bar=None):
-    "Send one request for the sums of several chunks [(X, fold, held, batches, place)], `place` being where the rows of the batches belong."
-    job, order = backend(model, False, bar), sorted(set(layers))
-    with torch.no_grad(), model.session(backend=job):
-        sums, extra = None, save([])
-        for X, fold, held, batches, place in chunks:
-            parts = []
-            for ids, mask, at in batches:
-                with model.trace(input_ids=ids, attention_mask=mask) as tracer:
-                    states = save([])
-                    for k in order:
-                        states.append(_hidden(model.layers[k].output)[at])
-                    tracer.stop()
-                parts.append(torch.stack([states[order.index(k)] for k in layers], 1))
-            Y = torch.cat(parts)[place.to(parts[0].device)]
-            if sums is None:
-                sums = _empty(*shape, products, Y.device, *shift)
-            extra.append(_sum_chunk(sums, X, Y, fold, held, weight))
-            states = parts = Y = None
-        kept = save({k: v.float() if k in ("xy", "yy", "null") else v for k, v in vars(sums).items() if v is not None})
-    return job
+def _summing(target, chunks, layers, shape, products, shift, weight, bar):
+    "Send one request for the sums of several chunks [(X, fold, held, batches, place)]."
+    start = lambda device: _empty(*shape, products, device, *shift)
+    add = lambda sums, Y, rows: _sum_chunk(sums, rows[0], Y, *rows[1:], weight)
+    end = lambda sums: {k: v.float() if k in ("xy", "yy", "null") else v for k, v in vars(sums).items() if v is not None}
+    return summing(target, [(batches, place, rows) for *rows, batches, place in chunks], layers, start, add, end, bar)
 
 # %% ../nbs/02a_moments.ipynb #832d8826
 def _merge_answer(m: Moments, got, made, present):

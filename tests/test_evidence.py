@@ -83,7 +83,6 @@ def test_a_behaviour_is_moved_by_its_own_transplant_first(pair, task):
     m, t, joy, maps = pair; own = graft(joy, t, map=maps[2, 2], dose=.5); shift, p = off_target([own, replace(own, direction=-own.direction)], [task])
     assert shift[0, 0] >= shift[1, 0] and p.shape == (2, 1) and (p <= 1).all()
 
-@pytest.mark.slow
 def test_the_verdict_is_rarely_wrong_on_nothing(pair):
     "200 null runs: one random direction is taken for the transplant, twenty others are its controls."
     m, t, joy, maps = pair; own = replace(graft(joy, t, map=maps[2, 2]), shuffled=None); rng = np.random.default_rng(1)

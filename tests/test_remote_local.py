@@ -38,6 +38,21 @@ def test_activations(near, distant, position):
     for x, y in zip(a, b): close(y, x)
 
 
+def test_interrupted_reading_goes_on(near, distant, tmp_path, monkeypatch):
+    texts = [f"{x} Number {i}." for i, x in enumerate(load_pairs("emotions/fear").positive)]; want, real, calls = activations(near[1], texts, [3]), remote.Simulated.result, []
+    def failing(self):
+        calls.append(1)
+        if len(calls) == 2: raise ConnectionError("the line is down")
+        return real(self)
+    monkeypatch.setattr(remote.Simulated, "result", failing)
+    with pytest.raises(ConnectionError): activations(distant[1], texts, [3], path=tmp_path)
+    assert len(list(tmp_path.iterdir())) > 0
+    before = len(calls); close(activations(distant[1], texts, [3], path=tmp_path), want); again = len(calls) - before
+    activations(distant[1], texts, [3]); assert 0 < again < len(calls) - before - again      # fewer jobs than from the start
+    before = len(calls); close(activations(distant[1], texts, [3], path=tmp_path), want); assert len(calls) == before
+    with pytest.raises(ValueError, match="cannot be kept"): activations(near[1], texts, [3], lambda h: h[0], path=tmp_path)
+
+
 def transplant_with(source, target, corpus):
     "The README's lines, with whichever models."
     joy = extract_concept(source, load_pairs("emotions/happiness"))
