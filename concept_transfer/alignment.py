@@ -9,6 +9,7 @@ __all__ = ['LAMBDAS', 'RANKS', 'METHODS', 'ridge', 'contrans', 'procrustes', 'wh
 # %% ../nbs/03_alignment.ipynb #026923e4
 import math, warnings
 from dataclasses import asdict, dataclass, fields
+from functools import cached_property
 from pathlib import Path
 from typing import Sequence
 import numpy as np, torch
@@ -27,16 +28,21 @@ def _scale(variance, mean):
 
 @dataclass
 class _Layer:
-    "Moments of one source layer with all target layers, in units of standard deviations about the overall means."
-    n: torch.Tensor    # (K,)
+    "One source layer with all target layers, in units of standard deviations about the overall means."
+    m: Moments
+    s: int             # index of the source layer
     mx: torch.Tensor   # (d1,) means of shifted rows
     my: torch.Tensor   # (L2, d2)
     sx: torch.Tensor   # (d1,) standard deviations; infinite where a dimension is constant
     sy: torch.Tensor   # (L2, d2)
     R: torch.Tensor    # (d1, d1) float64
-    C: torch.Tensor    # (d1, L2, d2) float64
-    null: torch.Tensor # (d1, L2, d2) float32, of shuffled pairs
 
+    @property
+    def products(self) -> torch.Tensor:  # (d1, L2, d2) float64, about the shift
+        return self.m.xy[0, self.s] if len(self.m.n) == 1 else self.m.xy[:, self.s].sum(0)
+    @cached_property
+    def C(self) -> torch.Tensor:  # (d1, L2, d2) float64
+        return (self.products / self.m.n.sum() - self.mx[:, None, None] * self.my) / self.sx[:, None, None] / self.sy
     def raw(self, W: torch.Tensor) -> torch.Tensor:  # (d1, L2, d2) -> (L2, d1, d2)
         "A standardised solution in the units of the states."
         return (W / self.sx[:, None, None] * self.sy.where(self.sy.isfinite(), 0)).transpose(0, 1)
@@ -46,44 +52,33 @@ def _layer(m: Moments, s: int) -> _Layer:
     n = m.n.sum(); mx, my = m.x[:, s].sum(0) / n, m.y.sum(0) / n
     R = (m.xx[:, s].sum(0) / n).addr_(mx, mx, alpha=-1)
     sx, sy = _scale(R.diagonal(), m.shift_x[s]), _scale(m.squares.sum(0) / n - my ** 2, m.shift_y)
-    def standard(S, n):
-        return (S / n).view(len(mx), -1).addr_(mx, my.flatten(), alpha=-1).div_(sx[:, None]).div_(sy.flatten()).view_as(S)
-    return _Layer(m.n, mx, my, sx, sy, R / torch.outer(sx, sx), standard(m.xy[:, s].sum(0), n), standard(m.null[s], m.n_null.clamp_min(1)).float())
+    return _Layer(m, s, mx, my, sx, sy, R / torch.outer(sx, sx))
 
 # %% ../nbs/03_alignment.ipynb #28d6c6ad
-def _splits(m: Moments, s: int, u: _Layer):
-    "For each fold: covariances R (d1, d1), C (d1, L2, d2) of the others; sums Rk, Ck and squares (L2,) of the fold about the others' mean."
-    n, d1, d2 = m.n.sum(), len(u.mx), u.my.shape[1]; my, sy = u.my.flatten(), u.sy.flatten()
-    G, F, dx, dy, yy = [], [], [], [], []
-    for k in range(len(m.n)):
-        x, y = m.x[k, s] - m.n[k] * u.mx, m.y[k].flatten() - m.n[k] * my
-        G.append(m.xx[k, s].addr(x, u.mx, alpha=-1).addr_(u.mx, m.x[k, s], alpha=-1) / torch.outer(u.sx, u.sx))
-        F.append(m.xy[k, s].view(d1, -1).float().addr_(x.float(), my.float(), alpha=-1).addr_(u.mx.float(), m.y[k].flatten().float(), alpha=-1).div_(u.sx.float()[:, None]).div_(sy.float()))
-        dx.append(x / u.sx); dy.append(y / sy)
-        yy.append(((m.squares[k].flatten() - my * (2 * m.y[k].flatten() - m.n[k] * my)) / sy ** 2))
-    S, T = sum(F), sum(G)
-    for k in range(len(m.n)):
-        if m.n[k] == 0 or m.n[k] == n: continue
-        nt = n - m.n[k]; ax, ay = -dx[k] / nt, -dy[k] / nt                   # mean of the other folds about the overall mean
-        R, C = ((T - G[k]) / nt).addr_(ax, ax, alpha=-1), ((S - F[k]) / float(nt)).addr_(ax.float(), ay.float(), alpha=-1)
-        Rk = G[k].addr(dx[k], ax, alpha=-1).addr_(ax, dx[k] - m.n[k] * ax, alpha=-1)
-        Ck = F[k].addr_(dx[k].float(), ay.float(), alpha=-1).addr_(ax.float(), (dy[k] - m.n[k] * ay).float(), alpha=-1)
-        base = (yy[k] - 2 * dy[k] * ay + m.n[k] * ay ** 2).view(-1, d2).sum(1)
-        yield R, C.view(d1, -1, d2), Rk, Ck.view(d1, -1, d2), base
+def _splits(u: _Layer):
+    "By fold: covariances R of the others, sums Rk of the fold about the others' mean (K, d1, d1), and a function that gives a target layer's C, Ck (K, d1, d2) and squares (K,)."
+    m, s, sx = u.m, u.s, u.sx; on = (m.n > 0) & (m.n < m.n.sum()); n = m.n[on][:, None]; nt = m.n.sum() - n
+    if not on.any(): raise ValueError("cross-validation needs rows in two folds; use more folds, or give one lambda.")
+    x, G = m.x[on, s] / sx, m.xx[on, s] / torch.outer(sx, sx); ax = (x.sum(0) - x) / nt                        # (K, d1), (K, d1, d1)
+    cross = lambda a, b: a[:, :, None] * b[:, None, :]
+    R, Rk = (G.sum(0) - G) / nt[..., None] - cross(ax, ax), G - cross(x, ax) - cross(ax, x - n * ax)
+    def of(t):
+        sy = u.sy[t]; F = (m.xy[on, s, :, t] / sx[:, None] / sy).float(); y = m.y[on, t] / sy; ay = (y.sum(0) - y) / nt      # (K, d1, d2), (K, d2)
+        C = ((F.sum(0) - F) / nt[..., None].float()).sub_(cross(ax.float(), ay.float()))
+        Ck = F.sub_(cross(x.float(), ay.float())).sub_(cross(ax.float(), (y - n * ay).float()))
+        return C, Ck, (m.squares[on, t] / sy ** 2 - 2 * y * ay + n * ay ** 2).sum(1)
+    return R, Rk, of
 
 # %% ../nbs/03_alignment.ipynb #895bf365
-def _cv_error(m: Moments, s: int, u: _Layer, lambdas) -> torch.Tensor:  # -> (len(lambdas), L2) squared error relative to the variance
-    "Exact k-fold cross-validated error of ridge from the fold moments of source layer `s`."
-    err = total = 0.
-    for R, C, Rk, Ck, base in _splits(m, s, u):
-        e, U = torch.linalg.eigh(R); d1, L2, d2 = C.shape
-        B = (U.T @ Rk @ U).float(); S = (1 / (e.clamp_min(0) + torch.tensor(lambdas, dtype=torch.float64)[:, None])).float()   # (lambdas, d1)
-        A, D = (U.T.float() @ M.reshape(d1, -1) for M in (C, Ck))                                  # (d1, L2 d2)
-        cross = (A * D).view(d1, L2, d2).sum(-1)                                                   # (d1, L2)
-        A = A.view(d1, L2, d2).transpose(0, 1)
-        H = (A @ A.mT).mul_(B)                                                                     # (L2, d1, d1)
-        err = err + base - 2 * (S @ cross).double() + ((H @ S.T) * S.T).sum(1).T.double(); total = total + base
-    return err / total
+def _cv_error(u: _Layer, lambdas) -> torch.Tensor:  # -> (len(lambdas), L2) squared error relative to the variance
+    "Exact k-fold cross-validated error of ridge from the fold moments of a source layer."
+    R, Rk, of = _splits(u); e, U = torch.linalg.eigh(R); V = U.mT.float().contiguous(); B = (U.mT @ Rk @ U).float(); out = []
+    S = (1 / (e.clamp_min(0)[:, None] + torch.tensor(lambdas, dtype=torch.float64)[:, None])).float()          # (K, lambdas, d1)
+    for t in range(len(u.my)):
+        C, Ck, base = of(t); A, D = V @ C, V @ Ck; H = (A @ A.mT).mul_(B)                                          # (K, d1, d2), (K, d1, d1)
+        err = ((H @ S.mT) * S.mT).sum((0, 1)) - 2 * (S @ (A * D).sum(-1, keepdim=True)).sum((0, 2))
+        out.append(1 + err.double() / base.sum())
+    return torch.stack(out, 1)
 
 # %% ../nbs/03_alignment.ipynb #c6f7f6d5
 def _inverse(R: torch.Tensor, lam: torch.Tensor, power: float = -1.) -> torch.Tensor:
@@ -91,14 +86,21 @@ def _inverse(R: torch.Tensor, lam: torch.Tensor, power: float = -1.) -> torch.Te
     e, U = torch.linalg.eigh(R)
     return (U * (e.clamp_min(0) + lam[:, None])[:, None, :] ** power) @ U.T
 
+def _solved(u: _Layer, G: list[torch.Tensor], at, S, n) -> torch.Tensor:  # -> (L2, d1, d2)
+    "Inverses (d1, d1) applied to raw products (d1, L2, d2) over `n` rows, each target layer by its own."
+    out = S.new_empty(len(u.my), len(u.mx), u.my.shape[1])
+    for t, i in enumerate(at):
+        g = G[i].to(S); torch.mm(g / n.to(S), S[:, t], out=out[t]); out[t].addr_(g @ u.mx.to(S), u.my[t].to(S), alpha=-1)
+    return out.mul_(u.sy.isfinite()[:, None])
+
 def ridge(m: Moments, s: int, lambdas: Sequence[float] = LAMBDAS, u: _Layer | None = None):  # -> (L2, d1, d2), shuffled control (L2, d1, d2), lambda (L2,), cross-validated R2 (L2,)
     "Centred, standardised ridge from source layer `s` to every target layer, lambda by cross-validation (one lambda: taken as it is)."
     u = u or _layer(m, s); grid = torch.tensor(lambdas, dtype=torch.float64)
-    cv = _cv_error(m, s, u, lambdas) if len(lambdas) > 1 else torch.full((1, len(u.my)), torch.nan).double()
+    cv = _cv_error(u, lambdas) if len(lambdas) > 1 else torch.full((1, len(u.my)), torch.nan).double()
     pick = (cv <= cv.min(0).values + 1e-6).int().argmax(0) if len(lambdas) > 1 else torch.zeros(len(u.my), dtype=torch.long)   # of equals the weakest
-    used, at = pick.unique(return_inverse=True); inv = _inverse(u.R, grid[used])
-    solve = lambda C: u.raw(torch.stack([inv[i].to(C) @ C[:, t] for t, i in enumerate(at)], 1))
-    return solve(u.C), solve(u.null), grid[pick], 1 - cv.gather(0, pick[None])[0]
+    used, at = pick.unique(return_inverse=True); eye, units = torch.eye(len(u.mx)).double(), torch.outer(u.sx, u.sx)
+    G = [torch.cholesky_inverse(torch.linalg.cholesky(u.R + l * eye)) / units for l in grid[used]]
+    return _solved(u, G, at, u.products, m.n.sum()), _solved(u, G, at, m.null[s], m.n_null.clamp_min(1)), grid[pick], 1 - cv.gather(0, pick[None])[0]
 
 # %% ../nbs/03_alignment.ipynb #e2953968
 def contrans(X: torch.Tensor, Y: torch.Tensor) -> torch.Tensor:  # (n, d1), (n, d2) -> (d1, d2)
@@ -135,13 +137,14 @@ def random_map(W: torch.Tensor, seed: int = 0) -> torch.Tensor:
 # %% ../nbs/03_alignment.ipynb #e58f7cce
 RANKS = (8, 16, 32, 64, 128, 256)
 
-def _choose_ranks(m, s, u, lam) -> list[int]:
+def _choose_ranks(u, lam) -> list[int]:
     "For each target layer the rank with the least cross-validated error at its lambda."
     full = min(u.R.shape[0], u.my.shape[1]); ranks = [r for r in RANKS if r < full] + [full]; err = torch.zeros(len(lam), len(ranks), dtype=torch.float64)
-    for R, C, Rk, Ck, _ in _splits(m, s, u):
-        inv = _inverse(R, lam)
-        for t in range(len(lam)):
-            W = inv[t] @ C[:, t].double(); P, G, H = W.T @ R @ W, W.T @ Rk @ W, W.T @ Ck[:, t].double()
+    R, Rk, of = _splits(u); parts = [of(t) for t in range(len(lam))]
+    for k in range(len(R)):
+        inv = _inverse(R[k], lam)
+        for t, (C, Ck, _) in enumerate(parts):
+            W = inv[t] @ C[k].double(); P, G, H = W.T @ R[k] @ W, W.T @ Rk[k] @ W, W.T @ Ck[k].double()
             V = torch.linalg.eigh(P)[1].flip(1)
             gain = torch.einsum("ai,ab,bi->i", V, H, V).cumsum(0)            # of the projection on the first r directions
             for i, r in enumerate(ranks): err[t, i] += (V[:, :r].T @ G @ V[:, :r]).trace() - 2 * gain[r - 1]
@@ -154,7 +157,7 @@ def _solve_layer(m, s, u, method):
     if method == "whitened":
         if m.yy.ndim == 3: raise ValueError("whitened maps need the target's own products, which a server makes on request: fit_maps(..., products=True).")
         Ry = m.yy.sum(0) / m.n.sum() - torch.einsum("ta,tb->tab", u.my, u.my); Ry = Ry / (u.sy[:, :, None] * u.sy[:, None, :])
-    if method == "lowrank": ranks, inv = _choose_ranks(m, s, u, lam), _inverse(u.R, lam)
+    if method == "lowrank": ranks, inv = _choose_ranks(u, lam), _inverse(u.R, lam)
     each = {"procrustes": lambda t: procrustes(u.R, u.C[:, t]), "whitened": lambda t: whitened(u.R, u.C[:, t], Ry[t], lam[t]),
             "lowrank": lambda t: reduced_rank(inv[t] @ u.C[:, t], u.R, ranks[t])}[method]
     return u.raw(torch.stack([each(t) for t in range(len(lam))], 1)), null, lam
@@ -302,7 +305,7 @@ def solve(m: Moments, method: str = "ridge") -> LayerGrid:  # method: ridge, pro
     for s in tqdm(range(L1), desc="solving", disable=None, leave=False):
         u = _layer(m, s); w, z, lam[s] = _solve_layer(m, s, u, method); units.append((u.R, u.sx))
         mean_x, mean_y = m.shift_x[s] + u.mx, m.shift_y + u.my
-        W[s], null[s], b[s], null_b[s] = w, z, mean_y - torch.einsum("a,tab->tb", mean_x, w), mean_y - torch.einsum("a,tab->tb", mean_x, z)
+        W[s], null[s], b[s], null_b[s] = w, z, mean_y - torch.einsum("a,tab->tb", mean_x, w), mean_y - torch.einsum("a,tab->tb", mean_x.to(z), z)
     return _grid(m, method, W, b, null, null_b, lam, units, round(float(m.n.sum())))
 
 # %% ../nbs/03_alignment.ipynb #977cf304

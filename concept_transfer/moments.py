@@ -78,7 +78,7 @@ class Moments:
     xx: torch.Tensor       # (K, L1, d1, d1)
     xy: torch.Tensor       # (K, L1, d1, L2, d2)
     yy: torch.Tensor       # (K, L2, d2, d2); or (K, L2, d2), squares alone, when a server made them
-    null: torch.Tensor     # (L1, d1, L2, d2) products of one row in five with another text's: the shuffled control
+    null: torch.Tensor     # (L1, d1, L2, d2) float32, products of one row in five with another text's: the shuffled control
     n_null: torch.Tensor   # () how many those were
     shift_x: torch.Tensor  # (L1, d1) what was subtracted from every row
     shift_y: torch.Tensor  # (L2, d2)
@@ -95,7 +95,7 @@ class Moments:
     @classmethod
     def zeros(cls, folds, L1, d1, L2, d2, **provenance) -> "Moments":
         z = lambda *s, t=torch.float64: torch.zeros(s, dtype=t)
-        return cls(z(folds), z(folds, L1, d1), z(folds, L2, d2), z(folds, L1, d1, d1), z(folds, L1, d1, L2, d2), z(folds, L2, d2, d2), z(L1, d1, L2, d2), z(),
+        return cls(z(folds), z(folds, L1, d1), z(folds, L2, d2), z(folds, L1, d1, d1), z(folds, L1, d1, L2, d2), z(folds, L2, d2, d2), z(L1, d1, L2, d2, t=torch.float32), z(),
                    z(L1, d1), z(L2, d2), z(0, L1, d1, t=torch.float32), z(0, L2, d2, t=torch.float32), z(0, t=torch.int64), **provenance)
 
     @property
@@ -136,7 +136,7 @@ def _add(self: Moments, X: torch.Tensor, Y: torch.Tensor, fold=0, weight: torch.
 def _by_fold(add, m, fold, w, *rows):
     for k in fold.unique().tolist():
         on = (fold == k) & (w > 0)
-        if on.any(): add(m, k, w[on, None], *(Z[on] for Z in rows))
+        if on.any(): add(m, k, w[on, None], *(rows if on.all() else (Z[on] for Z in rows)))
 
 def _add_source(m, k, w, X):
     for s in range(X.shape[1]): m.xx[k, s] += (X[:, s] * w).T @ X[:, s]
@@ -145,12 +145,12 @@ def _add_source(m, k, w, X):
 def _add_both(m, k, w, X, Y):
     r, (_, L1, d1, L2, d2) = len(X), m.xy.shape
     m.n[k] += w.double().sum(); m.x[k] += (X * w[..., None]).sum(0); m.y[k] += (Y * w[..., None]).sum(0)
-    F = Y.reshape(r, -1); some = slice(None, None, 5 if r >= 10 else 1); h = len(F[some]); other = F[some].roll(h // 2, 0)
+    F = Y.reshape(r, -1); some = slice(None, None, 5 if r >= 10 else 1); h = len(F[some]); other = F[some].roll(h // 2, 0).to(m.null)
     if h > 1: m.n_null += h
     for t in range(L2): m.yy[k, t] += (Y[:, t] * w).T @ Y[:, t] if m.yy.ndim == 4 else (Y[:, t] * w * Y[:, t]).sum(0)
     for s in range(L1):
         m.xy[k, s].view(d1, -1).add_((X[:, s] * w).T @ F)    # (d1, r) @ (r, L2 d2)
-        if h > 1: m.null[s].view(d1, -1).add_(X[some, s].T @ other)
+        if h > 1: m.null[s].view(d1, -1).addmm_(X[some, s].T.to(other), other)
 
 Moments.add = _add
 
@@ -167,7 +167,8 @@ def _moved(m: Moments, dx, dy):
         else:
             for t in range(L2): m.yy[k, t].addr_(m.y[k, t], dy[t]).addr_(dy[t], m.y[k, t] + n * dy[t])
     share = m.n_null / m.n.sum().clamp_min(1)                     # the rows of the control have the mean of all
-    for s in range(L1): m.null[s].view(d1, -1).addr_(share * m.x[:, s].sum(0), fy).addr_(dx[s], share * m.y.sum(0).flatten() + m.n_null * fy)
+    for s in range(L1):
+        for a, b in ((share * m.x[:, s].sum(0), fy), (dx[s], share * m.y.sum(0).flatten() + m.n_null * fy)): m.null[s].view(d1, -1).addr_(a.to(m.null), b.to(m.null))
     m.x += m.n[:, None, None] * dx; m.y += m.n[:, None, None] * dy
 
 # %% ../nbs/02a_moments.ipynb #b1ec24a1
