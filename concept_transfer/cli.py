@@ -156,8 +156,7 @@ def cmd_demo(a):
     say("5/6  evidence, on scenarios never used before")
     test = load_task(name); e = _kept_evidence(out / "evidence.json", t, test, pairs, a.seed)
     say("6/6  report")
-    samples = list(zip(PROMPTS, generate(target, PROMPTS, 30), t.generate(PROMPTS, 1.5, 30)))
-    write_report(e, out / "report.html", figures(e) | {"Where the concept is found": plot_separation(joy), "Where it can be carried": plot_grid(maps)}, samples)
+    write_report(e, out / "report.html", figures(e) | {"Where the concept is found": plot_separation(joy), "Where it can be carried": plot_grid(maps)})
     return e.data | dict(report=str(out / "report.html"), seconds=round(time.time() - start)), f"{e!r}\n\n{verdict(e)}\n\nReport: {out / 'report.html'}"
 
 # %% ../nbs/08_cli.ipynb #8c47ef65

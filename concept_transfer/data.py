@@ -292,8 +292,13 @@ def _file_task(path, choices, target):
     raise ValueError(f"{path}: a task is JSON with 'items', TruthfulQA's CSV, or pairs together with choices and a target.")
 
 # %% ../nbs/00_data.ipynb #e19064fa
+def _labelled(split):
+    "Scenarios of all emotions in turn, whose target is their own emotion."
+    rows = [r for r in _builtin("emotions") if r["split"] == split]; turns = zip(*([r for r in rows if r["label"] == e] for e in EMOTIONS))
+    return ChoiceTask("emotions", tuple(choice_task([r["text"]], EMOTIONS, r["label"]).items[0] for turn in turns for r in turn))
+
 def load_task(
-    ref: str | Path,                        # "emotions/fear" or a file: task JSON, TruthfulQA CSV, or pairs with `choices` and `target`
+    ref: str | Path,                        # "emotions/fear", "emotions" (each scenario with its own emotion), or a file: task JSON, TruthfulQA CSV, or pairs with `choices` and `target`
     split: str = "test",                    # of a built-in task: tune or test
     choices: Sequence[str] | None = None,   # for a file of pairs
     target: str | None = None,              # for a file of pairs
@@ -304,6 +309,7 @@ def load_task(
     if name.startswith("emotions/") and (emotion := name[9:]) in EMOTIONS:
         texts = [r["text"] for r in _builtin("emotions") if r["split"] == split and r["label"] != emotion]
         return choice_task(texts, EMOTIONS, emotion, name)
+    if name == "emotions": return _labelled(split)
     return _file_task(_path(ref), choices, target)
 
 # %% ../nbs/00_data.ipynb #695770d4

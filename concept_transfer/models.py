@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['log', 'RENAME', 'TINY', 'EMBEDDED', 'read', 'reading', 'writing', 'logits', 'asking', 'summing', 'continued',
-           'fast_matmul', 'context_length', 'encode', 'pad', 'ModelInfo', 'model_info', 'wrap', 'tiny_tokenizer',
-           'tiny_model', 'random_rotation', 'twin', 'Embedded', 'cache_dir', 'convert_gguf', 'fetch', 'load_model']
+           'fast_matmul', 'context_length', 'encode', 'pad', 'branches', 'shares_prompts', 'ModelInfo', 'model_info',
+           'wrap', 'tiny_tokenizer', 'tiny_model', 'random_rotation', 'twin', 'Embedded', 'cache_dir', 'convert_gguf',
+           'fetch', 'load_model']
 
 # %% ../nbs/01_models.ipynb #01aafd5a
 import contextlib, copy, functools, hashlib, json, logging, os, shutil, subprocess, sys, tempfile, warnings, zipfile
@@ -36,17 +37,24 @@ def _put(layer, new):
     old = layer.output
     layer.output = (new, *old[1:]) if isinstance(old, tuple) else new
 
+# %% ../nbs/01_models.ipynb #5ee1a90b
+def _seen(model, ids, mask) -> dict:
+    "What a model is called with; tokens that may see only some of those before them stand where these end."
+    if mask.ndim == 2: return dict(input_ids=ids, attention_mask=mask)
+    dtype = model._module.dtype
+    return dict(input_ids=ids, attention_mask=torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min), position_ids=(mask.sum(-1) - 1)[:, 0])
+
 # %% ../nbs/01_models.ipynb #85d87936
 def read(
     model,                   # nnsight model, as `load_model` gives it
     ids: torch.Tensor,       # (b, t) token ids, padded on either side
-    mask: torch.Tensor,      # (b, t) 1 where a token is real
+    mask: torch.Tensor,      # (b, t) 1 where a token is real; or (b, 1, t, t) which tokens each may see
     layers: list[int],       # which layers
     at: tuple | None = None, # rows and positions (r,), (r,): these states alone
 ) -> list[torch.Tensor]:     # for each layer, in the order asked for: (b, t, d), or (r, d) with `at`
     "Residual stream after each of `layers`; nothing deeper is computed."
     order = sorted(set(layers))
-    with torch.no_grad(), model.trace(input_ids=ids, attention_mask=mask, backend=backend(model)) as tracer:
+    with torch.no_grad(), model.trace(**_seen(model, ids, mask), backend=backend(model)) as tracer:
         got = save({})
         for k in order: got[k] = _hidden(model.layers[k].output).clone() if at is None else _hidden(model.layers[k].output)[at]
         tracer.stop()
@@ -94,14 +102,14 @@ def writing(
 def logits(
     model,                               # nnsight model
     ids: torch.Tensor,                   # (b, t) token ids, padded on the left
-    mask: torch.Tensor,                  # (b, t)
+    mask: torch.Tensor,                  # (b, t), or (b, 1, t, t) as for `read`
     keep: int = 1,                       # how many last positions
     layer: int = -1,                     # go on after this layer ...
     hidden: torch.Tensor | None = None,  # ... from this state (b, t, d)
 ) -> torch.Tensor:                       # (b, keep, vocabulary) float32
     "Next-token logits at the last `keep` positions; the head runs for those alone."
     stand_in = (hidden, None) if getattr(model._module, "_ct_tuple", False) else hidden
-    with torch.no_grad(), model.trace(input_ids=ids, attention_mask=mask, logits_to_keep=keep, backend=backend(model)):
+    with torch.no_grad(), model.trace(**_seen(model, ids, mask), logits_to_keep=keep, backend=backend(model)):
         for k in range(layer + 1): model.layers[k].skip(stand_in)
         out = model.output.logits.save()
     return out.float()
@@ -222,6 +230,23 @@ def pad(model, ids: list[list[int]], left: bool = False):  # -> (b, t) ids, (b, 
     dev = "cpu" if far(model) else next(model._module.parameters()).device
     return (torch.tensor([fill(x, x[0]) for x in ids], device=dev), torch.tensor([fill([1] * len(x), 0) for x in ids], device=dev))
 
+# %% ../nbs/01_models.ipynb #5ee1a90d
+def branches(parts: torch.Tensor) -> torch.Tensor:  # (b, t) part of each token: 0 for the prompt, 1, 2, ... for its continuations, -1 for padding; -> (b, 1, t, t)
+    "Which tokens each may see: those before it in the prompt and in its own part."
+    i = torch.arange(parts.shape[1], device=parts.device); seen = (i[:, None] >= i) & ((parts[:, None] == 0) | (parts[:, :, None] == parts[:, None]))
+    return seen[:, None]
+
+def shares_prompts(model) -> bool:
+    "Whether two continuations read in one pass get the logits that each gets alone."
+    module = model._module
+    if "_ct_shares" not in module.__dict__:
+        ids = torch.tensor([[3, 5, 7, 11, 13, 17]], device=next(module.parameters()).device) % module.config.get_text_config().vocab_size; alone = ids[:, [0, 1, 4, 5]]
+        try:
+            a, b = logits(model, ids, branches(torch.tensor([[0, 0, 1, 1, 2, 2]], device=ids.device)), 2), logits(model, alone, torch.ones_like(alone), 2)
+            module._ct_shares = torch.allclose(a, b, rtol=1e-3, atol=1e-3 * b.abs().max().item()) or module.dtype != torch.float32 and torch.allclose(a, b, atol=.05 * b.abs().max().item())
+        except (RuntimeError, ValueError, TypeError, IndexError): module._ct_shares = False
+    return module._ct_shares
+
 # %% ../nbs/01_models.ipynb #43de7030
 @dataclass(frozen=True)
 class ModelInfo:
@@ -306,7 +331,7 @@ def wrap(
 ) -> TransformersModel:
     "A checked nnsight model around a loaded one; nothing is copied. Raises ValueError, naming the fix."
     module.eval().requires_grad_(False)
-    for k in ("_concept_transfer", "_ct_remote"): module.__dict__.pop(k, None)     # weights or tokenizer may have changed since
+    for k in ("_concept_transfer", "_ct_remote", "_ct_shares"): module.__dict__.pop(k, None)     # weights or tokenizer may have changed since
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = TransformersModel(module, tokenizer=tokenizer, task="text-generation", rename={**RENAME, **(rename or {})})

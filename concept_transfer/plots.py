@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LOOK', 'plot_separation', 'plot_grid', 'plot_spectrum', 'plot_arms', 'plot_dose', 'plot_frontier', 'plot_matrix',
-           'verdict', 'figures', 'write_report']
+           'verdict', 'details', 'figures', 'write_report']
 
 # %% ../nbs/07_plots.ipynb #cde4a5b8
 import base64, html, io
@@ -13,7 +13,7 @@ from typing import Sequence
 import matplotlib as mpl, matplotlib.pyplot as plt, matplotlib.ticker, numpy as np, seaborn as sns, torch
 from .extraction import Concept, whole_file
 from .alignment import AffineMap, LayerGrid
-from .evaluation import ARMS, EXTRA, Evidence
+from .evaluation import ARMS, EXTRA, STARTS, Evidence
 
 # %% ../nbs/07_plots.ipynb #c8b50c0c
 LOOK = {  # arm: colour, marker, words
@@ -112,16 +112,25 @@ def plot_matrix(shift: np.ndarray, p: np.ndarray, rows: Sequence[str], columns: 
 
 # %% ../nbs/07_plots.ipynb #d7d3754a
 def verdict(e: Evidence) -> str:
-    "What was found, in a sentence or two."
-    a, b, r, n = (e.arms[k] for k in ("transplanted", "base", "random", "native"))
-    text = (f"The transplanted concept moves the share of answers that choose the target from {b['choice_rate']:.0%} to {a['choice_rate']:.0%} "
-            f"(95% interval {a['ci'][0]:.0%} to {a['ci'][1]:.0%}, {e.n} items) at a damage of {a['kl']:.2f} nats a token.")
-    if not r.get("reason"): text += f" Random directions of equal damage reach {r['choice_rate']:.0%} on average and {max(r['draws']):.0%} at most " + (f"(p = {e.p_value:.3f})." if len(r["draws"]) >= 19 else "(too few for a test).")
-    if e.recovery is not None: text += f" It recovers {e.recovery:.0%} of the native effect at this layer ({f'interval {e.recovery_ci[0]:.0%} to {e.recovery_ci[1]:.0%}' if e.recovery_ci else 'interval open'})."
-    if e.data.get("steerability"): text += f" {e.steerability['transplanted']['wrong_way']:.0%} of the items move the wrong way."
-    if c := e.data.get("capability"): text += f" Knowledge: {c['transplanted']['knowledge']:.0%} of {c['base']['knowledge_n']} questions right, {c['base']['knowledge']:.0%} before."
-    if e.gain_ci[0] <= 0 or (e.p_value or 0) > .05 and len(r["draws"]) >= 19: text = "No effect beyond the controls. " + text
-    return text
+    "What was found, in one sentence with its interval."
+    a, b, r, (lo, hi) = e.arms["transplanted"], e.arms["base"], e.arms["random"], e.gain_ci; draws = r.get("draws") or []; tested = len(draws) >= 19
+    head = ("The opposite of what was wanted" if hi < 0 else "No effect beyond the controls" if lo <= 0 or (tested and e.p_value > .05) else "An effect" if tested else "An effect, not tested against chance")
+    chance = (f"; random directions of equal damage reach {np.mean(draws):.0%} on average and {max(draws):.0%} at most" + (f" (p = {e.p_value:.3f})" if tested else ", too few for a test") if draws else "; no random directions were asked")
+    return (f"{head}: the transplanted concept moves the share of answers that choose the target by {100 * e.gain:+.0f} points (95% interval {100 * lo:+.0f} to {100 * hi:+.0f}; from {b['choice_rate']:.0%} to {a['choice_rate']:.0%} of {e.n} items) "
+            f"at a damage of {a['kl']:.2f} nats a token{chance}.")
+
+def details(e: Evidence) -> list[str]:
+    "What else a reader of the verdict should know, a sentence each."
+    out = [f"Against the base model p = {e.p_mcnemar:.2g} (McNemar, exact)."]
+    if e.recovery is not None: out.append(f"It recovers {e.recovery:.0%} of the native effect at this layer ({f'interval {e.recovery_ci[0]:.0%} to {e.recovery_ci[1]:.0%}' if e.recovery_ci else 'interval open'}).")
+    if e.data.get("steerability"): out.append(f"{e.steerability['transplanted']['wrong_way']:.0%} of the items move the wrong way.")
+    if c := e.data.get("capability"): out.append(f"Knowledge: {c['transplanted']['knowledge']:.0%} of {c['base']['knowledge_n']} questions right, {c['base']['knowledge']:.0%} before.")
+    if rows := e.data.get("off_target"):
+        moved = [f"{x['task'].split('/')[-1]} {100 * x['change']['transplanted']:+.0f} points" for x in rows if x["p"]["transplanted"] <= .05]
+        out.append(f"Of {len(rows)} other behaviours, {len(moved) or 'none'} moved beyond chance" + (f": {', '.join(moved)}." if moved else "."))
+    if e.smallest_effect: out.append(f"So many scenarios show a difference of {100 * e.smallest_effect:.0f} points four times in five, a smaller one less often.")
+    if e.search: out.append(f"{len({tuple(s['layers']) for s in e.search})} layer pairs were tried on tuning items ({e.texts_read or 'some'} texts read, p of the best {e.search_p or 1:.3f}); the numbers here are from other items.")
+    return out
 
 _CSS = """:root{color-scheme:light dark}body{font:16px/1.5 system-ui,sans-serif;max-width:46rem;margin:2rem auto;padding:0 1rem}h1{font-size:1.5rem}h2{font-size:1.15rem;margin-top:2rem}
 .verdict{border-left:4px solid #0072b2;padding:.3rem 1rem;font-size:1.1rem}img{max-width:100%;background:#fff;border-radius:4px}.wide{overflow-x:auto}table{border-collapse:collapse;font-size:.9rem}
@@ -132,39 +141,46 @@ def _png(fig) -> str:
     return base64.b64encode(buffer.getvalue()).decode()
 
 # %% ../nbs/07_plots.ipynb #0f17576c
+def _show(v, f=".3f") -> str: return "" if v is None else format(v, f)
+
+def _rows(head: Sequence[str], rows) -> str:
+    return "<div class=wide><table><tr>" + "".join(f"<th>{h}" for h in head) + "".join("<tr>" + "".join(f"<td>{x}" for x in r) for r in rows) + "</table></div>"
+
 def _table(e):
-    show = lambda v, f=".3f": "" if v is None else format(v, f)
-    rows = ""
+    span = lambda ci: "" if ci is None else f"{ci[0]:.2f} to {ci[1]:.2f}"; rows = []
     for name, a in e.arms.items():
-        if a.get("reason"): rows += f"<tr><td>{LOOK[name][2]}<td colspan=9 style='text-align:left'><small>not run: {html.escape(a['reason'])}</small>"; continue
+        if a.get("reason"): rows.append((LOOK[name][2], f"<small>not run: {html.escape(a['reason'])}</small>", *[""] * 10)); continue
         same = a.get("same_norm", {})
-        rows += (f"<tr><td>{LOOK[name][2]}<td>{a['choice_rate']:.2f}<td>{a['ci'][0]:.2f} to {a['ci'][1]:.2f}<td>{a['target_rate']:.2f}" + "".join(f"<td>{show(a[k])}" for k in ("logit_shift", "kl", "perplexity_ratio", "dose"))
-                 + f"<td>{show(same.get('choice_rate'), '.2f')}<td>{show(same.get('kl'))}")
-    return f"<div class=wide><table><tr><th>arm<th>chosen<th>95% interval<th>first token<th>logit shift<th>KL<th>perplexity ratio<th>dose<th>chosen, equal norm<th>KL, equal norm{rows}</table></div>"
+        rows.append((LOOK[name][2], _show(a["choice_rate"], ".2f"), span(a["ci"]), _show(a["target_rate"], ".2f"), _show(a["logit_shift"], ".2f"), _show(a["kl"]), span(a["kl_ci"]), _show(a["kl_p95"], ".2f"), _show(a["perplexity_ratio"], ".2f"), _show(a["dose"]),
+                     _show(same.get("choice_rate"), ".2f"), _show(same.get("kl"))))
+    out = _rows("arm,chosen,95% interval,first token,logit shift,KL,95% interval,KL of the worst 5%,perplexity ratio,dose,chosen at equal norm,KL at equal norm".split(","), rows)
+    if scored := {k: a["score_means"] for k, a in e.arms.items() if a.get("score_means")}:
+        out += _rows(["arm", *(s for s in scored["base"] for s in (s, "95% interval"))], [(LOOK[k][2], *(x for v in m.values() for x in (f"{v['mean']:.3f}", span(v["ci"])))) for k, m in scored.items()])
+    return out
 
 def _more(e):
-    "What a model still knows, how it repeats itself, what was searched."
-    out = ""
-    if c := e.data.get("capability"):
-        rows = "".join(f"<tr><td>{LOOK[k][2]}<td>{v['knowledge']:.2f}<td>{v['knowledge_ci'][0]:.2f} to {v['knowledge_ci'][1]:.2f}<td>{v['repetition']:.2f}" for k, v in c.items())
-        out += f"<h2>What else breaks</h2><div class=wide><table><tr><th>arm<th>knowledge<th>95% interval<th>repetition{rows}</table></div><p><small>Knowledge: share of {c['base']['knowledge_n']} four-way questions right. Repetition: share of repeated 4-grams in greedy text.</small></p>"
-    tests = f"Against the base model p = {e.p_mcnemar:.2g} (McNemar, exact)."
-    if e.smallest_effect: tests += f" So many scenarios show a difference of {e.smallest_effect:.0%} four times in five, a smaller one less often."
-    if e.search: tests += f" {len({tuple(s['layers']) for s in e.search})} layer pairs were tried on tuning items; the numbers here are from other items."
-    return out + f"<h2>Tests</h2><p>{html.escape(tests)}</p>"
+    "What a model still knows, how it repeats itself, and what it writes."
+    if not (c := e.data.get("capability")): return ""
+    known = _rows(("arm", "knowledge", "95% interval", "repetition"), [(LOOK[k][2], f"{v['knowledge']:.2f}", f"{v['knowledge_ci'][0]:.2f} to {v['knowledge_ci'][1]:.2f}", f"{v['repetition']:.2f}") for k, v in c.items()])
+    texts = _rows(("prompt", *(LOOK[k][2] for k in c)), [(html.escape(p), *(html.escape(v["texts"][i].strip()) for v in c.values())) for i, p in enumerate(STARTS[:3])]).replace("<table>", "<table class=text>")
+    return (f"<h2>What else breaks</h2>{known}<p><small>Knowledge: share of {c['base']['knowledge_n']} four-way questions right. Repetition: share of repeated 4-grams in greedy text.</small></p>"
+            f"<h2>Side by side, greedy, at strength 1</h2>{texts}")
 
 # %% ../nbs/07_plots.ipynb #e1106d01
 def figures(e: Evidence) -> dict[str, mpl.figure.Figure]:
     "The pictures of a report: heading, picture."
     out = {"Effect": plot_arms(e)}
     if e.data.get("curve"): out |= {"Dose": plot_dose(e.curve, e, e.data.get("native_curve")), "Cost": plot_frontier(e)}
+    if rows := e.data.get("off_target"):
+        arms = list(rows[0]["change"]); matrix = lambda k: np.array([[r[k][a] for r in rows] for a in arms])
+        out["Off target"] = plot_matrix(matrix("change"), matrix("p"), [f"{e.transplant}, {LOOK[a][2]}" for a in arms], [r["task"].split("/")[-1] for r in rows])
     return out
 
 def _body(e: Evidence, pictures: dict) -> str:
-    part = [f"<h1>{html.escape(e.transplant)}: {html.escape(e.source or 'native')} to {html.escape(e.target)}</h1><p class=verdict>{html.escape(verdict(e))}</p>"]
+    part = [f"<h1>{html.escape(e.transplant)}: {html.escape(e.source or 'native')} to {html.escape(e.target)}</h1><p class=verdict>{html.escape(verdict(e))}</p><p>{html.escape(' '.join(details(e)))}</p>"]
     part += [f"<h2>{html.escape(k)}</h2><img alt='{html.escape(k)}' src='data:image/png;base64,{_png(f)}'>" for k, f in pictures.items()]
     return "".join(part) + (f"<h2>All arms at equal damage</h2>{_table(e)}<p><small>Chosen: the target is the likeliest of the choices. First token: the likeliest next token of all starts the target. "
-                            f"Intervals: bootstrap over scenarios. KL: mean over tokens of neutral text that did not set the dose. Equal norm: at the dose of the transplant.</small></p>{_more(e)}")
+                            f"Intervals: bootstrap over scenarios, for KL over texts. KL: mean over the last tokens of neutral sentences that did not set the dose. Equal norm: at the dose of the transplant. A prompt does what damage it does.</small></p>{_more(e)}")
 
 Evidence._repr_html_ = lambda self: _body(self, {"Effect": plot_arms(self)})
 
@@ -173,16 +189,12 @@ def write_report(
     e: Evidence,
     path: str | Path,
     pictures: dict[str, mpl.figure.Figure],         # heading: picture, see `figures`
-    samples: Sequence[tuple[str, str, str]] = (),   # prompt, continuation of the base model, continuation when steered
 ):
     "A self-contained HTML report."
     part = [_body(e, pictures)]
-    if samples:
-        rows = "".join("<tr>" + "".join(f"<td>{html.escape(x.strip())}" for x in s) for s in samples)
-        part.append(f"<h2>Side by side, greedy</h2><div class=wide><table class=text><tr><th>prompt<th>base<th>steered{rows}</table></div>")
     part.append("<h2>What this does not show</h2><p>One task, one pair of models, one language. The share of chosen answers says nothing about long texts. Damage is measured as a change of "
                 "next-token distributions on short neutral sentences and on a few easy questions; reasoning is hardly tested.</p>")
-    known = dict(target=e.target, source=e.source, layers=f"{e.layers[0]}:{e.layers[1]}", task=f"{e.task} ({e.task_hash})", neutral=e.neutral_hash, seed=e.seed, **e.versions)
+    known = dict(target=e.target, source=e.source, layers=f"{e.layers[0]}:{e.layers[1]}", positions=e.positions, task=f"{e.task} ({e.task_hash})", neutral=e.neutral_hash, concept=e.concept["data"], map=f"{e.map['method']} ({e.map['map']})", seed=e.seed, **e.versions)
     part.append("<h2>Provenance</h2><p><small>" + "; ".join(f"{k}: {html.escape(str(v))}" for k, v in known.items()) + "</small></p>")
     with whole_file(path) as tmp: tmp.write_text(f"<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'><title>{html.escape(e.transplant)}</title><style>{_CSS}</style>{''.join(part)}</html>", encoding="utf-8")
 

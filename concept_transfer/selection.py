@@ -13,8 +13,9 @@ from tqdm import tqdm
 from .data import ChoiceTask, ContrastPairs, Corpus, load_corpus
 from .extraction import Concept
 from .alignment import LayerGrid, downstream
-from .injection import Transplant, _adder, graft, residual_norm
-from .evaluation import ChoiceProbe, DamageProbe, at_damage
+from .injection import Transplant, graft, residual_norm
+from .inference import permutation_p
+from .evaluation import ChoiceProbe, DamageProbe, at_damage, _item_key
 
 # %% ../nbs/06_selection.ipynb #d5605d70
 def offline_scores(
@@ -35,7 +36,7 @@ def offline_scores(
 SHARES = (.25, .5, 1.)
 
 def _round(concept, maps, target, task, texts, damage, arms, norms):
-    "Every arm (source layer, target layer, positions) at the budget on these items: margin, choice rate, transplant; and texts read."
+    "Every arm (source layer, target layer, positions) at the budget on these items: margins gained (n,), choice rate, transplant; and texts read."
     tried, read = [], 0
     for layer in sorted({t for _, t, _ in arms}):
         hurt, probe = DamageProbe(target, texts, layer), ChoiceProbe(target, task, layer); base, dose = probe(), .1
@@ -43,9 +44,14 @@ def _round(concept, maps, target, task, texts, damage, arms, norms):
         for s, t, positions in arms:
             if t != layer: continue
             g = at_damage(replace(graft(concept, target, map=maps[s, t], dose=dose, norm=norms[layer]), positions=positions), hurt, damage); dose = g.dose
-            a = probe(_adder(g.vector(), g.positions)); tried.append((float((a.margin - base.margin).mean()), float(a.chosen.mean()), g))
+            a = probe(g); tried.append((a.margin - base.margin, float(a.chosen.mean()), g))
         read += hurt.prefix.read + probe.prefix.read
     return tried, read
+
+def _search_p(gains: list[np.ndarray], groups: Sequence[str], draws: int = 1000) -> float:
+    "P of the best mean gain, against the best of all that were tried when whole scenarios change sign by chance."
+    _, at = np.unique(list(groups), return_inverse=True); signs = np.random.default_rng(0).choice([-1., 1.], (draws, at.max() + 1))[:, at]
+    return permutation_p(max(g.mean() for g in gains), (signs @ np.array(gains).T / len(at)).max(1))
 
 # %% ../nbs/06_selection.ipynb #0ffb3cad
 def choose(
@@ -58,16 +64,17 @@ def choose(
     candidates: int = 12,              # layer pairs that are really tried, the best offline ones
     positions: Sequence[str] = ("all",),     # also tried: "last" steers only the newest token
     pairs: ContrastPairs | None = None,      # contrast texts that the target may read, see `offline_scores`
-) -> Transplant:                       # the winner; notes["search"] holds what was tried, notes["texts_read"] the cost
+) -> Transplant:                       # the winner; notes["search"] holds what was tried, notes["search_p"] its p, notes["texts_read"] the cost
     "Try layer pairs (and positions) at equal damage on tuning items; the largest mean margin of the target choice wins."
     texts = (neutral or load_corpus("neutral")).texts[:32]; search, read, norms = [], 0, {}
     arms = [(*p, where) for _, p in offline_scores(concept, maps, target, pairs)[:candidates] for where in positions]
     for k, share in enumerate(tqdm(SHARES, desc="choosing", disable=None, leave=False)):
-        tried, more = _round(concept, maps, target, task.take(max(8, round(len(task) * share))), texts, damage, arms, norms); read += more
-        tried.sort(key=lambda x: -x[0]); arms = [(g.source_layer, g.layer, g.positions) for _, _, g in tried[:max(1, (len(tried) + 1) // 2)]]
-        search += [dict(layers=[g.source_layer, g.layer], positions=g.positions, round=k, margin=m, choice_rate=c, dose=g.dose, kl=g.notes["kl"]) for m, c, g in tried]
+        items = task.take(max(8, round(len(task) * share))); tried, more = _round(concept, maps, target, items, texts, damage, arms, norms); read += more
+        if k == 0: p = _search_p([g for g, _, _ in tried], [i.group for i in items.items])
+        tried.sort(key=lambda x: -x[0].mean()); arms = [(g.source_layer, g.layer, g.positions) for _, _, g in tried[:max(1, (len(tried) + 1) // 2)]]
+        search += [dict(layers=[g.source_layer, g.layer], positions=g.positions, round=k, margin=float(m.mean()), choice_rate=c, dose=g.dose, kl=g.notes["kl"]) for m, c, g in tried]
     best = tried[0][2]
-    return replace(best, notes={**best.notes, "search": search, "texts_read": read, "tuning": task.hash, "map": maps.data, "method": maps.method})
+    return replace(best, notes={**best.notes, "search": search, "search_p": p, "texts_read": read, "tuning": task.hash, "tuning_items": [_item_key(i) for i in task.items], "map": maps.data, "method": maps.method})
 
 # %% ../nbs/06_selection.ipynb #f4c2437a
 def transplant(
