@@ -467,19 +467,39 @@ def cache_dir() -> Path:
     "Where converted models are kept: the CONCEPT_TRANSFER_CACHE variable, or the user's cache folder. It may be deleted at any time."
     return Path(os.environ.get("CONCEPT_TRANSFER_CACHE") or platformdirs.user_cache_dir("concept_transfer"))
 
-# %% ../nbs/01_models.ipynb #80e122a2
-@contextlib.contextmanager
-def _quick_gguf():
-    "Within: a GGUF header is parsed once."
+# %% ../nbs/01_models.ipynb #a1b021d3
+def _gguf_reader():
+    "A reader of GGUF headers that takes an array as a whole."
     import gguf, numpy as np
     class Reader(gguf.GGUFReader):
         def _get(self, offset, dtype, count=1, override_order=None):
             if type(self.data) is np.memmap: self.data = self.data.view(np.ndarray)
             return super()._get(offset, dtype, count, override_order)
-    old = gguf.GGUFReader, gguf.get_tensor_name_map
-    gguf.GGUFReader, gguf.get_tensor_name_map = functools.lru_cache(1)(Reader), functools.lru_cache(4)(old[1])
-    try: yield
-    finally: gguf.GGUFReader, gguf.get_tensor_name_map = old
+        def _get_field_parts(self, offset, kind):
+            item = int(self._get(offset, np.uint32)[0]) if kind == 9 and self.byte_order == "I" else None
+            if item != 8 and item not in self.gguf_scalar_to_np: return super()._get_field_parts(offset, kind)
+            n, at, parts = int(self._get(offset + 4, np.uint64)[0]), offset + 12, []
+            if item == 8:
+                raw = memoryview(self.data)
+                while len(parts) < n and at < len(raw): end = at + 8 + int.from_bytes(raw[at:at + 8], "little"); parts.append(self.data[at + 8:end]); at = end
+            else: values = self._get(at, self.gguf_scalar_to_np[item], n); parts, at = list(values[:, None]), at + values.nbytes
+            if len(parts) < n or at > len(self.data): raise ValueError("it ends inside its header")
+            return at - offset, parts, list(range(n)), [gguf.GGUFValueType(k) for k in (9, item)]
+    return Reader
+
+# %% ../nbs/01_models.ipynb #80e122a2
+@contextlib.contextmanager
+def _quick_gguf():
+    "Within: a GGUF header is parsed once, and no bar is shown."
+    import gguf, transformers.modeling_gguf_pytorch_utils as loading
+    quick = {(gguf, "GGUFReader"): functools.lru_cache(1)(_gguf_reader()), (gguf, "get_tensor_name_map"): functools.lru_cache(4)(gguf.get_tensor_name_map),
+             (loading, "_gguf_parse_value"): lambda v, types: v.tobytes().decode() if types[-1] == 8 else v[0].item(), (loading, "tqdm"): lambda items, **_: items}
+    old = {k: getattr(*k) for k in quick if hasattr(*k)}
+    try:
+        for k in old: setattr(*k, quick[k])
+        yield
+    finally:
+        for k, v in old.items(): setattr(*k, v)
 
 # %% ../nbs/01_models.ipynb #db1b14d0
 @contextlib.contextmanager
