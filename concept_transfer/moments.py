@@ -15,7 +15,7 @@ from typing import Callable, Sequence
 import numpy as np, torch
 from tqdm import tqdm
 from .data import Corpus
-from .models import ModelInfo, context_length, fast_matmul, model_info, pad, summing
+from .models import ModelInfo, context_length, fast_matmul, model_info, pad, summing, _precision, _worded
 from .remote import backend, far, in_flight
 from .extraction import bundled, length_batches, load_artefact, save_artefact, stream, whole_file, _flat, _layers
 
@@ -33,7 +33,7 @@ def shared_boundaries(
 def _encode_offsets(model, texts):
     "Token ids and character offsets; a text longer than the context keeps its beginning, whose states do not depend on the rest."
     if not model.tokenizer.is_fast: raise ValueError(f"the tokenizer of {model_info(model).name} gives no character offsets; pass a fast one to load_model.")
-    enc, limit = model.tokenizer(list(texts), return_offsets_mapping=True), context_length(model)
+    enc, limit = model.tokenizer(list(texts), return_offsets_mapping=True), context_length(model); _worded(texts, enc.input_ids, model.tokenizer("").input_ids)
     return [x[:limit] for x in enc.input_ids], [o[:limit] for o in enc.offset_mapping]
 
 def last_token(pairs, n1, n2): return [(n1 - 1, n2 - 1)]      # the published choice
