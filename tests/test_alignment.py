@@ -1,11 +1,14 @@
 """Properties of moments and maps that hold whatever the data."""
+import copy, itertools, unicodedata
 import numpy as np, pytest, torch
 from sklearn.linear_model import Ridge
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
 from concept_transfer import moments as mo
 from concept_transfer.alignment import contrans, downstream, fit_maps, random_map, ridge, solve
 from concept_transfer.data import Corpus, load_pairs
 from concept_transfer.extraction import extract_concept
-from concept_transfer.models import tiny_model, twin
+from concept_transfer.models import tiny_model, tiny_tokenizer, twin, wrap
 from concept_transfer.moments import Moments, collect, last_token, robust_weight
 
 SCENES = Corpus("scenes", [t for e in ("happiness", "anger") for t in load_pairs(f"emotions/{e}").texts])
@@ -120,3 +123,23 @@ def test_pure_noise_is_not_significant():
         m.add(X[:300], Y[:300], torch.arange(300) % 3); m.held_x, m.held_y, m.held_of = X[300:], Y[300:], torch.arange(100)
         p.append(solve(m).p_value)
     assert sum(x <= .05 for x in p) <= 4 and np.mean(p) > .25
+
+ODD = ("cafe\u0301 noir, nai\u0308ve", "s\u0323\u0307 and \u1112\u1161\u11ab\u1100\u1173\u11af ok", "A \U0001f600\U0001f389 party \U0001f469\u200d\U0001f467 ok", "שלום مرحبا ok", "Two  spaces, \ufb01ne")
+
+def unigram(prefix, normalizer=None):
+    t = Tokenizer(models.Unigram()); t.pre_tokenizer, t.decoder = (k.Metaspace(prepend_scheme=prefix) for k in (pre_tokenizers, decoders))
+    if normalizer: t.normalizer = normalizer
+    letters = sorted({c for x in ODD for f in ("NFC", "NFKC", "NFD") for c in unicodedata.normalize(f, x)})
+    t.train_from_iterator(SCENES.texts[:200], trainers.UnigramTrainer(vocab_size=600, special_tokens=["<unk>"], unk_token="<unk>", initial_alphabet=letters, show_progress=False))
+    return PreTrainedTokenizerFast(tokenizer_object=t, unk_token="<unk>")
+
+def test_both_sides_of_a_pair_have_read_the_same_characters():
+    composing = copy.deepcopy(tiny_tokenizer("byte")); composing.backend_tokenizer.normalizer = normalizers.NFC()
+    tokenizers = [tiny_tokenizer("byte"), tiny_tokenizer("sentencepiece"), composing, unigram("never"), unigram("never", normalizers.NFC()), unigram("always", normalizers.NFKC())]
+    sides = [wrap(tiny_model("llama", vocab_size=800)._module, t) for t in tokenizers]; found = 0
+    for one, two in itertools.combinations(sides, 2):
+        (ids1, at1), (ids2, at2) = mo._paired(one, two, ODD); read = lambda m, ids: unicodedata.normalize("NFKC", m.tokenizer.decode(ids).removeprefix("<s>")).strip()
+        for x, y, i, j in ((x, y, i, j) for x, y, a, b in zip(ids1, ids2, at1, at2) for i, j in zip(a, b)):
+            assert read(one, x[:i + 1]) == read(two, y[:j + 1]); found += 1
+        assert all(at1)
+    assert found > 15 * 20
