@@ -245,7 +245,8 @@ def load_artefact(path: str | Path, kind: str | None = None) -> tuple[dict[str, 
         raise ValueError(f"{path} cannot be read as an artefact; it is damaged or of another kind ({str(e).splitlines()[0]}). Make it again.") from None
     if head is None: raise ValueError(f"{path} is a safetensors file, but not one of this package.")
     if head["format"] > FORMAT: raise ValueError(f"{path} has format {head['format']}, newer than this version reads ({FORMAT}). Upgrade concept_transfer.")
-    if kind and head["kind"] != kind: raise ValueError(f"{path} is a {head['kind']}, where a {kind} is needed.")
+    a = lambda kind: f"{'an' if kind[0] in 'aeiou' else 'a'} {kind}"
+    if kind and head["kind"] != kind: raise ValueError(f"{path} is {a(head['kind'])}, where {a(kind)} is needed.")
     return tensors, head
 
 # %% ../nbs/02_extraction.ipynb #d41801e9
