@@ -239,7 +239,7 @@ class LayerGrid:
         if s not in self.source_layers or t not in self.target_layers:
             raise ValueError(f"no map for layers {s}:{t}; source layers are {list(self.source_layers)}, target layers {list(self.target_layers)}.")
         i, j = self.source_layers.index(s), self.target_layers.index(t)
-        notes = dict(lam=float(self.lam[i, j]), **{k: getattr(self, k) for k in ("method", "rows", "texts", "data", "template", "settings")})
+        notes = dict(lam=float(f"{self.lam[i, j]:.6g}"), **{k: getattr(self, k) for k in ("method", "rows", "texts", "data", "template", "settings")})
         return AffineMap(self.W[i, j], self.b[i, j], (s, t), self.source, self.target, float(self.r2[i, j]), self.null[i, j], notes)
 
     @property
