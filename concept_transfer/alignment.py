@@ -8,14 +8,14 @@ __all__ = ['LAMBDAS', 'RANKS', 'METHODS', 'ridge', 'contrans', 'procrustes', 'wh
 
 # %% ../nbs/03_alignment.ipynb #026923e4
 import math, warnings
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Sequence
 import numpy as np, torch
 from tqdm import tqdm
 from .data import ContrastPairs, Corpus
-from .models import ModelInfo, model_info
+from .models import ModelInfo, model_info, _precision
 from .extraction import Concept, activations, auc, load_artefact, mean_difference, save_artefact, _layers
 from .moments import Moments, collect, last_token, paired_states, spread_layers, _key, _part
 
@@ -173,6 +173,7 @@ class AffineMap:
     target: ModelInfo
     r2: float            # on held-out rows, standardised; not a number for a composition, which was not judged
     null: torch.Tensor   # (d1, d2) the same fit on rows paired at random
+    notes: dict = field(default_factory=dict)  # where it comes from: method, penalty, rows, texts, template, how they were read
 
     def __call__(self, X: torch.Tensor) -> torch.Tensor: return X @ self.W + self.b
     def direction(self, concept: Concept, shuffled: bool = False) -> torch.Tensor:  # (d2,)
@@ -185,12 +186,29 @@ class AffineMap:
         "This map followed by another. Raises ValueError unless `after` starts at the model and layer where this one ends."
         after.source.require(self.target, "the second map (source side)")
         if after.layers[0] != self.layers[1]: raise ValueError(f"this map ends at layer {self.layers[1]}, the second starts at layer {after.layers[0]}.")
-        return AffineMap(self.W @ after.W, self.b @ after.W + after.b, (self.layers[0], after.layers[1]), self.source, after.target, math.nan, self.null.float() @ after.W)
+        return AffineMap(self.W @ after.W, self.b @ after.W + after.b, (self.layers[0], after.layers[1]), self.source, after.target, math.nan, self.null.float() @ after.W, {"of": [self.notes, after.notes]})
 
     def inverse(self) -> "AffineMap":
         "The way back by the pseudo-inverse."
         W = torch.linalg.pinv(self.W.double()).float()
-        return AffineMap(W, -self.b @ W, self.layers[::-1], self.target, self.source, math.nan, torch.linalg.pinv(self.null.double()).float())
+        return AffineMap(W, -self.b @ W, self.layers[::-1], self.target, self.source, math.nan, torch.linalg.pinv(self.null.double()).float(), {"inverse_of": self.notes})
+
+# %% ../nbs/03_alignment.ipynb #2bf78518
+def _plain_fields(x):
+    "Tensors of a map, and all else as JSON takes it."
+    d = {f.name: getattr(x, f.name) for f in fields(x)}; tensors = {k: v for k, v in d.items() if isinstance(v, torch.Tensor)}
+    return tensors, {k: asdict(v) if isinstance(v, ModelInfo) else v for k, v in d.items() if k not in tensors}
+
+def _save(self: AffineMap, path: str | Path):
+    "Write to one safetensors file."
+    save_artefact(path, "affine", *_plain_fields(self))
+
+def _load(cls, path: str | Path) -> AffineMap:
+    "Read what `save` wrote."
+    t, m = load_artefact(path, "affine")
+    return cls(**t, layers=tuple(m["layers"]), r2=math.nan if m["r2"] is None else m["r2"], notes=m["notes"], **{k: ModelInfo(**m[k]) for k in ("source", "target")})
+
+AffineMap.save, AffineMap.load = _save, classmethod(_load)
 
 # %% ../nbs/03_alignment.ipynb #b1672918
 @dataclass(frozen=True)
@@ -217,13 +235,15 @@ class LayerGrid:
     texts: int             # texts that were read, held-out ones among them
     data: str              # hash of the texts
     template: str = "{}"
+    settings: dict = field(default_factory=dict)  # how the texts were read: positions, weight, folds, held_out, precision
 
     def __getitem__(self, layers: tuple[int, int]) -> AffineMap:
         s, t = layers
         if s not in self.source_layers or t not in self.target_layers:
             raise ValueError(f"no map for layers {s}:{t}; source layers are {list(self.source_layers)}, target layers {list(self.target_layers)}.")
         i, j = self.source_layers.index(s), self.target_layers.index(t)
-        return AffineMap(self.W[i, j], self.b[i, j], (s, t), self.source, self.target, float(self.r2[i, j]), self.null[i, j])
+        notes = dict(lam=float(f"{self.lam[i, j]:.6g}"), **{k: getattr(self, k) for k in ("method", "rows", "texts", "data", "template", "settings")})
+        return AffineMap(self.W[i, j], self.b[i, j], (s, t), self.source, self.target, float(self.r2[i, j]), self.null[i, j], notes)
 
     @property
     def pairs(self) -> list[tuple[int, int]]:
@@ -244,16 +264,13 @@ class LayerGrid:
 # %% ../nbs/03_alignment.ipynb #7e83947c
 def _save(self: LayerGrid, path: str | Path):
     "Write to one safetensors file."
-    d = {f.name: getattr(self, f.name) for f in fields(self)}
-    tensors = {k: v for k, v in d.items() if isinstance(v, torch.Tensor)}
     scores = {k: getattr(self, k).tolist() for k in ("r2", "cosine", "r2_null", "lam", "rank")}      # again in the header, to be read without the tensors
-    position = "last token" if self.method == "contrans" else "shared token boundaries but the first"
-    save_artefact(path, "map", tensors, {k: asdict(v) if isinstance(v, ModelInfo) else v for k, v in d.items() if k not in tensors} | {"scores": scores, "position": position})
+    tensors, rest = _plain_fields(self); save_artefact(path, "map", tensors, rest | {"scores": scores})
 
 def _load(cls, path: str | Path) -> LayerGrid:
     "Read what `save` wrote."
     t, m = load_artefact(path, "map"); same = ("method", "rows", "texts", "data", "p_value", "template")
-    return cls(**t, **{k: m[k] for k in same}, **{k: ModelInfo(**m[k]) for k in ("source", "target")}, **{k: tuple(m[k]) for k in ("source_layers", "target_layers")})
+    return cls(**t, **{k: m[k] for k in same}, settings=m.get("settings", {}), **{k: ModelInfo(**m[k]) for k in ("source", "target")}, **{k: tuple(m[k]) for k in ("source_layers", "target_layers")})
 
 LayerGrid.save, LayerGrid.load = _save, classmethod(_load)
 
@@ -291,7 +308,7 @@ def _grid(m: Moments, method, W, b, null, null_b, lam, units, rows) -> LayerGrid
     eig = [torch.linalg.eigh(R) for R, _ in units]
     span = torch.stack([V[:, e > 1e-8 * e[-1]] @ V[:, e > 1e-8 * e[-1]].T for e, V in eig]).float()
     return LayerGrid(m.source, m.target, m.source_layers, m.target_layers, W, b, null, r2, torch.stack(by_dim).view(*W.shape[:2], -1), cosine, r2_null, rank, lam.float(), span,
-                     torch.stack([sx for _, sx in units]).float(), deals.p, method, rows, len(m.seen), m.data, m.template)
+                     torch.stack([sx for _, sx in units]).float(), deals.p, method, rows, len(m.seen), m.data, m.template, m.settings)
 
 # %% ../nbs/03_alignment.ipynb #8d8a27c4
 METHODS = ("ridge", "contrans", "procrustes", "lowrank", "whitened")
@@ -314,13 +331,15 @@ def _cut(text: str, i: int) -> str:
     words = text.split(" ")
     return " ".join(words[:max(1, len(words) - 2 - i % 3)])
 
-def _published(source, target, corpus, l1, l2, held_out, most_rows) -> LayerGrid:
+def _published(source, target, corpus, l1, l2, held_out=.1, most_rows=2048, template="{}", **other) -> LayerGrid:
     "The paper's maps: last tokens of sentences cut short, least squares without centring or penalty; judged as all others are."
+    if other: raise ValueError(f"method 'contrans' reads last tokens at once and knows no {', '.join(other)}; leave that out, or use method='ridge'.")
+    settings = dict(positions="last token of sentences cut short", held_out=held_out, precision=[_precision(source), _precision(target)]); around = lambda texts: [template.replace("{}", t) for t in texts]
     texts = tuple(dict.fromkeys(corpus.texts)); judge = [t for t in texts if _part(_key(t), 1, held_out) < 0]; fit = [t for t in texts if t not in set(judge)]
     if len(fit) < 2 or not judge: raise ValueError(f"{len(texts)} texts are too few for a map and a held-out part; use hundreds.")
-    X, Y, _ = paired_states(source, target, [_cut(t, i) for i, t in enumerate(fit)], l1, l2, last_token)
-    HX, HY, of = paired_states(source, target, judge, l1, l2, what="held-out"); keep = slice(0, most_rows)
-    m = Moments(*[torch.zeros(0)] * 10, HX[keep], HY[keep], torch.tensor([_key(t) for t in judge])[of][keep], {_key(t) for t in texts}, model_info(source), model_info(target), tuple(l1), tuple(l2))
+    X, Y, _ = paired_states(source, target, around(_cut(t, i) for i, t in enumerate(fit)), l1, l2, last_token)
+    HX, HY, of = paired_states(source, target, around(judge), l1, l2, what="held-out"); keep = slice(0, most_rows)
+    m = Moments(*[torch.zeros(0)] * 10, HX[keep], HY[keep], torch.tensor([_key(t) for t in judge])[of][keep], {_key(t) for t in texts}, model_info(source), model_info(target), tuple(l1), tuple(l2), template, settings)
     pairs = lambda Y: torch.stack([torch.stack([contrans(X[:, s], Y[:, t]) for t in range(len(l2))]) for s in range(len(l1))])
     W, null = pairs(Y), pairs(Y.roll(len(Y) // 2 + 1, 0)).bfloat16(); b = torch.zeros(len(l1), len(l2), Y.shape[2]); sx = _scale(X.double().var(0, correction=0), X.double().mean(0))
     Z = (X - X.mean(0)) / sx
@@ -333,12 +352,12 @@ def fit_maps(
     source_layers: Sequence[int] | None = None,  # default: eight, from a third of the depth on
     target_layers: Sequence[int] | None = None,
     method: str = "ridge",                     # ridge, contrans (the paper's), procrustes, lowrank or whitened
-    **collecting,                              # folds, held_out, most_rows, template, positions, weight, path: see `collect`
+    **collecting,                              # folds, held_out, most_rows, template, positions, weight, path: see `collect`; contrans takes held_out, most_rows, template
 ) -> LayerGrid:
-    "Maps between all chosen layers, fitted on shared token boundaries and judged on held-out texts. Raises ValueError for too little text."
+    "Maps between all chosen layers, fitted on shared token boundaries and judged on held-out texts. Raises ValueError for too little text, or what a method does not know."
     if method not in METHODS: raise ValueError(f"method {method!r}: use one of {', '.join(METHODS)}.")
     l1, l2 = (_layers(m, ls) if ls is not None else spread_layers(m) for m, ls in ((source, source_layers), (target, target_layers)))
-    if method == "contrans": return _published(source, target, corpus, l1, l2, collecting.get("held_out", .1), collecting.get("most_rows", 2048))
+    if method == "contrans": return _published(source, target, corpus, l1, l2, **collecting)
     return solve(collect(source, target, corpus, l1, l2, **collecting), method)
 
 # %% ../nbs/03_alignment.ipynb #fadd9234

@@ -13,7 +13,7 @@ from .data import data_hash, lint, load_corpus, load_pairs, load_task
 from .models import load_model, model_info
 from .extraction import Concept, extract_concept, load_artefact, plain
 from .moments import texts_hash
-from .alignment import METHODS, LayerGrid, fit_maps
+from .alignment import METHODS, AffineMap, LayerGrid, fit_maps
 from .injection import Transplant, generate
 from .evaluation import Evidence, evaluate
 from .selection import choose, transplant
@@ -78,7 +78,7 @@ def cmd_extract(a):
 
 def cmd_align(a):
     _writable(a.out); corpus, part = load_corpus(a.corpus), Path(f"{a.out}.part"); resumed = part.is_file()      # what an interrupted run left
-    try: maps = fit_maps(load_model(a.source), load_model(a.target), corpus, method=a.method, path=part)
+    try: maps = fit_maps(load_model(a.source), load_model(a.target), corpus, method=a.method, **({} if a.method == "contrans" else {"path": part}))
     except ValueError:
         if not resumed: part.unlink(missing_ok=True)
         raise
@@ -116,7 +116,7 @@ def cmd_evaluate(a):
 
 def cmd_info(a):
     _, head = load_artefact(a.file)
-    text = {"concept": lambda: Concept.load(a.file), "map": lambda: LayerGrid.load(a.file)}.get(head["kind"])
+    text = {"concept": lambda: Concept.load(a.file), "map": lambda: LayerGrid.load(a.file), "affine": lambda: AffineMap.load(a.file)}.get(head["kind"])
     return head, (repr(text()) + "\n" if text else "") + "\n".join(f"{k}: {json.dumps(v)[:300]}" for k, v in head.items())
 
 # %% ../nbs/08_cli.ipynb #73172da3

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from scipy.stats import rankdata
 from tqdm import tqdm
 from .data import ContrastPairs
-from .models import ModelInfo, encode, fast_matmul, model_info, pad, read, reading
+from .models import ModelInfo, encode, fast_matmul, model_info, pad, read, reading, _disk_space, _precision, _worded
 from .remote import far, in_flight
 
 # %% ../nbs/02_extraction.ipynb #2ebd5233
@@ -47,12 +47,13 @@ def stream(
     at: Sequence[Sequence[int]] | None = None,  # token positions wanted of each text; default: all
     what: str = "reading",                  # label of the progress bar
     take: Callable | None = None,           # (hidden (b, t, d), mask (b, t)) -> what is wanted of it, one row a text; made where the model is
+    numbers: Sequence[int] | None = None,   # of the texts, in messages; default: from 0
 ) -> Iterator[tuple[list[int], list[torch.Tensor]]]:  # indices of the texts, and for each layer their states (b, t, d), padded on the right; with `at` (r, d), text after text
     "Residual streams of many texts, batch by batch; nothing is kept. Raises ValueError for states that are not finite, naming the text."
     with tqdm(total=sum(map(len, ids)), desc=what, unit="tok", unit_scale=True, disable=None, leave=False) as bar:
         for rows, states in (_far_batches if far(model) else _batches)(model, ids, list(layers), budget, at, take, bar):
             bar.update(sum(len(ids[i]) for i in rows))
-            _check_finite(model, states, rows, ids, layers, at)
+            _check_finite(model, states, rows, ids, layers, at, numbers)
             yield rows, states
 
 # %% ../nbs/02_extraction.ipynb #d599d73f
@@ -101,14 +102,14 @@ def _flat(at, rows):
     return None if at is None else (torch.tensor([b for b, i in enumerate(rows) for _ in at[i]], dtype=torch.long), torch.tensor([p for i in rows for p in at[i]], dtype=torch.long))
 
 # %% ../nbs/02_extraction.ipynb #d5191a9a
-def _check_finite(model, states, rows, ids, layers, at):
+def _check_finite(model, states, rows, ids, layers, at, numbers):
     "Padding is not looked at."
     for k, h in zip(layers, states):
         if torch.isfinite(h.sum()): continue
         parts = list(h) if h.ndim < 3 and at is None else [h[b, :len(ids[i])] for b, i in enumerate(rows)] if at is None else h.split([len(at[i]) for i in rows])
         for i, part in zip(rows, parts):
             if not torch.isfinite(part).all():
-                raise ValueError(f"text {i}, {model.tokenizer.decode(ids[i])[:60]!r}, gives states that are not finite at layer {k}. Remove it, or load the model in float32.")
+                raise ValueError(f"text {numbers[i] if numbers else i}, {model.tokenizer.decode(ids[i])[:60]!r}, gives states that are not finite at layer {k}. Remove it, or load the model in float32.")
 
 # %% ../nbs/02_extraction.ipynb #7503f15c
 def _mean(h: torch.Tensor) -> torch.Tensor:  # (t, L, d) -> (L, d)
@@ -125,7 +126,7 @@ POSITIONS = {"last": lambda h: h[-1], "mean": _mean, "all": lambda h: h}
 def _marks(model, ids, layers, position) -> list[str]:
     "For each text a hash of all that its states depend on."
     if callable(position): raise ValueError("states at a position of your own cannot be kept in `path`; use last, mean or all.")
-    return [hashlib.sha256(f"{model_info(model).weights} {layers} {position} {x}".encode()).hexdigest()[:24] for x in ids]
+    return [hashlib.sha256(f"{model_info(model).weights} {_precision(model)} {layers} {position} {x}".encode()).hexdigest()[:24] for x in ids]
 
 # %% ../nbs/02_extraction.ipynb #8e09f0df
 def activations(
@@ -139,17 +140,17 @@ def activations(
     "Residual stream of each text at the wanted layers and position, equal to reading each text alone. Raises ValueError for empty or non-finite texts."
     take = position if callable(position) else POSITIONS.get(position)
     if take is None: raise ValueError(f"position {position!r}: use {', '.join(POSITIONS)} or a function of the states (t, L, d).")
-    layers = _layers(model, layers); ids = encode(model, texts); one = position == "last" or (position == "mean" and far(model) is not None); done = {}
+    layers = _layers(model, layers); ids = encode(model, texts); _worded(texts, ids, model.tokenizer("").input_ids); one = position == "last" or (position == "mean" and far(model) is not None); done = {}
     marks = range(len(ids)) if path is None else _marks(model, ids, layers, position)
     if path is not None:
         Path(path).mkdir(parents=True, exist_ok=True)
         for f in Path(path).glob("*.safetensors"): done |= load_file(f)
     todo = [i for i, k in enumerate(marks) if k not in done]; left = [ids[i] for i in todo]
-    for rows, states in stream(model, left, layers, budget, at=[[len(x) - 1] for x in left] if position == "last" else None, take=_means if one and position == "mean" else None):
+    for rows, states in stream(model, left, layers, budget, at=[[len(x) - 1] for x in left] if position == "last" else None, take=_means if one and position == "mean" else None, numbers=todo):
         new = {marks[todo[j]]: (torch.stack([h[b] for h in states]) if one else take(torch.stack([h[b, :len(left[j])] for h in states], 1).float())).float().cpu().contiguous() for b, j in enumerate(rows)}
         done |= new
         if path is not None:
-            with whole_file(Path(path)/f"{marks[todo[rows[0]]]}.safetensors") as tmp: save_file(new, tmp)
+            with whole_file(Path(path)/f"{hashlib.sha256(''.join(new).encode()).hexdigest()[:24]}.safetensors") as tmp: save_file(new, tmp)
     out = [done[k] for k in marks]
     return out if position == "all" else torch.stack(out)
 
@@ -218,7 +219,7 @@ def whole_file(path: str | Path):
     "Within: a temporary file to write to; it becomes `path` when all went well, and disappears when not."
     path = Path(path); fd, tmp = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-"); os.close(fd)
     try:
-        yield Path(tmp)
+        with _disk_space(path): yield Path(tmp)
         mask = os.umask(0); os.umask(mask); os.chmod(tmp, 0o666 & ~mask); os.replace(tmp, path)
     finally: Path(tmp).unlink(missing_ok=True)
 
@@ -244,7 +245,8 @@ def load_artefact(path: str | Path, kind: str | None = None) -> tuple[dict[str, 
         raise ValueError(f"{path} cannot be read as an artefact; it is damaged or of another kind ({str(e).splitlines()[0]}). Make it again.") from None
     if head is None: raise ValueError(f"{path} is a safetensors file, but not one of this package.")
     if head["format"] > FORMAT: raise ValueError(f"{path} has format {head['format']}, newer than this version reads ({FORMAT}). Upgrade concept_transfer.")
-    if kind and head["kind"] != kind: raise ValueError(f"{path} is a {head['kind']}, where a {kind} is needed.")
+    a = lambda kind: f"{'an' if kind[0] in 'aeiou' else 'a'} {kind}"
+    if kind and head["kind"] != kind: raise ValueError(f"{path} is {a(head['kind'])}, where {a(kind)} is needed.")
     return tensors, head
 
 # %% ../nbs/02_extraction.ipynb #d41801e9

@@ -9,7 +9,7 @@ __all__ = ['log', 'RENAME', 'TINY', 'EMBEDDED', 'read', 'reading', 'writing', 'l
            'fetch', 'load_model']
 
 # %% ../nbs/01_models.ipynb #01aafd5a
-import contextlib, copy, functools, hashlib, json, logging, os, shutil, subprocess, sys, tempfile, warnings, zipfile
+import contextlib, copy, errno, functools, hashlib, json, logging, os, shutil, subprocess, sys, tempfile, warnings, zipfile
 from dataclasses import dataclass
 from pathlib import Path
 import platformdirs, torch
@@ -204,17 +204,23 @@ def context_length(model) -> int:
     cfg = model._module.config.get_text_config()
     return int(getattr(cfg, "max_position_embeddings", None) or getattr(cfg, "n_positions", None) or 2048)
 
+# %% ../nbs/01_models.ipynb #e38052c1
+def _worded(texts, ids, nothing):
+    "Raise ValueError for a text of which no more than `nothing` is left in tokens."
+    for i, x in enumerate(ids):
+        if x == nothing: raise ValueError(f"text {i} is empty for this tokenizer: {texts[i]!r}. Remove it, or give it a word.")
+
 # %% ../nbs/01_models.ipynb #95adf585
 def encode(
     model,                          # nnsight model
     texts: list[str],
     room: int = 0,                  # tokens of the context to leave free
 ) -> list[list[int]]:               # token ids of each text
-    "Token ids; a text longer than the context keeps its end, with a warning. Raises ValueError for a text without tokens."
+    "Token ids; a text longer than the context keeps its end, with a warning. Raises ValueError for no texts, or one without tokens."
+    if not len(texts): raise ValueError("there is no text to read; give at least one.")
     ids, limit = model.tokenizer(list(texts)).input_ids, context_length(model) - room
     if limit < 2: raise ValueError(f"{room} new tokens leave no room for a prompt in a context of {context_length(model)}; ask for fewer.")
-    for i, x in enumerate(ids):
-        if not x: raise ValueError(f"text {i} is empty for this tokenizer: {texts[i]!r}. Remove it, or give it a word.")
+    _worded(texts, ids, [])
     if long := [i for i, x in enumerate(ids) if len(x) > limit]:
         warnings.warn(f"{len(long)} texts are longer than the {'context of ' if not room else ''}{limit} tokens{' that the context has room for' if room else ''} (first: text {long[0]}); their beginning was cut.")
         bos = getattr(model.tokenizer, "bos_token_id", None)
@@ -289,6 +295,11 @@ def _tokenizer_hash(tokenizer) -> str:
         if truncation: back.enable_truncation(**truncation)
 
 # %% ../nbs/01_models.ipynb #808b94df
+def _precision(model) -> str:
+    "What a model computes in, such as float32."
+    weights = model_info(model).weights
+    return weights.split(":")[1] if ":" in weights else str(next(model._module.parameters()).dtype).removeprefix("torch.")
+
 def model_info(model) -> ModelInfo:
     "Name, shape and fingerprint of a model; computed once a model."
     module = model._module
@@ -490,21 +501,49 @@ EMBEDDED = {
 
 def cache_dir() -> Path:
     "Where converted models are kept: the CONCEPT_TRANSFER_CACHE variable, or the user's cache folder. It may be deleted at any time."
-    return Path(os.environ.get("CONCEPT_TRANSFER_CACHE") or platformdirs.user_cache_dir("concept_transfer"))
+    return Path(os.environ.get("CONCEPT_TRANSFER_CACHE") or platformdirs.user_cache_dir("concept_transfer")).expanduser()
 
-# %% ../nbs/01_models.ipynb #80e122a2
 @contextlib.contextmanager
-def _quick_gguf():
-    "Within: a GGUF header is parsed once."
+def _disk_space(path: Path):  # path: what is written
+    "Within: a full disk is an OSError that says what to do."
+    try: yield
+    except (SafetensorError, OSError) as e:
+        if not (getattr(e, "errno", None) in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT) or "(os error" in str(e)): raise
+        raise OSError(f"{str(path)!r} could not be written: {e}. Free some space, or choose another disk; nothing was kept.") from None
+
+# %% ../nbs/01_models.ipynb #a1b021d3
+def _gguf_reader():
+    "A reader of GGUF headers that takes an array as a whole."
     import gguf, numpy as np
     class Reader(gguf.GGUFReader):
         def _get(self, offset, dtype, count=1, override_order=None):
             if type(self.data) is np.memmap: self.data = self.data.view(np.ndarray)
             return super()._get(offset, dtype, count, override_order)
-    old = gguf.GGUFReader, gguf.get_tensor_name_map
-    gguf.GGUFReader, gguf.get_tensor_name_map = functools.lru_cache(1)(Reader), functools.lru_cache(4)(old[1])
-    try: yield
-    finally: gguf.GGUFReader, gguf.get_tensor_name_map = old
+        def _get_field_parts(self, offset, kind):
+            item = int(self._get(offset, np.uint32)[0]) if kind == 9 and self.byte_order == "I" else None
+            if item != 8 and item not in self.gguf_scalar_to_np: return super()._get_field_parts(offset, kind)
+            n, at, parts = int(self._get(offset + 4, np.uint64)[0]), offset + 12, []
+            if item == 8:
+                raw = memoryview(self.data)
+                while len(parts) < n and at < len(raw): end = at + 8 + int.from_bytes(raw[at:at + 8], "little"); parts.append(self.data[at + 8:end]); at = end
+            else: values = self._get(at, self.gguf_scalar_to_np[item], n); parts, at = list(values[:, None]), at + values.nbytes
+            if len(parts) < n or at > len(self.data): raise ValueError("it ends inside its header")
+            return at - offset, parts, list(range(n)), [gguf.GGUFValueType(k) for k in (9, item)]
+    return Reader
+
+# %% ../nbs/01_models.ipynb #80e122a2
+@contextlib.contextmanager
+def _quick_gguf():
+    "Within: a GGUF header is parsed once, and no bar is shown."
+    import gguf, transformers.modeling_gguf_pytorch_utils as loading
+    quick = {(gguf, "GGUFReader"): functools.lru_cache(1)(_gguf_reader()), (gguf, "get_tensor_name_map"): functools.lru_cache(4)(gguf.get_tensor_name_map),
+             (loading, "_gguf_parse_value"): lambda v, types: v.tobytes().decode() if types[-1] == 8 else v[0].item(), (loading, "tqdm"): lambda items, **_: items}
+    old = {k: getattr(*k) for k in quick if hasattr(*k)}
+    try:
+        for k in old: setattr(*k, quick[k])
+        yield
+    finally:
+        for k, v in old.items(): setattr(*k, v)
 
 # %% ../nbs/01_models.ipynb #db1b14d0
 @contextlib.contextmanager
@@ -552,25 +591,28 @@ def _download(source: Embedded, to: Path) -> Path:
     return gguf
 
 # %% ../nbs/01_models.ipynb #1cf55819
-def fetch(name: str) -> Path:  # name: an embedded model
-    "Folder of an embedded model, downloaded and converted on first use; safe when two processes ask at once."
-    folder = cache_dir() / name
+def _cached(name: str, make) -> Path:  # make: writes the folder that it is given
+    "Folder in the cache, made on first use; safe when two processes ask at once."
+    folder = cache_dir() / name; lock = folder.with_suffix(".lock")
     if folder.is_dir(): return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder.with_suffix(".lock")):
+    try: folder.parent.mkdir(parents=True, exist_ok=True); lock.touch()
+    except OSError as e: raise OSError(f"the cache {str(folder.parent)!r} cannot be written ({e.strerror}). Set CONCEPT_TRANSFER_CACHE to a folder that can.") from None
+    with FileLock(lock), _disk_space(folder):
         if folder.is_dir(): return folder
         for left in folder.parent.glob(f".{name}-*"): shutil.rmtree(left, ignore_errors=True)      # of a run that was killed
+        make(folder)
+    return folder
+
+def fetch(name: str) -> Path:  # name: an embedded model
+    "Folder of an embedded model, downloaded and converted on first use."
+    def make(folder):
         log.warning("First use of %s: downloading and converting it. %s", name, EMBEDDED[name].terms)
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{name}-") as tmp: convert_gguf(_download(EMBEDDED[name], Path(tmp)), folder)
-    return folder
+    return _cached(name, make)
 
 def _from_gguf(path: Path) -> Path:
     "Converted folder of the user's own GGUF file, kept in the cache under the hash of its content."
-    folder = cache_dir() / f"gguf-{_sha256(path)[:16]}"
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder.with_suffix(".lock")):
-        if not folder.is_dir(): convert_gguf(path, folder)
-    return folder
+    return _cached(f"gguf-{_sha256(path)[:16]}", lambda folder: convert_gguf(path, folder))
 
 # %% ../nbs/01_models.ipynb #ecb27c20
 def _remote_hash(there: dict, module) -> str:

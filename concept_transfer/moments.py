@@ -7,7 +7,7 @@ __all__ = ['shared_boundaries', 'last_token', 'paired_states', 'Moments', 'texts
            'collect']
 
 # %% ../nbs/02a_moments.ipynb #fadea9c1
-import hashlib, itertools, json, time
+import hashlib, itertools, json, time, unicodedata
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,7 +15,7 @@ from typing import Callable, Sequence
 import numpy as np, torch
 from tqdm import tqdm
 from .data import Corpus
-from .models import ModelInfo, context_length, fast_matmul, model_info, pad, summing
+from .models import ModelInfo, context_length, fast_matmul, model_info, pad, summing, _precision, _worded
 from .remote import backend, far, in_flight
 from .extraction import bundled, length_batches, load_artefact, save_artefact, stream, whole_file, _flat, _layers
 
@@ -25,16 +25,17 @@ def shared_boundaries(
     target: Sequence[tuple[int, int]],
     skip: int = 1,                      # leave out this many first tokens on either side: the first position is an attention sink
 ) -> list[tuple[int, int]]:             # token indices (i, j) after which both models have read the same characters
-    "Pairs of tokens that end at the same character. Tokens without characters are left out; of several that end inside one character, the last counts."
-    ends = [{e: i for i, (s, e) in enumerate(side) if e > s} for side in (source, target)]
+    "Pairs of tokens that end at the same character. Tokens without characters are left out, and those after which the next begins in the same character."
+    spans = [[(i, s, e) for i, (s, e) in enumerate(side) if e > s] for side in (source, target)]
+    ends = [{e: i for k, (i, _, e) in enumerate(side) if k + 1 == len(side) or side[k + 1][1] >= e} for side in spans]
     return [(i, ends[1][e]) for e, i in ends[0].items() if e in ends[1] and min(i, ends[1][e]) >= skip]
 
 # %% ../nbs/02a_moments.ipynb #50a025ea
 def _encode_offsets(model, texts):
-    "Token ids and character offsets; a text longer than the context keeps its beginning, whose states do not depend on the rest."
+    "Token ids and character offsets of all tokens; a text longer than the context keeps its beginning, whose states do not depend on the rest."
     if not model.tokenizer.is_fast: raise ValueError(f"the tokenizer of {model_info(model).name} gives no character offsets; pass a fast one to load_model.")
-    enc, limit = model.tokenizer(list(texts), return_offsets_mapping=True), context_length(model)
-    return [x[:limit] for x in enc.input_ids], [o[:limit] for o in enc.offset_mapping]
+    enc, limit = model.tokenizer(list(texts), return_offsets_mapping=True), context_length(model); _worded(texts, enc.input_ids, model.tokenizer("").input_ids)
+    return [x[:limit] for x in enc.input_ids], enc.offset_mapping
 
 def last_token(pairs, n1, n2): return [(n1 - 1, n2 - 1)]      # the published choice
 
@@ -50,10 +51,14 @@ def paired_states(
     (ids1, at1), (ids2, at2) = _paired(source, target, texts, positions)
     return _rows(source, ids1, at1, source_layers, what), _rows(target, ids2, at2, target_layers, what), _text_of(at1)
 
+def _inside(text, end):
+    "Whether an accent comes next: a tokenizer that composes characters has read it already, by its offsets it has not."
+    return end < len(text) and (unicodedata.combining(text[end]) > 0 or not unicodedata.is_normalized("NFC", text[end - 1:end + 1]))
+
 def _paired(source, target, texts, positions=None):
     "Token ids of all texts on both sides, and which tokens of each are paired."
     (ids1, off1), (ids2, off2) = _encode_offsets(source, texts), _encode_offsets(target, texts)
-    at = [shared_boundaries(a, b) for a, b in zip(off1, off2)]
+    at = [[(i, j) for i, j in shared_boundaries(a, b) if i < len(x) and j < len(y) and not _inside(t, a[i][1])] for t, x, y, a, b in zip(texts, ids1, ids2, off1, off2)]
     if positions: at = [positions(p, len(a), len(b)) for p, a, b in zip(at, ids1, ids2)]
     return [(ids, [[p[side] for p in a] for a in at]) for side, ids in enumerate((ids1, ids2))]
 
@@ -91,6 +96,7 @@ class Moments:
     source_layers: tuple = ()
     target_layers: tuple = ()
     template: str = "{}"
+    settings: dict = field(default_factory=dict)   # how they were read: positions, weight, folds, held_out, precision
 
     @classmethod
     def zeros(cls, folds, L1, d1, L2, d2, **provenance) -> "Moments":
@@ -173,9 +179,9 @@ def _moved(m: Moments, dx, dy):
 
 # %% ../nbs/02a_moments.ipynb #b1ec24a1
 def _merge(self: Moments, other: Moments) -> Moments:
-    "The sums over both; `other` is used up. Raises ValueError where they do not belong together or share texts."
-    same = lambda m: (m.xy.shape, m.yy.shape, m.source, m.target, m.source_layers, m.target_layers, m.template)
-    if same(self) != same(other): raise ValueError("these moments are of other models, layers, folds or templates; collect both in the same way.")
+    "The sums over both, in the memory of `other`, which is used up and must not be read again. Raises ValueError where they do not belong together or share texts."
+    same = lambda m: (m.xy.shape, m.yy.shape, m.source, m.target, m.source_layers, m.target_layers, m.template, m.settings)
+    if same(self) != same(other): raise ValueError("these moments are of other models, layers, folds, templates or settings; collect both in the same way.")
     if both := self.seen & other.seen: raise ValueError(f"{len(both)} texts are in both moments and would count twice; give each machine its own texts.")
     if not self.n.any(): self.shift_x, self.shift_y = other.shift_x, other.shift_y
     _moved(other, other.shift_x - self.shift_x, other.shift_y - self.shift_y)
@@ -191,13 +197,13 @@ _SUMS = ("n", "x", "y", "xx", "xy", "yy", "null", "n_null", "shift_x", "shift_y"
 def _save(self: Moments, path: str | Path):
     "Write to one safetensors file, whole or not at all."
     tensors = {k: getattr(self, k) for k in _SUMS} | {"seen": torch.tensor(sorted(self.seen), dtype=torch.int64)}
-    save_artefact(path, "moments", tensors, {k: asdict(v) if isinstance(v, ModelInfo) else v for k in ("source", "target", "source_layers", "target_layers", "template") for v in [getattr(self, k)]})
+    save_artefact(path, "moments", tensors, {k: asdict(v) if isinstance(v, ModelInfo) else v for k in ("source", "target", "source_layers", "target_layers", "template", "settings") for v in [getattr(self, k)]})
 
 def _load(cls, path: str | Path) -> Moments:
     "Read what `save` wrote."
     t, m = load_artefact(path, "moments"); info = lambda d: ModelInfo(**d) if d else None
     return cls(**{k: t[k] for k in _SUMS}, seen=set(t["seen"].tolist()), source=info(m["source"]), target=info(m["target"]),
-               source_layers=tuple(m["source_layers"]), target_layers=tuple(m["target_layers"]), template=m["template"])
+               source_layers=tuple(m["source_layers"]), target_layers=tuple(m["target_layers"]), template=m["template"], settings=m.get("settings", {}))
 
 Moments.save, Moments.load = _save, classmethod(_load)
 
@@ -207,7 +213,7 @@ def _reversed(self: Moments) -> Moments:
     if self.yy.ndim == 3: raise ValueError("the way back needs the target's own products: collect(..., products=True).")
     turn = lambda t: t.permute(*range(t.ndim - 4), -2, -1, -4, -3).contiguous()
     return Moments(self.n, self.y, self.x, self.yy, turn(self.xy), self.xx, turn(self.null), self.n_null, self.shift_y, self.shift_x, self.held_y, self.held_x, self.held_of,
-                   self.seen, self.target, self.source, self.target_layers, self.source_layers, self.template)
+                   self.seen, self.target, self.source, self.target_layers, self.source_layers, self.template, {k: v[::-1] if k == "precision" else v for k, v in self.settings.items()})
 
 Moments.reversed = _reversed
 
@@ -231,7 +237,7 @@ def _resumed(path, fresh: Moments) -> Moments:
     "What an earlier run left at `path`, else `fresh`. Raises ValueError for moments of something else."
     if path is None or not Path(path).is_file(): return fresh
     kept = Moments.load(path)
-    differ = [k for k in ("source", "target", "source_layers", "target_layers", "template") if getattr(kept, k) != getattr(fresh, k)]
+    differ = [k for k in ("source", "target", "source_layers", "target_layers", "template") if getattr(kept, k) != getattr(fresh, k)] + [k for k, v in fresh.settings.items() if kept.settings.get(k) != v]
     if differ or (kept.xy.shape, kept.yy.shape) != (fresh.xy.shape, fresh.yy.shape): raise ValueError(f"{path} holds moments of another {', '.join(differ) or 'number of folds, or with other products'}. Give another path, or delete it.")
     return kept
 
@@ -400,8 +406,9 @@ def collect(
 ) -> Moments:
     "Moments of two models over a corpus. Raises ValueError for too little text, naming what to do."
     l1, l2 = (tuple(_layers(m, ls) if ls is not None else spread_layers(m)) for m, ls in ((source, source_layers), (target, target_layers)))
-    one, two = model_info(source), model_info(target)
-    m = Moments.zeros(folds, len(l1), one.width, len(l2), two.width, source=one, target=two, source_layers=l1, target_layers=l2, template=template)
+    one, two, name = model_info(source), model_info(target), lambda f, none: getattr(f, "__name__", "custom") if f else none
+    settings = dict(positions=name(positions, "shared token boundaries but the first"), weight=name(weight, "none"), folds=folds, held_out=held_out, precision=[_precision(source), _precision(target)])
+    m = Moments.zeros(folds, len(l1), one.width, len(l2), two.width, source=one, target=two, source_layers=l1, target_layers=l2, template=template, settings=settings)
     if far(target) and not products: m.yy = m.squares.clone()
     m = _resumed(path, m); todo = [t for t in dict.fromkeys(corpus.texts) if _key(t) not in m.seen]
     with tqdm(total=len(todo), desc="moments", unit="text", disable=None, leave=False) as bar:

@@ -39,13 +39,18 @@ def plot_separation(*concepts: Concept) -> mpl.figure.Figure:
     ax.set(xlabel="layer", ylabel="held-out AUC", title="How well a direction tells held-out scenarios apart", ylim=(min(.45, min(min(c.auc) for c in concepts)) - .02, 1.01))
     ax.xaxis.set_major_locator(mpl.ticker.MaxNLocator(integer=True)); ax.legend(frameon=False, fontsize=8); return fig
 
-def plot_grid(maps: LayerGrid, values: str = "r2") -> mpl.figure.Figure:
-    "Heat map of a held-out score (`r2` or `cosine`) over all layer pairs."
+def plot_grid(
+    maps: LayerGrid,
+    values="r2",       # "r2", "cosine", or an array (L1, L2) such as those of `downstream`
+    label: str = "",   # what an array shows
+) -> mpl.figure.Figure:
+    "Heat map of a held-out score, or of another value, over all layer pairs."
     words = {"r2": "held-out R2, standardised", "cosine": "held-out cosine"}
     fig, ax = _figure(1.6 + .62 * len(maps.target_layers), 1.4 + .42 * len(maps.source_layers))
-    z = getattr(maps, values).numpy()
+    z = np.asarray(getattr(maps, values) if isinstance(values, str) else values)
+    if z.shape != maps.r2.shape: raise ValueError(f"values of shape {z.shape} are not one for each of {len(maps.source_layers)} x {len(maps.target_layers)} layer pairs.")
     sns.heatmap(z, ax=ax, annot=True, fmt=".2f", annot_kws={"size": 8}, cmap="cividis", vmin=min(0, z.min()), vmax=max(.5, z.max()), xticklabels=maps.target_layers,
-                yticklabels=maps.source_layers, cbar_kws={"label": words[values]})
+                yticklabels=maps.source_layers, cbar_kws={"label": words[values] if isinstance(values, str) else label})
     ax.set(xlabel=f"layer of {maps.target.name}", ylabel=f"layer of {maps.source.name}", title=f"{maps.method}: {maps.rows:,} rows; shuffled pairs give at most {maps.r2_null.max():.2f}")
     ax.tick_params(axis="y", rotation=0); return fig
 
@@ -200,3 +205,4 @@ def write_report(
 
 # %% ../nbs/07_plots.ipynb #f589a867
 Evidence.show = plot_arms
+LayerGrid.show = plot_grid
