@@ -7,14 +7,16 @@ __all__ = ['PROMPTS', 'cmd_extract', 'cmd_align', 'cmd_transplant', 'cmd_generat
            'main']
 
 # %% ../nbs/08_cli.ipynb #3ac62d45
-import argparse, json, logging, sys, time, warnings
+import argparse, hashlib, json, logging, sys, tempfile, time, warnings
+from functools import partial
+from importlib.metadata import version
 from pathlib import Path
-from .data import data_hash, lint, load_corpus, load_pairs, load_task
+from .data import EMOTIONS, data_hash, lint, load_corpus, load_pairs, load_task
 from .models import load_model, model_info
-from .extraction import Concept, extract_concept, load_artefact, plain
-from .moments import texts_hash
+from .extraction import Concept, extract_concept, load_artefact, package_version, plain, whole_file
 from .alignment import METHODS, LayerGrid, fit_maps
 from .injection import Transplant, generate
+from .tasks import BEHAVIOURS, load_behaviour, load_knowledge, load_truthfulness
 from .evaluation import Evidence, evaluate
 from .selection import choose, transplant
 from .plots import figures, plot_grid, plot_separation, verdict, write_report
@@ -36,11 +38,11 @@ def _parser() -> argparse.ArgumentParser:
     command("align", "maps between all chosen layers of two models", ("--source", req("model")), ("--target", req("model")), ("--corpus", req("file, or general")),
             ("--out", req("map.safetensors")), ("--method", dict(choices=METHODS, default="ridge", help="how the maps are fitted")))
     command("transplant", "put a concept into the target", ("--concept", req("file")), ("--map", req("file")), ("--out", req("transplant.safetensors")),
-            ("--task", dict(help="tuning items: file, or a built-in task")), ("--choices", dict(help="a,b,c for a task file that holds pairs")), ("--target", dict(help="the choice to favour")),
+            ("--task", dict(help="tuning items: file, or a built-in task such as emotions/fear, behaviours/honesty, truthfulness")), ("--choices", dict(help="a,b,c for a task file that holds pairs")), ("--target", dict(help="the choice to favour")),
             ("--damage", dict(type=float, default=.1, help="KL in nats a token that strength 1 may cost")), ("--layers", dict(type=_layer_pair, default="auto", help="auto or LS:LT, counted from 0")))
     command("generate", "text of the steered target", ("--transplant", req("file")), ("--prompt", req("text")), ("--strength", dict(type=float, default=1., help="0 is the base model")),
             ("--max-new-tokens", dict(type=int, default=40, help="length")), ("--compare", dict(action="store_true", help="show the base model's text too")))
-    command("evaluate", "effect and damage beside controls", ("--transplant", req("file")), ("--task", req("file, or a built-in task")), ("--neutral", req("file, or neutral")),
+    command("evaluate", "effect and damage beside controls", ("--transplant", req("file")), ("--task", req("file, or a built-in task such as emotions/fear, behaviours/honesty, truthfulness, knowledge")), ("--neutral", req("file, or neutral")),
             ("--out", req("folder")), ("--pairs", dict(help="the concept's pairs: gives the native arm")), ("--other", dict(help="another concept's pairs")),
             ("--choices", dict(help="a,b,c for a task file that holds pairs")), ("--target", dict(help="the choice to favour")),
             ("--random", dict(type=_count, default=20, help="random directions")), ("--seed", dict(type=int, default=0, help="of random directions and bootstrap")))
@@ -64,11 +66,26 @@ def _writable(path: str) -> str:
     folder = Path(path).absolute().parent
     if not folder.is_dir(): raise FileNotFoundError(f"no folder {str(folder)!r} to write {Path(path).name} into. Create it first.")
     if Path(path).is_dir(): raise IsADirectoryError(f"{path!r} is a folder; give a file name.")
-    return path
+    _probe(folder); return path
+
+def _folder(path: str) -> Path:
+    "The same for a folder, which need not exist yet."
+    out = Path(path).absolute(); there = next(p for p in (out, *out.parents) if p.exists())
+    if not there.is_dir(): raise NotADirectoryError(f"{str(there)!r} is a file; give a folder.")
+    _probe(there); return Path(path)
+
+def _probe(folder):
+    try: tempfile.TemporaryFile(dir=folder).close()
+    except OSError as e: raise OSError(f"cannot write into {str(folder)!r} ({e.strerror}). Give another place.") from None
+
+_TASKS = {f"emotions/{e}": partial(load_task, f"emotions/{e}") for e in EMOTIONS} | {f"behaviours/{b}": partial(load_behaviour, b) for b in BEHAVIOURS} | {
+    "truthfulness": load_truthfulness, "knowledge": lambda split: load_knowledge()}
 
 def _task(a, split):
-    "A tuning or test task; with --choices a file of pairs becomes one."
-    return load_task(a.task, split, a.choices.split(",") if a.choices else None, a.target)
+    "A tuning or test task by name or from a file; with --choices a file of pairs becomes one."
+    if a.task in _TASKS: return _TASKS[a.task](split)
+    if not Path(a.task).expanduser().is_file(): raise FileNotFoundError(f"{a.task!r} is neither a file nor a built-in task. Built in: {', '.join(_TASKS)}.")
+    return load_task(a.task, split, [c.strip() for c in a.choices.split(",")] if a.choices else None, a.target)
 
 def cmd_extract(a):
     _writable(a.out); pairs = load_pairs(a.pairs)
@@ -77,8 +94,9 @@ def cmd_extract(a):
     return dict(out=a.out, concept=c.name, model=c.model.name, n_pairs=c.n_pairs, layers=list(c.layers), auc=list(c.auc)), repr(c)
 
 def cmd_align(a):
-    _writable(a.out); corpus, part = load_corpus(a.corpus), Path(f"{a.out}.part"); resumed = part.is_file()      # what an interrupted run left
-    try: maps = fit_maps(load_model(a.source), load_model(a.target), corpus, method=a.method, path=part)
+    _writable(a.out); corpus = load_corpus(a.corpus); models = load_model(a.source), load_model(a.target)
+    part = Path(f"{a.out}.{data_hash([a.method, *(str(model_info(m)) for m in models), *sorted(corpus.texts)])}.part"); resumed = part.is_file()      # what an interrupted run left
+    try: maps = fit_maps(*models, corpus, method=a.method, path=part)
     except ValueError:
         if not resumed: part.unlink(missing_ok=True)
         raise
@@ -93,6 +111,7 @@ def _map_facts(m):
 def cmd_transplant(a):
     _writable(a.out); concept, maps = Concept.load(a.concept), LayerGrid.load(a.map)
     maps.source.require(concept.model, "this map (source side)"); task = _task(a, "tune") if a.task else None
+    if task and a.layers != "auto": warnings.warn(f"--task is not used: --layers {a.layers[0]}:{a.layers[1]} leaves nothing to choose.")
     t = transplant(concept, maps, load_model(maps.target.name), task, a.layers, a.damage); t.save(a.out)
     return _transplant_facts(t) | dict(out=a.out), repr(t)
 
@@ -106,8 +125,7 @@ def cmd_generate(a):
 
 # %% ../nbs/08_cli.ipynb #98f443b1
 def cmd_evaluate(a):
-    pairs, other = (load_pairs(p) if p else None for p in (a.pairs, a.other)); task, neutral, out = _task(a, "test"), load_corpus(a.neutral), Path(a.out)
-    if out.exists() and not out.is_dir(): raise NotADirectoryError(f"{a.out!r} is a file; give a folder.")
+    out = _folder(a.out); pairs, other = (load_pairs(p) if p else None for p in (a.pairs, a.other)); task, neutral = _task(a, "test"), load_corpus(a.neutral)
     for problem in lint(pairs, task) if pairs else (): warnings.warn(problem)
     t = Transplant.load(a.transplant); e = evaluate(t, task, neutral, pairs, other, a.random, seed=a.seed)
     out.mkdir(parents=True, exist_ok=True); e.save(out / "evidence.json")
@@ -122,41 +140,37 @@ def cmd_info(a):
 # %% ../nbs/08_cli.ipynb #73172da3
 PROMPTS = ("Today I met my neighbour and", "When the letter arrived, she", "The children came home from school and")
 
-def _kept(path, make, load, fits):
-    "What is in `path` when it is readable and still fits; else made anew and kept there."
-    try:
-        if fits(found := load(path)): return found
-    except (ValueError, FileNotFoundError, KeyError, TypeError): pass
-    made = make(); made.save(path); return made
+def _sum(path):
+    with open(path, "rb") as f: return hashlib.file_digest(f, "sha256").hexdigest()
 
-def _kept_evidence(path, t, task, pairs, seed):
-    "Evidence of an earlier run about this very transplant, task and seed, or new evidence."
-    mark = dict(direction=data_hash([str(t.vector().tolist())]), task_hash=task.hash, seed=seed)
-    try:
-        kept = json.loads(path.read_text())
-        if mark.items() <= kept.items(): return Evidence(kept)
-    except (OSError, ValueError): pass
-    e = evaluate(t, task, pairs=pairs, other=load_pairs("emotions/sadness"), seed=seed); e.data.update(mark); e.save(path); return e
+def _kept(path, made_of, make, load):
+    "What an earlier run left in `path`, if it was made of the very same by the same versions and is still whole; else made anew and kept."
+    file = path.with_name("made_of.json"); of = data_hash(map(str, [*made_of, package_version(), *map(version, ("torch", "transformers", "nnsight"))]))
+    try: marks = json.loads(file.read_text())
+    except (OSError, ValueError): marks = {}
+    if path.is_file() and marks.get(path.name) == [of, _sum(path)]: return load(path)
+    made = make(); made.save(path)
+    with whole_file(file) as tmp: tmp.write_text(json.dumps(marks | {path.name: [of, _sum(path)]}, indent=1))
+    return made
 
 # %% ../nbs/08_cli.ipynb #762aca5a
 def cmd_demo(a):
-    out = Path(a.out); out.mkdir(parents=True, exist_ok=True); say = lambda text: print(text, file=sys.stderr, flush=True); start = time.time()
+    out = _folder(a.out); out.mkdir(parents=True, exist_ok=True); say = lambda text: print(text, file=sys.stderr, flush=True); start = time.time()
+    concept, grid, graft, evidence = (out / f for f in ("concept.safetensors", "map.safetensors", "transplant.safetensors", "evidence.json"))
     say("1/6  models"); source, target = load_model("smollm2-135m-instruct"), load_model("gemma-3-270m")
     say(f"     {model_info(source)}\n     {model_info(target)}")
-    pairs, corpus, name = load_pairs("emotions/happiness"), load_corpus("general").take(400), "emotions/happiness"
+    name = "emotions/happiness"; pairs, other, corpus, neutral = load_pairs(name), load_pairs("emotions/sadness"), load_corpus("general").take(400), load_corpus("neutral")
     say(f"2/6  concept: happiness, from {len(pairs)} pairs of scenarios")
-    joy = _kept(out / "concept.safetensors", lambda: extract_concept(source, pairs), Concept.load, lambda c: (c.data, c.model) == (pairs.hash, model_info(source))); say(f"     {joy!r}")
+    joy = _kept(concept, [pairs.hash, model_info(source)], lambda: extract_concept(source, pairs), Concept.load); say(f"     {joy!r}")
     say(f"3/6  maps: both models read {len(corpus)} sentences")
-    maps = _kept(out / "map.safetensors", lambda: fit_maps(source, target, corpus, template=joy.template), LayerGrid.load,
-                 lambda m: (m.data, m.template, m.source, m.target) == (texts_hash(corpus.texts), joy.template, model_info(source), model_info(target))); say(f"     {maps!r}")
+    maps = _kept(grid, [corpus.hash, joy.template, model_info(source), model_info(target)], lambda: fit_maps(source, target, corpus, template=joy.template), LayerGrid.load); say(f"     {maps!r}")
     say("4/6  layers and dose, on scenarios kept for tuning")
     tune = load_task(name, "tune").take(40)
-    t = _kept(out / "transplant.safetensors", lambda: choose(joy, maps, target, tune, candidates=6), lambda p: Transplant.load(p, target),
-              lambda t: (t.notes.get("data"), t.notes.get("map"), t.notes.get("tuning")) == (joy.data, maps.data, tune.hash)); say(f"     {t!r}")
-    say("5/6  evidence, on scenarios never used before")
-    test = load_task(name); e = _kept_evidence(out / "evidence.json", t, test, pairs, a.seed)
+    t = _kept(graft, [_sum(concept), _sum(grid), tune.hash, neutral.hash], lambda: choose(joy, maps, target, tune, neutral, candidates=6), lambda p: Transplant.load(p, target)); say(f"     {t!r}")
+    say("5/6  evidence, on scenarios never used before"); test = load_task(name)
+    e = _kept(evidence, [_sum(graft), test.hash, pairs.hash, other.hash, neutral.hash, a.seed], lambda: evaluate(t, test, neutral, pairs, other, seed=a.seed), lambda p: Evidence(json.loads(p.read_text())))
     say("6/6  report")
-    samples = list(zip(PROMPTS, generate(target, PROMPTS, 30), t.generate(PROMPTS, 1.5, 30)))
+    samples = list(zip(PROMPTS, generate(target, PROMPTS, 30), t.generate(PROMPTS, 1., 30)))
     write_report(e, out / "report.html", figures(e) | {"Where the concept is found": plot_separation(joy), "Where it can be carried": plot_grid(maps)}, samples)
     return e.data | dict(report=str(out / "report.html"), seconds=round(time.time() - start)), f"{e!r}\n\n{verdict(e)}\n\nReport: {out / 'report.html'}"
 

@@ -173,13 +173,13 @@ def write_report(
     e: Evidence,
     path: str | Path,
     pictures: dict[str, mpl.figure.Figure],         # heading: picture, see `figures`
-    samples: Sequence[tuple[str, str, str]] = (),   # prompt, continuation of the base model, continuation when steered
+    samples: Sequence[tuple[str, str, str]] = (),   # prompt, continuation of the base model, continuation at strength 1
 ):
     "A self-contained HTML report."
     part = [_body(e, pictures)]
     if samples:
         rows = "".join("<tr>" + "".join(f"<td>{html.escape(x.strip())}" for x in s) for s in samples)
-        part.append(f"<h2>Side by side, greedy</h2><div class=wide><table class=text><tr><th>prompt<th>base<th>steered{rows}</table></div>")
+        part.append(f"<h2>Side by side, greedy, at strength 1</h2><div class=wide><table class=text><tr><th>prompt<th>base<th>steered{rows}</table></div>")
     part.append("<h2>What this does not show</h2><p>One task, one pair of models, one language. The share of chosen answers says nothing about long texts. Damage is measured as a change of "
                 "next-token distributions on short neutral sentences and on a few easy questions; reasoning is hardly tested.</p>")
     known = dict(target=e.target, source=e.source, layers=f"{e.layers[0]}:{e.layers[1]}", task=f"{e.task} ({e.task_hash})", neutral=e.neutral_hash, seed=e.seed, **e.versions)
