@@ -1,5 +1,5 @@
 """The command line as another process sees it: files, JSON, exit codes, one-line errors."""
-import csv, json, os, re, subprocess, sys
+import contextlib, csv, json, os, re, subprocess, sys
 from pathlib import Path
 import pytest
 from concept_transfer import cli, moments
@@ -8,6 +8,7 @@ from concept_transfer.data import EMOTIONS, Corpus, choice_task, load_corpus, lo
 from concept_transfer.extraction import Concept
 from concept_transfer.injection import Transplant
 from concept_transfer.models import EMBEDDED, _download, model_info, tiny_model
+from concept_transfer.tasks import load_behaviour, load_truthfulness
 
 EVIDENCE = {"transplant", "task", "n", "damage_budget", "layers", "arms", "recovery", "p_value", "versions", "seed"}
 ARM = {"dose", "target_rate", "choice_rate", "logit_shift", "ci", "kl", "perplexity_ratio"}
@@ -17,12 +18,13 @@ ARM = {"dose", "target_rate", "choice_rate", "logit_shift", "ci", "kl", "perplex
 def place(tmp_path_factory):
     "A folder with two tiny models, pairs, a corpus and a task."
     d = tmp_path_factory.mktemp("cli")
-    for name, family in (("small", "llama"), ("large", "gpt2")):
-        m = tiny_model(family); m._module.save_pretrained(d / name); m.tokenizer.save_pretrained(d / name)
+    for name, family, context in (("small", "llama", "max_position_embeddings"), ("large", "gpt2", "n_positions")):
+        m = tiny_model(family, **{context: 512}); m._module.save_pretrained(d / name); m.tokenizer.save_pretrained(d / name)
     joy, sad = (load_pairs(f"emotions/{e}") for e in EMOTIONS[:2])
     (d / "joy.json").write_text(json.dumps({"pos": joy.positive, "neg": joy.negative}))
     (d / "sad.jsonl").write_text("".join(json.dumps({"positive": p, "negative": n}) + "\n" for p, n in zip(sad.positive, sad.negative)))
     (d / "corpus.txt").write_text("\n".join(t for e in EMOTIONS[2:5] for t in load_pairs(f"emotions/{e}").texts))
+    (d / "short.txt").write_text("\n".join(load_pairs("emotions/fear").texts[:60]))
     items = [dict(prompt=i.prompt, choices=i.choices, target=i.target, group=i.group) for i in load_task("emotions/happiness").items[:12]]
     (d / "task.json").write_text(json.dumps({"name": "joy", "instruction": "Everybody is happy. ", "items": items}))
     return d
@@ -70,8 +72,9 @@ def main(*argv): return cli.main(list(map(str, argv)))
 @pytest.fixture(scope="module")
 def made(place):
     "A concept of the small model and maps into the large one."
-    for argv in (["extract", "--model", "./small", "--pairs", "joy.json", "--out", "made.safetensors"],
-                 ["align", "--source", "./small", "--target", "./large", "--corpus", "corpus.txt", "--out", "grid.safetensors"]): assert run(place, *argv)[0] == 0
+    with contextlib.chdir(place):
+        assert main("extract", "--model", "./small", "--pairs", "joy.json", "--out", "made.safetensors") == 0
+        assert main("align", "--source", "./small", "--target", "./large", "--corpus", "short.txt", "--out", "grid.safetensors") == 0
     return ["transplant", "--concept", "made.safetensors", "--map", "grid.safetensors"]
 
 def test_an_interrupted_align_goes_on_and_another_corpus_starts_anew(here, monkeypatch):
@@ -95,18 +98,16 @@ def test_an_interrupted_align_goes_on_and_another_corpus_starts_anew(here, monke
     assert not list(here.glob("*.part*"))
 
 def test_a_corpus_may_be_jsonl(here):
-    lines = (here / "corpus.txt").read_text().split("\n")
-    (here / "corpus.jsonl").write_text("".join(json.dumps(dict(text=t)) + "\n" for t in lines))
-    for suffix in ("txt", "jsonl"): assert main("align", "--source", "./small", "--target", "./large", "--corpus", f"corpus.{suffix}", "--out", f"{suffix}.safetensors") == 0
+    lines = (here / "short.txt").read_text().split("\n")
+    (here / "short.jsonl").write_text("".join(json.dumps(dict(text=t)) + "\n" for t in lines))
+    for suffix in ("txt", "jsonl"): assert main("align", "--source", "./small", "--target", "./large", "--corpus", f"short.{suffix}", "--out", f"{suffix}.safetensors") == 0
     assert LayerGrid.load("jsonl.safetensors").data == LayerGrid.load("txt.safetensors").data
 
-@pytest.mark.parametrize("task", ["emotions/fear", "behaviours/honesty", "truthfulness", "knowledge"])
-def test_built_in_tasks_by_name(here, made, task, capsys):
-    out = f"{task.replace('/', '-')}.safetensors"
-    assert main(*made, "--out", out, "--task", task) == 0
-    t = Transplant.load(out); assert t.notes["tuning"] == cli._TASKS[task]("tune").hash
-    assert main("evaluate", "--transplant", out, "--task", task, "--neutral", "corpus.txt", "--out", f"e-{out}", "--random", "0", "--json") == 0
-    facts = json.loads(capsys.readouterr().out.splitlines()[-1]); assert facts["task_hash"] == cli._TASKS[task]("test").hash and facts["n"] == len(cli._TASKS[task]("test"))
+def test_a_built_in_task_by_name(here, made, capsys):
+    assert main(*made, "--out", "named.safetensors", "--task", "behaviours/brevity") == 0
+    assert Transplant.load("named.safetensors").notes["tuning"] == load_behaviour("brevity", "tune").hash
+    assert main("evaluate", "--transplant", "named.safetensors", "--task", "truthfulness", "--neutral", "short.txt", "--out", "named", "--random", "0", "--json") == 0
+    facts = json.loads(capsys.readouterr().out.splitlines()[-1]); assert facts["task_hash"] == load_truthfulness().hash and {"mc1", "mc2"} <= facts["arms"]["base"]["score_means"].keys()
 
 def test_every_task_that_the_error_names_is_one(here, made, capsys):
     assert main(*made, "--out", "t.safetensors", "--task", "gravity") == 1
@@ -140,8 +141,8 @@ def test_truthfulqa_csv(here, made, capsys):
     for name, part in (("tune.csv", rows[1:11]), ("test.csv", rows[11:31])):
         with open(here / name, "w", encoding="utf-8", newline="") as f: csv.writer(f).writerows([rows[0], *part])
     assert main(*made, "--out", "truth.safetensors", "--task", "tune.csv") == 0
-    assert main("evaluate", "--transplant", "truth.safetensors", "--task", "test.csv", "--neutral", "corpus.txt", "--out", "truth", "--random", "0", "--json") == 0
-    facts = json.loads(capsys.readouterr().out.splitlines()[-1]); assert facts["n"] == 20 and {"mc1", "mc2"} <= facts["arms"]["base"].keys()
+    assert main("evaluate", "--transplant", "truth.safetensors", "--task", "test.csv", "--neutral", "short.txt", "--out", "truth", "--random", "0", "--json") == 0
+    facts = json.loads(capsys.readouterr().out.splitlines()[-1]); assert facts["n"] == 20 and {"mc1", "mc2"} <= facts["arms"]["base"]["score_means"].keys()
 
 @pytest.mark.parametrize("out, says", [("/proc/nowhere/x", "cannot write"), ("corpus.txt", "is a file"), ("corpus.txt/x", "is a file")])
 def test_an_unwritable_folder_is_found_before_the_work(here, out, says, capsys, monkeypatch):
@@ -152,7 +153,7 @@ def test_an_unwritable_folder_is_found_before_the_work(here, out, says, capsys, 
 def test_a_full_disk_is_one_line(place):
     code = """
 import resource, signal, sys
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (4000, 4000))
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (500, 500))
 from concept_transfer.cli import main
 sys.exit(main(sys.argv[1:]))
 """
