@@ -1,5 +1,6 @@
 """The command line as another process sees it: files, JSON, exit codes, one-line errors."""
 import contextlib, csv, json, os, re, subprocess, sys
+from functools import partial
 from pathlib import Path
 import pytest
 from concept_transfer import cli, moments
@@ -191,8 +192,8 @@ def test_usage_errors_exit_with_2(place, argv): assert run(place, *argv)[0] == 2
 def demo(tmp_path, monkeypatch):
     "The demo on tiny models and less text; what each step worked on."
     tiny = {"smollm2-135m-instruct": tiny_model("qwen2", 0), "gemma-3-270m": tiny_model("gemma3_text", 1)}; steps = []
-    monkeypatch.setattr(cli, "load_model", tiny.__getitem__); monkeypatch.setattr(cli, "load_corpus", lambda name: load_corpus(name).take(100))
-    monkeypatch.setattr(cli, "evaluate", (lambda real: lambda *a, **k: real(*a, k.pop("random", 2), knowledge=False, draws=50, **k))(cli.evaluate))
+    monkeypatch.setattr(cli, "load_model", tiny.__getitem__); monkeypatch.setattr(cli, "load_corpus", lambda name: load_corpus(name).take(60))
+    monkeypatch.setattr(cli, "load_task", lambda *a: load_task(*a).take(8)); monkeypatch.setattr(cli, "evaluate", partial(cli.evaluate, random=1, knowledge=False, draws=50, strengths=(0., 1.)))
     for f in ("extract_concept", "fit_maps", "choose", "evaluate"):
         monkeypatch.setattr(cli, f, (lambda f, real: lambda *a, **k: steps.append(f) or real(*a, **k))(f, getattr(cli, f)))
     def go(*argv): steps.clear(); assert main("demo", "--out", tmp_path / "demo", *argv) == 0; return list(steps)
@@ -209,8 +210,8 @@ def test_the_demo_makes_anew_what_other_maps_texts_or_versions_made(demo):
     with demo.patch.context() as m:
         m.setattr(cli, "fit_maps", lambda *a, template: fit_maps(*a, template="{} So")); demo()
     (demo.out / "map.safetensors").unlink(); assert demo() == ["fit_maps", "choose", "evaluate"]       # the same texts, inside other words
-    neutral = load_corpus("neutral").texts[100:200]
-    demo.patch.setattr(cli, "load_corpus", lambda name: Corpus(name, neutral) if name == "neutral" else load_corpus(name).take(100)); assert demo() == ["choose", "evaluate"]
+    neutral = load_corpus("neutral").texts[60:120]
+    demo.patch.setattr(cli, "load_corpus", lambda name: Corpus(name, neutral) if name == "neutral" else load_corpus(name).take(60)); assert demo() == ["choose", "evaluate"]
     demo.patch.setattr(cli, "package_version", lambda: "0.0.0"); assert demo() == ["extract_concept", "fit_maps", "choose", "evaluate"]
 
 def test_a_gguf_file_of_the_users_own(tmp_path, smol, monkeypatch):

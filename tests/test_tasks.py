@@ -79,4 +79,4 @@ def test_instructions_are_a_task_each_prompt_with_its_rule(smol):
     (language, "language", "Nous avons mangé du pain ce matin.", "We had bread this morning."), (distinct, "distinct", "Rain fell on the quiet hills.", "so it goes so it goes so it goes so it goes")])
 def test_off_the_shelf_scorers_are_tasks(scorer, name, high, low, tmp_path):
     task = GenerationTask(name, ["One:", "Two:"], scorer); a, b = task.score([high, low]); assert a > b + .3
-    (tmp_path/"t.json").write_text(json.dumps(dict(prompts=["One:", "Two:"], scorer=name))); assert load_generation_task(tmp_path/"t.json").score([high, low]) == [a, b]
+    (tmp_path/"t.json").write_text(json.dumps(dict(prompts=["One:", "Two:"], scorer=name))); assert load_generation_task(tmp_path/"t.json").score([high, low]) == pytest.approx([a, b])
