@@ -30,13 +30,16 @@ prepare: .venv/.dev ## before every commit: export modules, clean notebooks, ren
 readme: .venv/.dev ## README.md from nbs/index.ipynb
 	$(BIN)/python tools/docs.py readme
 
-studies: .venv/.dev ## run all of nbs/studies again, in place (long)
-	for nb in nbs/studies/*.ipynb; do $(BIN)/papermill --kernel python3 --cwd nbs/studies --no-progress-bar $$nb $$nb || exit 1; done
+studies: .venv/.dev ## run all of nbs/studies again, each replaced when it is through (long)
+	for nb in nbs/studies/*.ipynb; do \
+	  $(BIN)/papermill --kernel python3 --cwd nbs/studies --no-progress-bar $$nb nbs/studies/.part.ipynb && mv nbs/studies/.part.ipynb $$nb || exit 1; done
 	$(BIN)/nbdev_clean
 
-benchmarks: .venv/.runtime ## tables of run times, into benchmarks/RESULTS.md (long)
-	for f in extraction alignment evidence; do $(BIN)/python benchmarks/$$f.py || exit 1; done > benchmarks/RESULTS.part
+benchmarks: .venv/.dev ## tables of run times, into benchmarks/RESULTS.md and nbs/benchmarks.ipynb (long)
+	for f in extraction alignment evidence remote; do $(BIN)/python benchmarks/$$f.py || exit 1; done > benchmarks/RESULTS.part
 	mv benchmarks/RESULTS.part benchmarks/RESULTS.md
+	$(BIN)/papermill --kernel python3 --cwd nbs --no-progress-bar nbs/benchmarks.ipynb nbs/.part.ipynb && mv nbs/.part.ipynb nbs/benchmarks.ipynb
+	$(BIN)/nbdev_clean
 
 docs: .venv/.dev ## the site in _docs/: with Quarto if installed, else as a preview
 	$(BIN)/python tools/docs.py site

@@ -8,9 +8,10 @@ __all__ = ['load_pairs', 'load_task', 'load_corpus', 'choice_task', 'lint', 'Con
            'mean_difference', 'pca', 'logistic', 'Concept', 'collect', 'Moments', 'fit_maps', 'solve', 'downstream',
            'LayerGrid', 'AffineMap', 'graft', 'generate', 'residual_norm', 'Transplant', 'load_behaviour',
            'load_truthfulness', 'load_knowledge', 'truthfulqa', 'MultipleChoice', 'GenerationTask',
-           'load_generation_task', 'evaluate', 'evaluate_text', 'dose_curve', 'steerability', 'off_target', 'at_damage',
-           'summarise', 'Evidence', 'choose', 'transplant', 'plot_separation', 'plot_grid', 'plot_spectrum',
-           'plot_arms', 'plot_dose', 'plot_frontier', 'plot_matrix', 'verdict', 'figures', 'write_report']
+           'load_generation_task', 'instruction_task', 'evaluate', 'evaluate_text', 'dose_curve', 'steerability',
+           'off_target', 'at_damage', 'summarise', 'Evidence', 'choose', 'transplant', 'plot_separation', 'plot_grid',
+           'plot_spectrum', 'plot_arms', 'plot_dose', 'plot_frontier', 'plot_matrix', 'verdict', 'figures',
+           'write_report']
 
 # %% ../nbs/index.ipynb #c5844817
 from .data import *
@@ -29,6 +30,6 @@ from .plots import *
 _all_ = ["load_pairs", "load_task", "load_corpus", "choice_task", "lint", "ContrastPairs", "ChoiceTask", "Corpus", "EMOTIONS", "CONCEPTS",
          "load_model", "model_info", "tiny_model", "twin", "activations", "extract_concept", "mean_difference", "pca", "logistic", "Concept",
          "collect", "Moments", "fit_maps", "solve", "downstream", "LayerGrid", "AffineMap", "graft", "generate", "residual_norm", "Transplant",
-         "load_behaviour", "load_truthfulness", "load_knowledge", "truthfulqa", "MultipleChoice", "GenerationTask", "load_generation_task",
+         "load_behaviour", "load_truthfulness", "load_knowledge", "truthfulqa", "MultipleChoice", "GenerationTask", "load_generation_task", "instruction_task",
          "evaluate", "evaluate_text", "dose_curve", "steerability", "off_target", "at_damage", "summarise", "Evidence", "choose", "transplant",
          "plot_separation", "plot_grid", "plot_spectrum", "plot_arms", "plot_dose", "plot_frontier", "plot_matrix", "verdict", "figures", "write_report"]

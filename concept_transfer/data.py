@@ -87,11 +87,10 @@ def _json(path: Path):
     try: return json.loads(_read(path))
     except json.JSONDecodeError as e: raise ValueError(f"{path}: not valid JSON (line {e.lineno}: {e.msg}).") from None
 
-def _path(ref) -> Path:
+def _path(ref, *known) -> Path:
+    "A file; the error names what is built in beside files."
     path = Path(ref).expanduser()
-    if not path.is_file():
-        raise FileNotFoundError(f"{str(ref)!r} is neither a file nor a built-in set. Built in: "
-                                f"{', '.join([f'emotions/{e}' for e in EMOTIONS] + list(CONCEPTS))}, and the corpora general, neutral.")
+    if not path.is_file(): raise FileNotFoundError(f"{str(ref)!r} is neither a file nor a built-in set. Built in: {', '.join(known)}." if known else f"no file {str(ref)!r}.")
     return path
 
 def _builtin(name: str) -> list[dict] | None:
@@ -144,7 +143,7 @@ def load_pairs(
     if name in CONCEPTS:
         rows = [r for r in _builtin(name) if r["split"] == split]
         return ContrastPairs(name, [r["positive"] for r in rows], [r["negative"] for r in rows], [r["group"] for r in rows] * 2)
-    return _file_pairs(_path(ref))
+    return _file_pairs(_path(ref, *(f"emotions/{e}" for e in EMOTIONS), *CONCEPTS))
 
 # %% ../nbs/00_data.ipynb #4f5e7245
 def _words(text): return re.findall(r"[\w']+", text.lower())
@@ -280,15 +279,16 @@ def truthfulqa(
 
 # %% ../nbs/00_data.ipynb #2b72022d
 def _file_task(path, choices, target):
-    if path.suffix == ".csv": return truthfulqa(path)
-    d = _json(path)
+    if choices or target:
+        if not (choices and target): raise ValueError(f"{path}: --choices a,b,c and --target a belong together.")
+        return choice_task(_file_pairs(path).negative, choices, target, path.stem)
+    d = next(iter(_rows(path)), {}) if path.suffix in (".csv", ".jsonl") else _json(path)
+    if path.suffix == ".csv" and "Question" in d: return truthfulqa(path)
     if isinstance(d, dict) and "items" in d:
         try: items = tuple(ChoiceItem(i["prompt"], tuple(i["choices"]), i["target"], str(i.get("group", n))) for n, i in enumerate(d["items"]))
         except (KeyError, TypeError) as e: raise ValueError(f"{path}: every item needs prompt, choices and target ({e}).") from None
         return ChoiceTask(d.get("name", path.stem), items, d.get("instruction", ""))
-    if isinstance(d, dict) and ("neg" in d or "negative" in d):
-        if not (choices and target): raise ValueError(f"{path} holds pairs, not a task: say what to ask with --choices a,b,c and --target a.")
-        return choice_task(d.get("neg", d.get("negative")), choices, target, path.stem)
+    if isinstance(d, dict) and {"neg", "negative", "label"} & d.keys(): raise ValueError(f"{path} holds pairs, not a task: say what to ask with --choices a,b,c and --target a.")
     raise ValueError(f"{path}: a task is JSON with 'items', TruthfulQA's CSV, or pairs together with choices and a target.")
 
 # %% ../nbs/00_data.ipynb #e19064fa
@@ -310,7 +310,7 @@ def load_task(
         texts = [r["text"] for r in _builtin("emotions") if r["split"] == split and r["label"] != emotion]
         return choice_task(texts, EMOTIONS, emotion, name)
     if name == "emotions": return _labelled(split)
-    return _file_task(_path(ref), choices, target)
+    return _file_task(_path(ref, "emotions", *(f"emotions/{e}" for e in EMOTIONS)), choices, target)
 
 # %% ../nbs/00_data.ipynb #695770d4
 @dataclass(frozen=True)
@@ -336,7 +336,7 @@ def load_corpus(
     name = str(ref)
     if name in ("general", "neutral"):
         return Corpus(name, (files("concept_transfer")/"sets"/f"{name}.txt").read_text(encoding="utf-8").splitlines())
-    path = _path(ref)
+    path = _path(ref, "general", "neutral")
     if path.suffix == ".jsonl":
         rows = _rows(path)
         _need(rows, ("text",), path)

@@ -540,7 +540,7 @@ def evaluate_text(
 ) -> dict[str, dict]:                     # for each arm: mean, ci, gain_ci against base, scores, texts
     "Score of greedy continuations for every arm."
     texts = {k: t.generate(task.prompts, 1., tokens) if t else generate(model, task.prompts, tokens) for k, t in arms.items()}
-    scores = {k: np.array([task.scorer(x) for x in v], float) for k, v in texts.items()}
+    scores = {k: np.array(task.score(v), float) for k, v in texts.items()}
     boot = dict(zip(scores, bootstrap(np.array(list(scores.values())), task.groups, draws, seed).T))
     return {k: dict(mean=float(s.mean()), ci=interval(boot[k]), gain_ci=interval(boot[k] - boot["base"]) if "base" in boot else None, scores=s.tolist(), texts=list(texts[k])) for k, s in scores.items()}
 

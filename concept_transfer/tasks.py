@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['BEHAVIOURS', 'LANGUAGES', 'SCORERS', 'RULES', 'load_truthfulness', 'load_knowledge', 'truthfulqa_hub', 'mc_scores',
            'load_behaviour', 'sentiment', 'toxicity', 'language', 'distinct', 'repetition', 'follows',
-           'load_instructions', 'GenerationTask', 'load_generation_task']
+           'load_instructions', 'GenerationTask', 'instruction_task', 'load_generation_task']
 
 # %% ../nbs/04a_tasks.ipynb #048d8709
 import importlib, inspect, json, re
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Callable, Sequence
 import numpy as np
@@ -178,21 +178,32 @@ def load_instructions() -> list[dict]:  # prompt, rule, args
 # %% ../nbs/04a_tasks.ipynb #340bcb72
 @dataclass(frozen=True)
 class GenerationTask:
-    "Prompts that a model goes on from, and a function that scores what it wrote."
+    "Prompts that a model goes on from, and what scores its texts."
     name: str
     prompts: tuple[str, ...]
-    scorer: Callable[[str], float]
+    scorer: Callable[[str], float] | Sequence[Callable[[str], float]]   # one for all, or one for each prompt
     groups: tuple[str, ...] = ()   # scenario of each prompt; empty: each is its own
 
     def __post_init__(self):
         object.__setattr__(self, "prompts", tuple(self.prompts)); _check_texts(self.prompts, f"generation task {self.name!r}")
         object.__setattr__(self, "groups", tuple(self.groups) or tuple(map(str, range(len(self)))))
-        if len(self.groups) != len(self): raise ValueError(f"generation task {self.name!r}: {len(self.groups)} groups for {len(self)} prompts.")
+        if not callable(self.scorer): object.__setattr__(self, "scorer", tuple(self.scorer))
+        for what, k in (("groups", len(self.groups)), ("scorers", len(self) if callable(self.scorer) else len(self.scorer))):
+            if k != len(self): raise ValueError(f"generation task {self.name!r}: {k} {what} for {len(self)} prompts.")
 
+    def score(self, texts: Sequence[str]) -> list[float]:   # of the continuations, in the order of the prompts
+        "What the scorers say, one number a text."
+        return [float(f(t)) for f, t in zip([self.scorer] * len(self) if callable(self.scorer) else self.scorer, texts, strict=True)]
     @property
     def hash(self) -> str: return data_hash(self.prompts)
     def __len__(self): return len(self.prompts)
     def __repr__(self): return f"GenerationTask({self.name!r}, {len(self)} prompts, {len(set(self.groups))} scenarios)"
+
+# %% ../nbs/04a_tasks.ipynb #b8c2ee12
+def instruction_task() -> GenerationTask:
+    "The built-in instructions; the score is 1 where an answer does what was asked. Prompts with the same rule are one scenario."
+    rows = load_instructions()
+    return GenerationTask("instructions", [r["prompt"] for r in rows], [partial(follows, r) for r in rows], [r["rule"] for r in rows])
 
 # %% ../nbs/04a_tasks.ipynb #7c2c5e76
 def load_generation_task(

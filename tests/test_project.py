@@ -88,3 +88,42 @@ def test_cells_with_imports_hold_nothing_else(path):
         if any(isinstance(n, (ast.Import, ast.ImportFrom)) for n in nodes) and any(isinstance(n, (ast.Expr, ast.Assign)) for n in nodes):
             mixed.append(code[:80])
     assert not mixed
+
+
+@pytest.fixture
+def project(tmp_path):
+    "A project of one study and one benchmark, which `make` finds set up already."
+    (tmp_path/"nbs"/"studies").mkdir(parents=True); (tmp_path/"benchmarks").mkdir(); (tmp_path/".venv").mkdir()
+    for name in "Makefile settings.ini setup.py pyproject.toml constraints.txt".split(): shutil.copy(ROOT/name, tmp_path)
+    (tmp_path/".venv"/"bin").symlink_to(Path(sys.executable).parent)
+    for name in (".runtime", ".dev"): (tmp_path/".venv"/name).touch()
+    def write(path, *code):
+        cells = [dict(cell_type="code", id=f"c{i}", metadata={}, execution_count=None, outputs=[], source=c) for i, c in enumerate(code)]
+        path.write_text(json.dumps(dict(cells=cells, metadata={"kernelspec": {"display_name": "python3", "language": "python", "name": "python3"}}, nbformat=4, nbformat_minor=5), indent=1) + "\n")
+        return path
+    return tmp_path, write
+
+
+def make(folder, target): return subprocess.run(["make", target], cwd=folder, capture_output=True, text=True)
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+def test_a_failing_study_keeps_its_stored_outputs(project):
+    folder, write = project; study = write(folder/"nbs"/"studies"/"one.ipynb", "print('evidence')", "1 / 0"); before = study.read_text()
+    done = make(folder, "studies")
+    assert done.returncode and "ZeroDivisionError" in done.stderr and study.read_text() == before
+    write(study, "print('evidence')")
+    done = make(folder, "studies")
+    assert done.returncode == 0 and "evidence" in json.dumps(json.loads(study.read_text())["cells"][0]["outputs"]), done.stderr
+    assert "papermill" not in study.read_text() and [p.name for p in study.parent.iterdir()] == [study.name]
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+def test_a_failing_benchmark_keeps_the_last_tables(project):
+    folder, write = project; page = folder/"nbs"/"benchmarks.ipynb"; shutil.copy(ROOT/"nbs"/"benchmarks.ipynb", page)
+    scripts, results = sorted(p.stem for p in (ROOT/"benchmarks").glob("*.py") if p.stem != "shared"), folder/"benchmarks"/"RESULTS.md"
+    for s in scripts: (folder/"benchmarks"/f"{s}.py").write_text(f"print('## table of {s}')")
+    assert make(folder, "benchmarks").returncode == 0 and sorted(l.split()[-1] for l in results.read_text().splitlines()) == scripts
+    assert all(f"table of {s}" in page.read_text() for s in scripts)
+    before = results.read_text(); (folder/"benchmarks"/f"{scripts[-1]}.py").write_text("1 / 0")
+    assert make(folder, "benchmarks").returncode and results.read_text() == before

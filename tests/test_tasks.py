@@ -1,11 +1,14 @@
 "The sets behind the tasks are what their cards say: counts, balance, and nothing that gives the answer away."
-import itertools, re
+import itertools, json, re
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 
 from concept_transfer.data import _auc, _builtin, _near, _words
-from concept_transfer.tasks import RULES, load_instructions, load_knowledge, load_truthfulness
+from concept_transfer.evaluation import evaluate_text
+from concept_transfer.tasks import (RULES, GenerationTask, distinct, follows, instruction_task, language, load_generation_task, load_instructions, load_knowledge, load_truthfulness,
+                                    sentiment, toxicity)
 
 NEGATED = re.compile(r"\b(no|not|none|never|nothing|nobody|neither|nowhere|cannot|without)\b", re.I)
 
@@ -60,3 +63,20 @@ def test_knowledge_is_balanced():
 def test_instructions_cover_every_rule():
     kinds = Counter(r["rule"] for r in load_instructions())
     assert set(kinds) == set(RULES) and min(kinds.values()) >= 3
+
+
+def test_instructions_are_a_task_each_prompt_with_its_rule(smol):
+    task = instruction_task(); rows = load_instructions()
+    right = {"one_word": "Oslo", "upper": "STEEP PATH!", "lower": "bees make honey.", "is_json": '{"a": 1}', "question": "Where do you work?", "quoted": '"Rivers of Time"'}
+    texts = [right.get(r["rule"], "") for r in rows]
+    assert task.score(texts) == [float(r["rule"] in right) for r in rows]
+    few = replace(task, prompts=task.prompts[:6], scorer=task.scorer[:6], groups=task.groups[:6]); got = evaluate_text({"base": None}, few, smol, 12)["base"]
+    assert got["scores"] == [float(follows(r, t)) for r, t in zip(rows, got["texts"])]
+
+
+@pytest.mark.parametrize("scorer, name, high, low", [
+    (sentiment, "sentiment", "What a lovely day, I love it.", "This is terrible, I hate it."), (toxicity, "toxicity", "Shut up, you stupid idiot.", "Thank you for the flowers."),
+    (language, "language", "Nous avons mangé du pain ce matin.", "We had bread this morning."), (distinct, "distinct", "Rain fell on the quiet hills.", "so it goes so it goes so it goes so it goes")])
+def test_off_the_shelf_scorers_are_tasks(scorer, name, high, low, tmp_path):
+    task = GenerationTask(name, ["One:", "Two:"], scorer); a, b = task.score([high, low]); assert a > b + .3
+    (tmp_path/"t.json").write_text(json.dumps(dict(prompts=["One:", "Two:"], scorer=name))); assert load_generation_task(tmp_path/"t.json").score([high, low]) == pytest.approx([a, b])
