@@ -93,7 +93,7 @@ def _map_facts(m):
 def cmd_transplant(a):
     _writable(a.out); concept, maps = Concept.load(a.concept), LayerGrid.load(a.map)
     maps.source.require(concept.model, "this map (source side)"); task = _task(a, "tune") if a.task else None
-    t = transplant(concept, maps, load_model(maps.target.name), task, a.layers, a.damage); t.save(a.out)
+    t = transplant(concept, maps, maps.target.load(), task, a.layers, a.damage); t.save(a.out)
     return _transplant_facts(t) | dict(out=a.out), repr(t)
 
 def _transplant_facts(t):

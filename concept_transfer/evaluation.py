@@ -44,12 +44,15 @@ class Prefix:
 def _unchanged(h): return h
 
 def _answered(prefix: Prefix, fns, keep, reduce, extras, plain=None) -> list[list]:  # for each fn, what came back of each batch
-    "Ask a server, with as many directions in a request as it may hold."
-    m, size, out = prefix.model, sum(x.numel() for _, x, *_ in prefix.batches), []; prefix.read += len(fns) * prefix.n
-    first = lambda b: [] if plain is None else [(*plain[b], _unchanged)]
-    ask = lambda some: asking(m, prefix.layer, [(first(b) + [(x, mask, fn or _unchanged) for fn in some], extras[b]) for b, (_, x, mask, _) in enumerate(prefix.batches)], keep, reduce, plain is not None)
-    for some, job in in_flight(((f, lambda f=f: ask(f)) for f in bundled(fns, far(m), lambda fn: size, lambda fn: 0)), far(m).flight):
-        table = job.result()["table"]; out += [[row[j] for row in table] for j in range(len(some))]
+    "Ask a server, with as many batches and directions in a request as it may hold."
+    m, remote, base, out = prefix.model, far(prefix.model), plain is not None, [[None] * len(prefix.batches) for _ in fns]; prefix.read += len(fns) * prefix.n
+    cost = [x.numel() for _, x, *_ in prefix.batches]; most = [max(1, remote.tokens // c - base) for c in cost]                  # directions of a batch in one request
+    parts = [(b, range(j, min(j + k, len(fns)))) for b, k in enumerate(most) for j in range(0, len(fns), k)]
+    passes = lambda b, some: ([(*plain[b], _unchanged)] if base else []) + [(*prefix.batches[b][1:3], fns[j] or _unchanged) for j in some]
+    ask = lambda bundle: asking(m, prefix.layer, [(passes(b, some), extras[b]) for b, some in bundle], keep, reduce, base)
+    for bundle, job in in_flight(((x, lambda x=x: ask(x)) for x in bundled(parts, remote, lambda p: cost[p[0]] * (len(p[1]) + base), lambda p: 0)), remote.flight):
+        for (b, some), row in zip(bundle, job.result()["table"]):
+            for j, got in zip(some, row): out[j][b] = got
     return out
 
 # %% ../nbs/05_evaluation.ipynb #48ccd854
