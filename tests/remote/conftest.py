@@ -30,7 +30,7 @@ def server(tmp_path_factory):
         m = tiny_model(family, **size); folders[family] = base/family
         m._module.save_pretrained(folders[family]); m.tokenizer.save_pretrained(folders[family])
     with Proxy(1) as store:
-        env = {"NDIF_OBJECT_STORE_PUBLIC_URL": store.url, "NDIF_MIN_NNSIGHT_VERSION": "0.8.0", "NDIF_DEFAULT_EXECUTION_TIMEOUT_SECONDS": "30"}
+        env = {"NDIF_OBJECT_STORE_PUBLIC_URL": store.url, "NDIF_MIN_NNSIGHT_VERSION": "0.8.0", "NDIF_DEFAULT_EXECUTION_TIMEOUT_SECONDS": "20"}
         with ndif_stack({f: 2_000_000 for f in folders.values()}, base/"logs", keys=[KEY], env=env) as stack:
             store.target = ("127.0.0.1", stack.store)
             with Proxy(stack.api) as api: yield Server(stack, api, store, folders)

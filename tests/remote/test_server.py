@@ -18,6 +18,7 @@ from concept_transfer.selection import choose
 from proxy import Fault
 from stack import model_key
 
+SMOKE = pytest.mark.smoke
 pytestmark = [pytest.mark.remote, pytest.mark.xdist_group("remote")]
 QUICK = Remote(connect=2, read=2, total=60, still=20)     # seconds
 SCENES = Corpus("scenes", [x for e in EMOTIONS[:4] for x in load_pairs(f"emotions/{e}").texts])
@@ -37,7 +38,7 @@ def transplant(server, source, target):
 @pytest.fixture(scope="module")
 def home(server): return transplant(server, False, False)
 
-@pytest.mark.parametrize("source, target", [(False, True), (True, False), (True, Remote(tokens=4000, batch=500))], ids=["target", "source", "both"])
+@pytest.mark.parametrize("source, target", [pytest.param(False, True, marks=SMOKE), (True, False), (True, Remote(tokens=4000, batch=500))], ids=["target", "source", "both"])
 def test_the_same_transplant(server, home, source, target):
     (a, e, texts, _), (b, f, same, _) = home, transplant(server, source, target)
     close(b.direction, a.direction); close(b.shuffled, a.shuffled); close(b.vector(1), a.vector(1)); assert same == texts
@@ -56,6 +57,7 @@ def test_the_command_line_asks_the_server_of_the_map(server, home, tmp_path, mon
     assert cli.main(["transplant", "--concept", str(tmp_path/"c"), "--map", str(tmp_path/"m"), "--layers", "1:2", "--damage", ".1", "--out", str(tmp_path/"t")]) in (0, None)
     t = Transplant.load(tmp_path/"t"); assert far(t.model) is not None and isinstance(t.generate("The cat", max_new_tokens=2), str)
 
+@SMOKE
 def test_a_map_moves_twenty_times_less_than_all_states(server):
     "One layer pair. The sums are as large for any text, so there has to be enough of it: here from about 5,000 tokens on."
     source, target = load_model(str(server.folders["llama"])), load_model(str(server.folders["gpt2"]), remote=QUICK)
@@ -100,7 +102,7 @@ WAY = [Fault("reset", "/request"), Fault("status", "/request", code=503), Fault(
        Fault("status", "/request", code=429), Fault("status", "/response", code=408), Fault("reset", "/response"), Fault("status", "/response", code=500), Fault("cut", "/response", after=30), Fault("hang", "/response")]
 BACK = [Fault("reset"), Fault("status", code=403), Fault("cut", after=500), Fault("freeze", after=500)]
 
-@pytest.mark.parametrize("where, fault", [("api", f) for f in WAY] + [("store", f) for f in BACK], ids=lambda x: x if isinstance(x, str) else f"{x.kind}{x.path.replace('/', '-')}{x.code if x.kind == 'status' else ''}")
+@pytest.mark.parametrize("where, fault", [pytest.param("api", f, marks=SMOKE if f.kind == "reset" else ()) for f in WAY] + [("store", f) for f in BACK], ids=lambda x: x if isinstance(x, str) else f"{x.kind}{x.path.replace('/', '-')}{x.code if x.kind == 'status' else ''}")
 def test_a_bad_line_is_asked_again(server, near, distant, where, fault):
     fault.times = 1; getattr(server, where).faults = [fault]
     (got,) = timed(30, lambda: read(distant, IDS, MASK, [1])); assert fault.times == 0
@@ -148,7 +150,7 @@ def test_a_long_queue_and_a_long_job(server):
     again = Job(load_model(str(server.folders["gpt2"]), remote=QUICK)); again.job_id = first.job_id; assert "h" in again.result()      # taken up by its id
 
 def test_the_servers_own_limit(server):
-    with pytest.raises(TimeoutError, match="requests smaller"): timed(80, lambda: slow(load_model(str(server.folders["gpt2"]), remote=Remote(total=80, still=60)), 40))
+    with pytest.raises(TimeoutError, match="requests smaller"): timed(80, lambda: slow(load_model(str(server.folders["gpt2"]), remote=Remote(total=80, still=60)), 30))
 
 
 def during(act, f):
@@ -160,9 +162,8 @@ def test_the_line_is_down_for_a_while(server, near, distant):
     def down(): server.api.refuse(); server.api.cut(); time.sleep(2); server.api.listen()
     close(during(down, lambda: slow(distant, 4)), read(near, IDS, MASK, [1])[0])
 
-@pytest.mark.parametrize("sig", [signal.SIGTERM, signal.SIGKILL])
-def test_the_server_restarts(server, near, distant, sig):
-    def restart(): server.stack.stop("api", sig=sig); time.sleep(1); server.stack.start_api()
+def test_the_server_restarts(server, near, distant):
+    def restart(): server.stack.stop("api", sig=signal.SIGKILL); time.sleep(1); server.stack.start_api()
     close(during(restart, lambda: slow(distant, 4)), read(near, IDS, MASK, [1])[0])
 
 def test_a_job_is_lost(server, near, distant):
@@ -189,13 +190,16 @@ def stage(what, source, target, path):
     m = collect(source, target, Corpus("told", TOLD), [1], [2], path=path)
     return m.xy[0, 0] / m.n[0] - torch.einsum("a,lb->alb", m.x[0, 0], m.y[0]) / m.n[0] ** 2
 
-@pytest.fixture(scope="module")
-def whole(server, near):
+WHOLE = {}
+
+@pytest.fixture
+def whole(server, near, distant):
     "The source; what should come out, and in how many requests."
-    source, want = load_model(str(server.folders["llama"])), {}; far_ = load_model(str(server.folders["gpt2"]), remote=Remote(total=60, **LIMITS))
-    for w in ("reading", "summing"):
-        server.api.reset_counts(); close(stage(w, source, far_, None), here := stage(w, source, near, None)); want[w] = here, server.api.paths["/request"][0]
-    return source, want
+    if not WHOLE:
+        source, far_ = load_model(str(server.folders["llama"])), load_model(str(server.folders["gpt2"]), remote=Remote(total=60, **LIMITS)); WHOLE["source"] = source
+        for w in ("reading", "summing"):
+            server.api.reset_counts(); close(stage(w, source, far_, None), here := stage(w, source, near, None)); WHOLE[w] = here, server.api.paths["/request"][0]
+    return WHOLE
 
 def fault(name, server, monkeypatch, gone):
     "What goes wrong, the error it ends in, and how it is put right."
@@ -215,7 +219,7 @@ def fault(name, server, monkeypatch, gone):
 @pytest.mark.parametrize("name", ["server down", "wrong key", "not hosted", "long queue", "job lost", "cut", "time-out", "server restarted", "other version"])
 def test_no_fault_loses_what_is_finished(server, whole, distant, name, what, tmp_path):
     "Two jobs are done, then comes the fault; put right, a rerun does only the rest."
-    folder, real, calls, (source, want) = str(server.folders["gpt2"]), Job.result, [], whole
+    folder, real, calls, source, (want, requests) = str(server.folders["gpt2"]), Job.result, [], whole["source"], whole[what]
     bad = Remote(read=1, attempts=1, total=4 if name == "long queue" else 60, still=2 if name == "job lost" else 60, **LIMITS)
     with pytest.MonkeyPatch.context() as mp, pytest.MonkeyPatch.context() as watch:
         act, error, right = fault(name, server, mp, tmp_path/"gone")
@@ -227,7 +231,7 @@ def test_no_fault_loses_what_is_finished(server, whole, distant, name, what, tmp
         with pytest.raises(error): timed(40, lambda: stage(what, source, load_model(folder, remote=bad), tmp_path/"kept"))
         right()
     patient(lambda: slow(distant, 0)); far_ = load_model(folder, remote=Remote(total=60, **LIMITS)); server.api.reset_counts()
-    close(stage(what, source, far_, tmp_path/"kept"), want[what][0]); assert server.api.paths["/request"][0] <= want[what][1] - 2
+    close(stage(what, source, far_, tmp_path/"kept"), want); assert server.api.paths["/request"][0] <= requests - 2
 
 
 def test_what_is_finished_is_kept(server, near, tmp_path, monkeypatch):
