@@ -2,6 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install -c constraints.txt
+REMOTE ?= remote
 PACKAGE := settings.ini setup.py pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
@@ -20,7 +21,7 @@ test: .venv/.dev ## notebooks, then pytest
 
 test-remote: .venv/.dev ## against a real NDIF server on this machine (needs redis-server; installs 1.7 GB into .venv-server)
 	$(BIN)/python tests/remote/stack.py install .venv-server
-	CT_NDIF_VENV=$(CURDIR)/.venv-server OMP_NUM_THREADS=1 $(BIN)/pytest -m remote tests/remote
+	CT_NDIF_VENV=$(CURDIR)/.venv-server OMP_NUM_THREADS=1 $(BIN)/pytest -m "$(REMOTE)" tests/remote
 
 prepare: .venv/.dev ## before every commit: export modules, clean notebooks, render README
 	$(BIN)/nbdev_export

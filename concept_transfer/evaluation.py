@@ -61,16 +61,16 @@ def _change(change, batch: Batch) -> Callable:
     return _adder(change.vector(), change.positions if change.positions != "last" else lambda h: batch.asked)
 
 # %% ../nbs/05_evaluation.ipynb #0d12166c
-def _answered(prefix: Prefix, changes, reduce, extras, keep=None, plain=None) -> list[list]:  # for each change, what came back of each batch
-    "Ask a server, with as many passes in a request as it may hold."
-    m, remote, out = prefix.model, far(prefix.model), [[None] * len(prefix.batches) for _ in changes]; prefix.read += len(changes) * prefix.n
-    items = [(j, b) for b in range(len(prefix.batches)) for j in range(len(changes))]; keep = keep or max(b.keep for b in prefix.batches)
-    def ask(some):
-        order = sorted({b for _, b in some}); of = {b: [j for j, k in some if k == b] for b in order}; first = lambda b: [] if plain is None else [(*plain[b], _unchanged)]
-        return asking(m, prefix.layer, [(first(b) + [(x.ids, x.mask, _change(changes[j], x)) for j in of[b]], extras[b]) for b in order for x in [prefix.batches[b]]], keep, reduce, plain is not None)
-    for some, job in in_flight(((s, lambda s=s: ask(s)) for s in bundled(items, remote, lambda i: prefix.batches[i[1]].ids.numel() * (1 + (plain is not None)), lambda i: 0)), remote.flight):
-        for b, row in zip(sorted({b for _, b in some}), job.result()["table"]):
-            for j, part in zip([j for j, k in some if k == b], row): out[j][b] = part
+def _answered(prefix: Prefix, changes, reduce, extras, keep, plain=None) -> list[list]:  # for each change, what came back of each batch
+    "Ask a server, with as many batches and directions in a request as it may hold."
+    m, remote, base, out = prefix.model, far(prefix.model), plain is not None, [[None] * len(prefix.batches) for _ in changes]; prefix.read += len(changes) * prefix.n
+    cost = [x.ids.numel() for x in prefix.batches]; most = [max(1, remote.tokens // c - base) for c in cost]                  # directions of a batch in one request
+    parts = [(b, range(j, min(j + k, len(changes)))) for b, k in enumerate(most) for j in range(0, len(changes), k)]
+    passes = lambda b, some: ([(*plain[b], _unchanged)] if base else []) + [(x.ids, x.mask, _change(changes[j], x)) for x in [prefix.batches[b]] for j in some]
+    ask = lambda bundle: asking(m, prefix.layer, [(passes(b, some), extras[b]) for b, some in bundle], keep, reduce, base)
+    for bundle, job in in_flight(((x, lambda x=x: ask(x)) for x in bundled(parts, remote, lambda p: cost[p[0]] * (len(p[1]) + base), lambda p: 0)), remote.flight):
+        for (b, some), row in zip(bundle, job.result()["table"]):
+            for j, got in zip(some, row): out[j][b] = got
     return out
 
 # %% ../nbs/05_evaluation.ipynb #48ccd854

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Callable, Sequence
 import torch
 from .data import load_corpus
-from .models import ModelInfo, continued, encode, load_model, model_info, pad, writing
+from .models import ModelInfo, continued, encode, model_info, pad, writing
 from .extraction import Concept, _layers, load_artefact, save_artefact, stream
 from .alignment import AffineMap
 
@@ -136,7 +136,7 @@ def _save(self: Transplant, path: str | Path):
 def _load(cls, path: str | Path, target=None) -> Transplant:
     "Read what `save` wrote; without `target` the model is loaded by its name. Raises ValueError for another model."
     tensors, m = load_artefact(path, "transplant"); info = ModelInfo(**m["target"])
-    target = load_model(info.name) if target is None else target
+    target = info.load() if target is None else target
     info.require(model_info(target), f"transplant {m['name']!r}")
     keep = {k: m[k] for k in ("name", "layer", "dose", "norm", "source_layer", "positions", "notes")}
     return cls(**tensors, **keep, target=info, source=ModelInfo(**m["source"]) if m["source"] else None, model=target)

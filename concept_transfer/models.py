@@ -271,6 +271,9 @@ class ModelInfo:
     def _same(self, other: "ModelInfo") -> bool:
         if (self.tokenizer, self.layers, self.width) != (other.tokenizer, other.layers, other.width): return False
         return self.name == other.name if (":" in self.weights) != (":" in other.weights) else self.weights.rpartition(":")[2] == other.weights.rpartition(":")[2]
+    def load(self):
+        "This model, where it ran: one on a server is named there again, and nothing of it is downloaded."
+        return load_model(self.name, remote=self.weights.startswith("remote:"))
     def require(self, other: "ModelInfo", what: str):
         "Raise ValueError unless `other` has these weights and this tokenizer."
         if not self._same(other):
@@ -622,9 +625,9 @@ def _remote_hash(there: dict, module) -> str:
     mark = hashlib.sha256(json.dumps([there["repo_id"], there.get("revision"), cfg], sort_keys=True).encode()).hexdigest()[:32]
     return f"remote:{str(there.get('dtype') or 'unknown').removeprefix('torch.')}:{mark}"
 
-def _elsewhere(where: str, name: str, tok, rename: dict | None, remote: Remote) -> TransformersModel:
-    "A model on the server: blocks and widths from the configuration, no weights. Raises what `server` raises."
-    there = server(where, remote); key = there["repo_id"]
+def _elsewhere(there: dict, where: str, name: str, tok, rename: dict | None, remote: Remote) -> TransformersModel:
+    "A model on the server: blocks and widths from the configuration, no weights. `there`: what `server` said of it."
+    key = there["repo_id"]
     hub._ID_CACHE[where] = hub._ID_CACHE[key] = key                # else nnsight asks the hub how the name is spelled
     with warnings.catch_warnings(), _quiet():
         warnings.simplefilter("ignore")
@@ -647,6 +650,7 @@ def load_model(
     "A checked model from whatever names one. Raises ValueError, FileNotFoundError or OSError, naming the fix; with `remote` also ConnectionError."
     if remote == "local": remote = Remote(simulated=True, tokens=2048, batch=512)
     if remote and getattr(remote, "simulated", False): return _simulate(ref, remote, tokenizer, dtype, device, rename)
+    if remote is True: remote = Remote()
     if remote and not isinstance(ref, (str, Path)): raise ValueError("a loaded model runs here: name the model to have it run on a server, or use remote='local'.")
     if isinstance(ref, torch.nn.Module):
         if tokenizer is None: raise ValueError("a loaded model needs its tokenizer: load_model(model, tokenizer=...).")
@@ -655,13 +659,14 @@ def load_model(
     name, path = str(ref), Path(str(ref)).expanduser()
     if name not in EMBEDDED and path.exists(): name = str(path.resolve())       # so that an artefact finds it again from any folder
     if not isinstance(kind := getattr(torch, str(dtype).removeprefix("torch."), None), torch.dtype): raise ValueError(f"dtype {dtype!r}: use float32, bfloat16 or float16.")
+    if remote and (name in EMBEDDED or path.suffix == ".gguf"): raise ValueError(f"{name!r} would be fetched and converted, and runs here: leave remote= away, or name the model as the server does (its Hugging Face id or its folder there).")
     if name in EMBEDDED: path = fetch(name)
     elif path.suffix == ".gguf":
         if not path.is_file(): raise FileNotFoundError(f"no file {name!r}.")
         path = _from_gguf(path)
     elif not path.is_dir() and (path.is_absolute() or name.startswith(".") or name.count("/") > 1):
         raise FileNotFoundError(f"no folder {name!r}. A model is an embedded name ({', '.join(EMBEDDED)}), a folder, a .gguf file or a Hugging Face id.")
-    where = str(path) if path.is_dir() else name
+    where = str(path) if path.is_dir() else name; there = server(where, remote) if remote else None      # before anything is downloaded
     try:
         with _quiet():
             tok = tokenizer or AutoTokenizer.from_pretrained(where)
@@ -669,7 +674,7 @@ def load_model(
     except (OSError, ValueError, SafetensorError) as e:
         raise OSError(f"could not load {name!r}: {str(e).splitlines()[0]} A model is an embedded name ({', '.join(EMBEDDED)}), "
                       "a folder, a .gguf file or a Hugging Face id (which needs a connection the first time).") from None
-    if remote: return _elsewhere(where, name, tok, rename, Remote() if remote is True else remote)
+    if remote: return _elsewhere(there, where, name, tok, rename, remote)
     return wrap(module.to(device or ("cuda" if torch.cuda.is_available() else "cpu")), tok, name, rename)
 
 # %% ../nbs/01_models.ipynb #3ccb4c80

@@ -7,9 +7,10 @@ __all__ = ['log', 'PACKAGES', 'LOST', 'Remote', 'far', 'hosted', 'other_versions
            'backend', 'in_flight']
 
 # %% ../nbs/00a_remote.ipynb #9bb75b48
-import functools, json, logging, sys, time
+import functools, json, logging, sys, threading, time
 from collections import deque
 from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
 from importlib.metadata import version
 from typing import Callable, Iterable, Iterator
 import httpx
@@ -46,32 +47,62 @@ def far(model) -> Remote | None:
 # %% ../nbs/00a_remote.ipynb #e45a1720
 @functools.lru_cache(maxsize=8)
 def _http(connect: float, read: float) -> httpx.Client:
-    return httpx.Client(timeout=httpx.Timeout(read, connect=connect), limits=httpx.Limits(max_keepalive_connections=0), follow_redirects=True)
+    return httpx.Client(timeout=httpx.Timeout(read, connect=connect), limits=httpx.Limits(max_keepalive_connections=0))
+
+def _read(remote: Remote, end: float, method: str, url: str, **how) -> httpx.Response:
+    "An answer that is whole before `end`, however slowly it drips. Raises httpx.TransportError."
+    got = []
+    def ask():
+        try: got.append(_http(remote.connect, remote.read).request(method, url, **how))
+        except Exception as e: got.append(e)
+    asking = threading.Thread(target=ask, daemon=True); asking.start(); asking.join(min(max(1., end - time.monotonic()), threading.TIMEOUT_MAX))
+    if not got: raise httpx.ReadTimeout("not whole in time")
+    if isinstance(got[0], Exception): raise got[0]
+    return got[0]
 
 # %% ../nbs/00a_remote.ipynb #1d36a7d4
 def _call(
-    send: Callable,         # () -> response
     remote: Remote,
-    end: float,             # time.monotonic() to give up
-    missing: bool = False,  # 404 is an answer
-) -> httpx.Response:
+    end: float,              # time.monotonic() to give up
+    method: str, url: str,
+    missing: bool = False,   # 404 is an answer: None
+    **how,                   # as for httpx
+) -> dict | None:
     "An answer, asked for again while the line or the server fails. Raises ConnectionError, PermissionError, ValueError or RuntimeError."
     for n in range(remote.attempts):
-        try: r = send()
+        pause = min(.2 * 2 ** n, 10)
+        try: r = _read(remote, end, method, url, **how)
         except httpx.TransportError as e: why = f"{type(e).__name__} {e}".strip()
         else:
-            if r.status_code < 400 or (missing and r.status_code == 404): return r
-            if r.status_code < 500: raise _refusal(r)
-            why = f"{r.status_code} {r.text[:80]}"
+            if missing and r.status_code == 404: return None
+            if r.status_code < 300: return _answer(r)
+            if r.status_code < 500 and r.status_code not in (408, 429): raise _refusal(r)
+            why, pause = f"{r.status_code} {_keyless(r.text)[:80]}", max(pause, _asked_pause(r))
         if time.monotonic() > end: break
-        if n + 1 < remote.attempts: time.sleep(min(.2 * 2 ** n, 10, max(0, end - time.monotonic())))
+        if n + 1 < remote.attempts: time.sleep(max(0, min(pause, end - time.monotonic())))
     raise ConnectionError(f"{CONFIG.API.HOST} cannot be reached or fails: {why} ({n + 1} attempts). See that it is up and NDIF_HOST right, then run again; what was finished and kept is not done twice.")
 
 # %% ../nbs/00a_remote.ipynb #c2c9003b
+def _keyless(text: str) -> str: return text.replace(CONFIG.API.APIKEY, "***") if CONFIG.API.APIKEY else text
+
+def _answer(r) -> dict:
+    try: out = r.json()
+    except ValueError: out = None
+    if not isinstance(out, dict): raise ConnectionError(f"{CONFIG.API.HOST} answers, but no NDIF server is there: {_keyless(r.text)[:60]!r}. See that NDIF_HOST is right.")
+    return out
+
+def _asked_pause(r) -> float:
+    "Seconds that the server asks to wait (Retry-After), 0 where it says nothing."
+    said = r.headers.get("retry-after", "")
+    try: return float(said) if said.isdigit() else parsedate_to_datetime(said).timestamp() - time.time()
+    except (TypeError, ValueError): return 0.
+
 def _refusal(r) -> Exception:
-    "What an answer of 400 to 499 means; keys are not repeated."
+    "What an answer of 300 to 499 means; keys are not repeated."
+    if r.status_code < 400: return ConnectionError(f"{CONFIG.API.HOST} sends on to {r.headers.get('location')!r}, where no key is taken along. Set NDIF_HOST to where the server really is.")
     try: detail = str(r.json().get("detail"))
     except (ValueError, AttributeError): detail = r.text[:200]
+    detail = _keyless(detail)
     if r.status_code in (401, 403) or "API key" in detail:
         return PermissionError(f"{CONFIG.API.HOST} does not accept {'this key' if CONFIG.API.APIKEY else 'a request without a key'}. Set NDIF_API_KEY or call nnsight.login(), with a key that this server gave.")
     if "below the minimum" in detail: return ValueError(f"{CONFIG.API.HOST} speaks another version: {detail}")
@@ -82,13 +113,13 @@ PACKAGES = ("nnsight", "torch", "transformers")
 
 def hosted(remote: Remote = Remote(attempts=3)) -> dict[str, dict]:  # what the server says of each model, by repository
     "Models on the server. Raises ConnectionError when there is none."
-    r = _call(lambda: _http(remote.connect, remote.read).get(f"{CONFIG.API.HOST}/status"), remote, time.monotonic() + remote.total)
-    return {d["repo_id"]: d for d in r.json().get("deployments", {}).values() if d.get("repo_id")}
+    r = _call(remote, time.monotonic() + remote.total, "GET", f"{CONFIG.API.HOST}/status")
+    return {d["repo_id"]: d for d in r.get("deployments", {}).values() if d.get("repo_id")}
 
 def other_versions(remote: Remote = Remote(attempts=3)) -> dict[str, tuple[str, str]]:  # package: here, there
     "Packages that differ from the server's, build marks such as +cpu aside."
-    r = _call(lambda: _http(remote.connect, remote.read).get(f"{CONFIG.API.HOST}/env"), remote, time.monotonic() + remote.total)
-    there, bare = r.json().get("packages", {}), lambda v: v.split("+")[0]
+    r = _call(remote, time.monotonic() + remote.total, "GET", f"{CONFIG.API.HOST}/env")
+    there, bare = r.get("packages", {}), lambda v: v.split("+")[0]
     return {p: (version(p), there[p]) for p in PACKAGES if p in there and bare(version(p)) != bare(there[p])}
 
 # %% ../nbs/00a_remote.ipynb #c6780b27
@@ -137,8 +168,8 @@ def _send(self: Job):
     self.sent += 1; self.end = time.monotonic() + self.remote.total
     headers = self._key() | {"ndif-timestamp": repr(time.time()), "nnsight-version": version("nnsight"), "python-version": sys.version}
     form = {"data": RequestModel(model_key=self.model_key, compress=self.compress, env=self.env).metadata()}; files = {"blob": ("request", self.blob, "application/octet-stream")}
-    r = _call(lambda: self._http().post(f"{self.host}/request", data=form, files=files, headers=headers), self.remote, self.end)
-    self.job_id, self.status = r.json()["id"], None
+    r = _call(self.remote, self.end, "POST", f"{self.host}/request", data=form, files=files, headers=headers)
+    self.job_id, self.status = r["id"], None
 
 def _again(self: Job, why: str):
     "Send it once more. Raises ConnectionError when it was lost too often."
@@ -146,7 +177,6 @@ def _again(self: Job, why: str):
     log.info("job %s is sent again: %s", self.job_id, why); end = self.end; time.sleep(min(.5 * 2 ** self.sent, 10)); self.send(); self.end = end
 
 Job.send, Job._again = _send, _again
-Job._http = lambda self: _http(self.remote.connect, self.remote.read)
 Job._key = lambda self: {"ndif-api-key": self.api_key} if self.api_key else {}
 
 # %% ../nbs/00a_remote.ipynb #2fba7e70
@@ -173,14 +203,15 @@ Job.result, Job._late = _result, _late
 # %% ../nbs/00a_remote.ipynb #38a1ed65
 def _ask(self: Job) -> ResponseModel:
     "Where the job stands; a job without a status yet has none."
-    r = _call(lambda: self._http().get(f"{self.host}/response/{self.job_id}", headers=self._key()), self.remote, self.end, missing=True) if self.job_id else None
-    return ResponseModel.model_construct(id=self.job_id or "", status=None, description="", data=None) if r is None or r.status_code == 404 else ResponseModel.model_validate_json(r.text)
+    r = _call(self.remote, self.end, "GET", f"{self.host}/response/{self.job_id}", missing=True, headers=self._key()) if self.job_id else None
+    return ResponseModel.model_construct(id=self.job_id or "", status=None, description="", data=None) if r is None else ResponseModel.model_validate(r)
 
 def _fetch(self: Job, url: str | None) -> dict | None:
     "The saved values; None where the store failed, whose address is then asked for anew."
     if not url: self._again("no result"); return None
-    try: r = self._http().get(url); r.raise_for_status(); return self.finalize(r.content)
+    try: return self.finalize(_read(self.remote, self.end, "GET", url, follow_redirects=True).raise_for_status().content)     # no key goes to the store
     except (httpx.TransportError, httpx.HTTPStatusError) as e:
+        if time.monotonic() > self.end: raise TimeoutError(f"{self.host}: the result of job {self.job_id} did not arrive within {self.remote.total:.0f} s. Ask for less at once, or allow more with remote=Remote(total=...).") from None
         self.missed = getattr(self, "missed", 0) + 1; time.sleep(min(.2 * 2 ** self.missed, 10))
         if self.missed < self.remote.attempts: return None
         raise ConnectionError(f"{self.host}: the result of job {self.job_id} cannot be fetched: {type(e).__name__} ({self.missed} attempts). Run again.") from None

@@ -1,19 +1,25 @@
 "Every stage through requests that are packed and unpacked as for a server (nnsight's remote='local'), against the same without."
+import contextlib, json, threading, time
 from dataclasses import replace
+from email.utils import formatdate
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import httpx
+import nnsight
 import pytest
 import torch
 
-from concept_transfer import remote
+from concept_transfer import evaluation, remote
 from concept_transfer.alignment import fit_maps
 from concept_transfer.data import EMOTIONS, Corpus, load_corpus, load_pairs, load_task
-from concept_transfer.evaluation import ChoiceProbe, DamageProbe, at_damage
+from concept_transfer.evaluation import ChoiceProbe, DamageProbe, at_damage, capability, evaluate, evaluate_text, off_target
 from concept_transfer.extraction import activations, extract_concept
-from concept_transfer.injection import _adder, generate, graft
+from concept_transfer.injection import Transplant, _adder, generate, graft
 from concept_transfer.models import _remote_hash, load_model, model_info, tiny_model
 from concept_transfer.moments import Moments, collect
-from concept_transfer.remote import Job, Remote
+from concept_transfer.remote import Job, Remote, far, hosted
+from concept_transfer.selection import transplant
+from concept_transfer.tasks import GenerationTask, load_knowledge
 
 SMALL = Remote(simulated=True, tokens=1500, batch=300, flight=2)
 
@@ -69,6 +75,41 @@ def test_the_same_transplant_wherever_a_model_runs(near, distant, corpus):
     assert generate(distant[1], "The cat", 4) == generate(near[1], "The cat", 4)
 
 
+def test_the_readme_with_layers_and_dose_chosen(near, distant, corpus):
+    joy, task = extract_concept(near[0], load_pairs("emotions/happiness")), load_task("emotions/happiness", "tune").take(8); neutral = Corpus("some", load_corpus("neutral").texts[:8])
+    maps = fit_maps(*near, corpus, [1, 2], [1, 2]); a, b = (transplant(joy, maps, m, task, neutral=neutral) for m in (near[1], distant[1]))
+    assert (a.source_layer, a.layer, a.positions) == (b.source_layer, b.layer, b.positions) and a.dose == pytest.approx(b.dose, rel=1e-3); close(b.direction, a.direction)
+    for x, y in zip(a.notes["search"], b.notes["search"], strict=True): assert x.pop("layers") == y.pop("layers") and x.pop("positions") == y.pop("positions") and x == pytest.approx(y, rel=1e-3, abs=1e-5)
+    assert a.notes["texts_read"] == b.notes["texts_read"]
+
+
+def test_everything_that_is_asked_of_a_transplant(near, distant):
+    v = torch.randn(48, generator=torch.Generator().manual_seed(0)); tests, tune = (load_task("emotions/happiness", s).take(n) for s, n in (("test", 8), ("tune", 4)))
+    talk = GenerationTask("length", ("The cat", "It rained all day and"), lambda x: len(x) / 100); neutral = Corpus("some", load_corpus("neutral").texts[:12]); found = []
+    for m in (near[1], distant[1]):
+        t = graft(v, m, 2, dose=.5); arms = {"base": None, "steered": t}
+        found.append((capability(arms, m, 2, load_knowledge().take(12), tokens=4), off_target([t, replace(t, direction=-v)], [tests, load_task("emotions/fear").take(8)]), evaluate_text(arms, talk, m, 5),
+                      evaluate(t, tests, neutral, load_pairs("emotions/happiness"), load_pairs("emotions/fear"), random=1, examples=tune, source=near[0], strengths=(), knowledge=False)))
+    (cap, (shift, p), text, e), (cap2, (shift2, p2), text2, e2) = found
+    assert cap == cap2 and (shift == shift2).all() and (p == p2).all() and text == text2
+    assert set(e.arms) == set(e2.arms) and {"few_shot", "few_shot_rotated", "source", "native", "other_concept", "prompt"} <= {k for k, a in e.arms.items() if not a.get("reason")}
+    for k, a in e.arms.items(): assert a.get("reason") or (a["items"] == e2.arms[k]["items"] and all(a[x] == pytest.approx(e2.arms[k][x], rel=1e-3, abs=1e-5) for x in ("dose", "logit_shift", "kl", "perplexity_ratio") if a[x] is not None))
+
+
+def test_no_request_is_larger_than_allowed(near, distant, monkeypatch):
+    "A direction over many texts goes in several requests, and many directions over few texts too."
+    task, fns, sizes = load_task("emotions/happiness").take(60), [_adder(torch.randn(48, generator=torch.Generator().manual_seed(i)), "all") for i in range(3)], []
+    m = load_model(near[1], remote=Remote(simulated=True, tokens=2048)); real = evaluation.asking
+    def counted(model, layer, batches, *a):
+        sizes.append(sum(ids.numel() for passes, _ in batches for ids, *_ in passes)); return real(model, layer, batches, *a)
+    monkeypatch.setattr(evaluation, "asking", counted); (probe, local), (hurt, here) = ((f(m), f(near[1])) for f in (lambda m: ChoiceProbe(m, task, 2), lambda m: DamageProbe(m, load_corpus("neutral").texts[:60], 2)))
+    for some in (fns[:1], fns):
+        sizes.clear(); got = probe.many(some); assert len(sizes) > 2 and max(sizes) <= 2048
+        for x, y in zip(got, local.many(some)): assert (x.chosen == y.chosen).all() and abs(x.margin - y.margin).max() < 1e-4
+        sizes.clear(); got = hurt.many(some); assert len(sizes) > 1 and max(sizes) <= 2048
+        for x, y in zip(got, here.many(some)): assert x == pytest.approx(y, abs=1e-5)
+
+
 def test_probes_and_dose(near, distant):
     v = torch.randn(48, generator=torch.Generator().manual_seed(0)); task, texts = load_task("emotions/happiness").take(6), load_corpus("neutral").texts[:6]
     a, b = (graft(v, m, 2, dose=.5) for m in (near[1], distant[1])); fns = [None, _adder(a.vector(1), "all"), _adder(a.vector(-1), "last")]
@@ -105,31 +146,100 @@ def test_a_model_on_a_server_is_itself(near):
         with pytest.raises(ValueError, match="on a server in bfloat16"): a.require(other, "it")
 
 
-def test_the_key_is_never_shown(monkeypatch):
-    monkeypatch.setattr(remote.CONFIG.API, "APIKEY", "secret-key")
-    for code in (400, 401, 403):
-        r = httpx.Response(code, json={"detail": "Invalid API key format: 'secret-key'."})
-        e = remote._refusal(r); assert isinstance(e, PermissionError) and "secret" not in str(e) and "NDIF_API_KEY" in str(e)
+@pytest.fixture
+def site(monkeypatch):
+    "A server on loopback that does what each test wants, at NDIF_HOST and with a key; `heard` has every request's path and headers."
+    class Site(BaseHTTPRequestHandler):
+        def do_GET(self): heard.append((self.path, dict(self.headers))); self.answer()
+        def do_POST(self): self.rfile.read(int(self.headers["content-length"])); self.do_GET()
+        def log_message(self, *a): pass
+        def say(self, code, body=b"{}", **headers):
+            self.send_response(code); [self.send_header(k.replace("_", "-"), v) for k, v in ({"content_length": len(body)} | headers).items()]; self.end_headers(); self.wfile.write(body)
+    heard = Site.heard = []
+    with ThreadingHTTPServer(("127.0.0.1", 0), Site) as s:
+        threading.Thread(target=s.serve_forever, args=(.02,), daemon=True).start(); Site.url = f"http://127.0.0.1:{s.server_port}"
+        monkeypatch.setattr(nnsight.CONFIG.API, "HOST", Site.url); monkeypatch.setattr(nnsight.CONFIG.API, "APIKEY", "secret-key"); yield Site
+        s.shutdown()
+
+def ask(limits=Remote(attempts=3, read=5), end=60):
+    "A job that was sent and is asked about."
+    job = Job.__new__(Job); job.host, job.api_key, job.name, job.remote, job.job_id, job.blob, job.sent, job.end = nnsight.CONFIG.API.HOST, "secret-key", "org/m", limits, "1", b"", 1, time.monotonic() + end
+    return job
+
+def test_the_key_is_never_shown(site):
+    for code, kind in ((400, PermissionError), (401, PermissionError), (403, PermissionError), (422, RuntimeError), (503, ConnectionError)):
+        site.answer = lambda s: s.say(code, b'{"detail": "%s: secret-key"}' % (b"Invalid API key format" if code == 400 else b"odd"))
+        with pytest.raises(kind) as e: ask(Remote(attempts=1))._ask()
+        assert "secret" not in str(e.value) and (kind is not PermissionError or "NDIF_API_KEY" in str(e.value)) and ("***" in str(e.value)) == (kind is not PermissionError)
+
+def test_the_key_goes_nowhere_else(site):
+    other = site.url.replace("127.0.0.1", "localhost")
+    site.answer = lambda s: s.say(200, b"{}") if "elsewhere" in s.path else s.say(307, location=f"{other}/elsewhere")
+    for f in (ask()._ask, hosted):
+        with pytest.raises(ConnectionError, match="elsewhere.*Set NDIF_HOST"): f()
+    assert not any("elsewhere" in p for p, _ in site.heard)
+    job = ask(); job.finalize = lambda b: b; assert job._fetch(f"{site.url}/result") == b"{}" and site.heard[-1][0] == "/elsewhere"      # a result may lie elsewhere: no key goes there
+    assert not any("secret" in str(h) for p, h in site.heard[-2:])
+
+@pytest.mark.parametrize("code, said, least", [(429, {"Retry_After": "7"}, 7), (429, {"Retry_After": "date"}, 25), (429, {}, 0), (408, {}, 0), (503, {"Retry_After": "7"}, 7)])
+def test_a_busy_server_is_asked_again(site, monkeypatch, code, said, least):
+    said, pauses = {k: formatdate(time.time() + 30, usegmt=True) if v == "date" else v for k, v in said.items()}, []
+    site.answer = lambda s: s.say(code, **said) if len(site.heard) < 3 else s.say(200, b'{"deployments": {"x": {"repo_id": "org/m"}}}')
+    monkeypatch.setattr(remote.time, "sleep", pauses.append); assert list(hosted(Remote(attempts=3))) == ["org/m"]
+    assert len(pauses) == 2 and min(pauses) >= least and max(pauses) < least + 11
+    site.heard.clear(); pauses.clear(); site.answer = lambda s: s.say(code, Retry_After="99999")
+    with pytest.raises(ConnectionError, match=f"{code}.*2 attempts"): ask(Remote(attempts=2), end=5)._ask()
+    assert max(pauses) <= 5                                                                            # not longer than the job may take
+
+@pytest.mark.parametrize("body", [b"<html>Welcome</html>", b"[1]"])
+def test_no_ndif_server_there(site, body):
+    site.answer = lambda s: s.say(200, body)
+    for f in (hosted, ask()._ask):
+        with pytest.raises(ConnectionError, match="no NDIF server is there.*NDIF_HOST"): f()
+
+def test_what_drips_has_an_end(site):
+    def drip(s):
+        with contextlib.suppress(OSError):
+            for b in b"HTTP/1.0 200 OK\r\n" + (b"X-Long: 1\r\n" * 99 if s.path == "/head" else b"\r\n") + b" " * 600: s.wfile.write(bytes([b])); time.sleep(.02)
+    site.answer = drip; begin = time.monotonic()
+    for path in ("head", "body"):
+        with pytest.raises(TimeoutError, match="did not arrive within 1 s"): ask(Remote(total=1), end=1)._fetch(f"{site.url}/{path}")
+    with pytest.raises(ConnectionError, match="1 attempts"): ask(Remote(total=1), end=1)._ask()
+    assert time.monotonic() - begin < 15
 
 
-def test_limits_of_waiting(monkeypatch):
-    def down(): raise httpx.ConnectError("refused")
-    with pytest.raises(ConnectionError, match="2 attempts"): remote._call(down, Remote(attempts=2), 1e12)
-    with pytest.raises(ConnectionError, match="1 attempts"): remote._call(down, Remote(attempts=9), 0)
-    answers = iter([httpx.Response(503), httpx.Response(200, json={})])
-    assert remote._call(lambda: next(answers), Remote(attempts=2), 1e12).status_code == 200
+def test_a_transplant_goes_back_to_its_server(site, near, tmp_path):
+    "The folder has no weights: loading them here would fail."
+    near[1]._module.config.save_pretrained(tmp_path/"m"); near[1].tokenizer.save_pretrained(tmp_path/"m"); assert not list((tmp_path/"m").glob("*.safetensors"))
+    site.answer = lambda s: s.say(200, ('{"deployments": {"x": {"repo_id": "%s", "dtype": "float32"}}, "packages": {}}' % (tmp_path/"m")).encode())
+    t = graft(torch.ones(48), load_model(tmp_path/"m", remote=True), 2, norm=1.); t.save(tmp_path/"t"); back = Transplant.load(tmp_path/"t")
+    assert far(back.model) is not None and far(t.target.load()) == Remote()
+
+def test_nothing_is_fetched_for_a_server(site, tmp_path, monkeypatch):
+    (tmp_path/"m.gguf").write_bytes(b"GGUF"); site.answer = lambda s: s.say(200, b'{"deployments": {}, "packages": {}}')
+    monkeypatch.setenv("CONCEPT_TRANSFER_CACHE", str(tmp_path/"cache"))
+    for name in ("gemma-3-270m", tmp_path/"m.gguf"):
+        with pytest.raises(ValueError, match="leave remote= away"): load_model(name, remote=True)
+    assert not (tmp_path/"cache").exists()
+    with pytest.raises(ValueError, match="does not host"): load_model("org/model-that-nobody-made", remote=True)        # asked before the hub is
 
 
-def test_versions_are_compared_without_build_marks(monkeypatch, caplog):
-    monkeypatch.setattr(remote, "_call", lambda send, *a: httpx.Response(200, json={"packages": {"torch": remote.version("torch").split("+")[0] + "+cu999", "nnsight": "0.0.1"}}))
+def test_limits_of_waiting(site):
+    with pytest.raises(ConnectionError, match="2 attempts"): remote._call(Remote(attempts=2), 1e12, "GET", "http://127.0.0.1:9/")
+    with pytest.raises(ConnectionError, match="1 attempts"): remote._call(Remote(attempts=9), 0, "GET", "http://127.0.0.1:9/")
+    site.answer = lambda s: s.say(503 if len(site.heard) < 2 else 200)
+    assert remote._call(Remote(attempts=2), 1e12, "GET", site.url) == {}
+
+
+def test_versions_are_compared_without_build_marks(site, caplog):
+    there = {"torch": remote.version("torch").split("+")[0] + "+cu999", "nnsight": "0.0.1"}; site.answer = lambda s: s.say(200, json.dumps({"packages": there, "deployments": {"x": {"repo_id": "org/m"}}}).encode())
     assert remote.other_versions() == {"nnsight": (remote.version("nnsight"), "0.0.1")}
-    monkeypatch.setattr(remote, "hosted", lambda *a: {"org/m": {"repo_id": "org/m"}})
     assert remote.server("m")["repo_id"] == "org/m" and "nnsight 0.0.1 (here" in caplog.text
     with pytest.raises(ValueError, match="it hosts org/m"): remote.server("org/other")
 
 
 def test_words_of_the_server(monkeypatch):
-    job = Job.__new__(Job); job.host, job.name, job.remote, job.job_id, job.blob, job.sent, job.end = "http://h", "org/m", Remote(attempts=3), "1", b"", 1, 0
+    job = ask()
     sent = []; monkeypatch.setattr(Job, "send", lambda self: sent.append(1)); monkeypatch.setattr(remote.time, "sleep", lambda s: None)
     job._failed("Error submitting request to model deployment. Please try again later."); assert sent == [1]
     with pytest.raises(TimeoutError, match="tokens=8192"): job._failed("Your job exceeded the execution timeout of 8.0s.")

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 
 @dataclass
 class Fault:
-    kind: str              # "reset" | "hang" | "delay" | "status" | "cut" | "freeze"
+    kind: str              # "reset" | "hang" | "delay" | "status" | "cut" | "freeze" | "drip"
     path: str = ""         # of requests that start with this; by default of all
     times: int = 1         # how many connections it hits
-    seconds: float = 0     # of "delay", before anything is passed on
+    seconds: float = 0     # of "delay", before anything is passed on; of "drip", between two bytes
     code: int = 500        # of "status"
     after: int = 0         # bytes from the server after which "cut" closes, or "freeze" stops passing on without closing
     skip: int = 0          # matching connections that are left alone first
@@ -87,7 +87,7 @@ class Proxy:
         with self.lock: self.open.add(server)
         self._count("sent", count, 1, len(head)); server.sendall(head)
         threading.Thread(target=self._pipe, args=(client, server, "sent", count, 1, None), daemon=True).start()
-        self._pipe(server, client, "received", count, 2, f if f and f.kind in ("cut", "freeze") else None)
+        self._pipe(server, client, "received", count, 2, f if f and f.kind in ("cut", "freeze", "drip") else None)
 
     def _drain(self, client, head):
         "Read the whole request, so that its sender is not reset while it sends."
@@ -103,13 +103,16 @@ class Proxy:
         total = 0
         try:
             while data := a.recv(65536):
-                if fault and total + len(data) > fault.after:
+                if fault and fault.kind == "drip":
+                    for i in range(len(data)): b.sendall(data[i:i + 1]); time.sleep(fault.seconds)
+                elif fault and total + len(data) > fault.after:
                     data = data[:max(0, fault.after - total)]
                     if data: b.sendall(data); self._count(name, count, k, len(data))
                     if fault.kind == "cut": self._reset(b); return self._reset(a)
                     while a.recv(65536): pass                  # freeze: the line is up, nothing comes
                     return
-                total += len(data); self._count(name, count, k, len(data)); b.sendall(data)
+                total += len(data); self._count(name, count, k, len(data))
+                if not (fault and fault.kind == "drip"): b.sendall(data)
             with contextlib.suppress(OSError): b.shutdown(socket.SHUT_WR)
         except OSError:
             for s in (a, b):
