@@ -47,11 +47,11 @@ def plot_grid(
     "Heat map of a held-out score, or of another value, over all layer pairs."
     words = {"r2": "held-out R2, standardised", "cosine": "held-out cosine"}
     fig, ax = _figure(1.6 + .62 * len(maps.target_layers), 1.4 + .42 * len(maps.source_layers))
-    z = np.asarray(getattr(maps, values) if isinstance(values, str) else values)
+    named = isinstance(values, str); z = np.asarray(getattr(maps, values) if named else values)
     if z.shape != maps.r2.shape: raise ValueError(f"values of shape {z.shape} are not one for each of {len(maps.source_layers)} x {len(maps.target_layers)} layer pairs.")
     sns.heatmap(z, ax=ax, annot=True, fmt=".2f", annot_kws={"size": 8}, cmap="cividis", vmin=min(0, z.min()), vmax=max(.5, z.max()), xticklabels=maps.target_layers,
-                yticklabels=maps.source_layers, cbar_kws={"label": words[values] if isinstance(values, str) else label})
-    ax.set(xlabel=f"layer of {maps.target.name}", ylabel=f"layer of {maps.source.name}", title=f"{maps.method}: {maps.rows:,} rows; shuffled pairs give at most {maps.r2_null.max():.2f}")
+                yticklabels=maps.source_layers, cbar_kws={"label": words[values] if named else label})
+    ax.set(xlabel=f"layer of {maps.target.name}", ylabel=f"layer of {maps.source.name}", title=f"{maps.method}: {maps.rows:,} rows" + (f"; shuffled pairs give at most {maps.r2_null.max():.2f}" if named and values == "r2" else ""))
     ax.tick_params(axis="y", rotation=0); return fig
 
 # %% ../nbs/07_plots.ipynb #e6472206
