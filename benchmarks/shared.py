@@ -16,14 +16,14 @@ def machine() -> str:
     names = [l.split(":")[1].strip() for l in info.read_text().splitlines() if l.startswith("model name")] if info.is_file() else []
     return f"{names[0] if names else 'unknown processor'}, {torch.get_num_threads()} threads, torch {torch.__version__}"
 
-def interleave(jobs: dict, rounds: int, check=None) -> dict:
+def interleave(jobs: dict, rounds: int, check=None, warm: bool = True) -> dict:
     "Seconds of every job in every round, after one warm run of each; `check` sees the results of a round."
     times = {k: [] for k in jobs}
-    for r in range(rounds + 1):
+    for r in range(rounds + warm):
         got = {}
         for k, fn in jobs.items():
             start = time.perf_counter(); got[k] = fn()
-            if r: times[k].append(time.perf_counter() - start)
+            if r >= warm: times[k].append(time.perf_counter() - start)
         if check: check(got)
     return times
 

@@ -38,6 +38,7 @@ def _parser() -> argparse.ArgumentParser:
             ("--out", req("map.safetensors")), ("--method", dict(choices=METHODS, default="ridge", help="how the maps are fitted")))
     command("transplant", "put a concept into the target", ("--concept", req("file")), ("--map", req("file")), ("--out", req("transplant.safetensors")),
             ("--task", dict(help="tuning items: file, or a built-in task such as emotions/fear, behaviours/honesty, truthfulness")), ("--choices", dict(help="a,b,c for a task file that holds pairs")), ("--target", dict(help="the choice to favour")),
+            ("--pairs", dict(help="the concept's pairs, for the target to read: layers are ranked by how well the carried direction tells them apart")),
             ("--damage", dict(type=float, default=.1, help="KL in nats a token that strength 1 may cost")), ("--layers", dict(type=_layer_pair, default="auto", help="auto or LS:LT, counted from 0")))
     command("generate", "text of the steered target", ("--transplant", req("file")), ("--prompt", req("text")), ("--strength", dict(type=float, default=1., help="0 is the base model")),
             ("--max-new-tokens", dict(type=int, default=40, help="length")), ("--compare", dict(action="store_true", help="show the base model's text too")))
@@ -111,7 +112,7 @@ def cmd_transplant(a):
     _writable(a.out); concept, maps = Concept.load(a.concept), LayerGrid.load(a.map)
     maps.source.require(concept.model, "this map (source side)"); task = _task(a, "tune") if a.task else None
     if task and a.layers != "auto": warnings.warn(f"--task is not used: --layers {a.layers[0]}:{a.layers[1]} leaves nothing to choose.")
-    t = transplant(concept, maps, maps.target.load(), task, a.layers, a.damage); t.save(a.out)
+    t = transplant(concept, maps, maps.target.load(), task, a.layers, a.damage, pairs=load_pairs(a.pairs) if a.pairs else None); t.save(a.out)
     return _transplant_facts(t) | dict(out=a.out), repr(t)
 
 def _transplant_facts(t):
@@ -163,7 +164,7 @@ def cmd_demo(a):
     maps = _kept(grid, [corpus.hash, joy.template, model_info(source), model_info(target)], lambda: fit_maps(source, target, corpus, template=joy.template), LayerGrid.load); say(f"     {maps!r}")
     say("4/6  layers and dose, on scenarios kept for tuning")
     tune = load_task(name, "tune").take(40)
-    t = _kept(graft, [_sum(concept), _sum(grid), tune.hash, neutral.hash], lambda: choose(joy, maps, target, tune, neutral, candidates=6), lambda p: Transplant.load(p, target)); say(f"     {t!r}")
+    t = _kept(graft, [_sum(concept), _sum(grid), tune.hash, neutral.hash, pairs.hash], lambda: choose(joy, maps, target, tune, neutral, candidates=6, pairs=pairs), lambda p: Transplant.load(p, target)); say(f"     {t!r}")
     say("5/6  evidence, on scenarios never used before"); test = load_task(name)
     e = _kept(evidence, [_sum(graft), test.hash, pairs.hash, other.hash, neutral.hash, a.seed], lambda: evaluate(t, test, neutral, pairs, other, seed=a.seed, path=out / "arms.jsonl"), lambda p: Evidence(json.loads(p.read_text())))
     (out / "arms.jsonl").unlink(missing_ok=True); say("6/6  report")

@@ -85,12 +85,13 @@ def transplant(
     layers: str | tuple[int, int] = "auto",       # "auto", or (source layer, target layer)
     damage: float = .1,                           # mean KL on neutral text that strength 1 may cost, in nats a token
     neutral: Corpus | None = None,                # default: the built-in neutral corpus
+    pairs: ContrastPairs | None = None,           # contrast texts that the target may read, see `offline_scores`
 ) -> Transplant:
     "A concept put into the target, at a dose that does `damage`. Raises ValueError where the three do not belong together."
     if not damage > 0: raise ValueError(f"damage {damage}: give a positive KL in nats a token, such as 0.1.")
     maps.source.require(concept.model, "this map (source side)")
-    if layers == "auto" and task is not None: return choose(concept, maps, target, task, neutral, damage)
-    pair = offline_scores(concept, maps)[0][1] if layers == "auto" else tuple(layers)
+    if layers == "auto" and task is not None: return choose(concept, maps, target, task, neutral, damage, pairs=pairs)
+    pair = offline_scores(concept, maps, target, pairs)[0][1] if layers == "auto" else tuple(layers)
     g = graft(concept, target, map=maps[pair])
     g = at_damage(g, DamageProbe(target, (neutral or load_corpus("neutral")).texts[:32], g.layer), damage)
     return replace(g, notes={**g.notes, "map": maps.data, "method": maps.method})
