@@ -40,7 +40,7 @@ def test_the_whole_flow(place):
                  ["align", "--source", "./small", "--target", "./large", "--corpus", "corpus.txt", "--out", "map.safetensors"],
                  ["transplant", "--concept", "joy.safetensors", "--map", "map.safetensors", "--out", "graft.safetensors", "--task", "task.json", "--damage", ".3"],
                  ["generate", "--transplant", "graft.safetensors", "--prompt", "It rained and", "--max-new-tokens", "5", "--compare"],
-                 ["evaluate", "--transplant", "graft.safetensors", "--task", "task.json", "--neutral", "corpus.txt", "--out", "evidence", "--pairs", "joy.json", "--other", "sad.jsonl", "--random", "3"],
+                 ["evaluate", "--transplant", "graft.safetensors", "--task", "task.json", "--neutral", "short.txt", "--out", "evidence", "--pairs", "joy.json", "--other", "sad.jsonl", "--random", "3"],
                  ["info", "map.safetensors"]):
         code, out, err = run(place, *argv, "--json")
         assert code == 0, err
@@ -59,7 +59,7 @@ def test_strength_zero_is_the_base_model(place):
 
 def test_arms_without_input_are_null_with_a_reason(place):
     if not (place / "graft.safetensors").exists(): test_the_whole_flow(place)
-    code, out, err = run(place, "evaluate", "--transplant", "graft.safetensors", "--task", "task.json", "--neutral", "corpus.txt", "--out", "bare", "--random", "0", "--json")
+    code, out, err = run(place, "evaluate", "--transplant", "graft.safetensors", "--task", "task.json", "--neutral", "short.txt", "--out", "bare", "--random", "0", "--json")
     arms = json.loads(out)["arms"]; assert code == 0, err
     for name in ("native", "random", "other_concept"): assert arms[name]["choice_rate"] is None and arms[name]["reason"]
 
