@@ -103,7 +103,7 @@ class Stack:
         extra = {k: v for k, v in self.env.items()}
         self.env = {k: v for k, v in os.environ.items() if not k.startswith(("NDIF_", "RAY_", "AWS_")) and k not in ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")} | {
             MARK: self.mark, "PATH": f"{self.venv}/bin:{os.environ['PATH']}", "PYTHONPATH": str(HERE), "PYTHONDONTWRITEBYTECODE": "1",
-            "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "RAY_USAGE_STATS_ENABLED": "0", "GRPC_ENABLE_FORK_SUPPORT": "0", "RAY_DEDUP_LOGS": "0",
+            "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "RAY_USAGE_STATS_ENABLED": "0", "GRPC_ENABLE_FORK_SUPPORT": "0", "RAY_DEDUP_LOGS": "0", "RAY_worker_niceness": "0",
             "RAY_prestart_worker_first_driver": "0", "RAY_num_prestart_python_workers": "0", "RAY_ADDRESS": f"127.0.0.1:{self.gcs}",
             "NDIF_HOME": str(self.workdir / "ndif"), "NDIF_REDIS_URL": f"redis://127.0.0.1:{self.redis}", "NDIF_OBJECT_STORE_URL": f"http://127.0.0.1:{self.store}",
             "NDIF_OBJECT_STORE_ACCESS_KEY": "test", "NDIF_OBJECT_STORE_SECRET_KEY": "test", "NDIF_RAY_ADDRESS": f"ray://127.0.0.1:{self.client}",

@@ -221,7 +221,7 @@ def fault(name, server, monkeypatch, gone):
 def test_no_fault_loses_what_is_finished(server, whole, distant, name, what, tmp_path):
     "Two jobs are done, then comes the fault; put right, a rerun does only the rest."
     folder, real, calls, source, (want, requests) = str(server.folders["gpt2"]), Job.result, [], whole["source"], whole[what]
-    bad = Remote(read=1, attempts=1, total=4 if name == "long queue" else 60, still=2 if name == "job lost" else 60, **LIMITS)
+    bad = Remote(read=1, attempts=3 if name == "not hosted" else 1, total=4 if name == "long queue" else 60, still={"job lost": 2, "not hosted": 5}.get(name, 60), **LIMITS)     # this server's refusal may be overwritten by an earlier status: then it is asked again
     with pytest.MonkeyPatch.context() as mp, pytest.MonkeyPatch.context() as watch:
         act, error, right = fault(name, server, mp, tmp_path/"gone")
         def result(self):
