@@ -152,10 +152,10 @@ def _chosen(logits, base, at):
 def _many(self: ChoiceProbe, changes: Sequence[Callable | Transplant | None]) -> list[Answers]:
     "Answers under each of several changes of the residual stream; on a server in as few requests as may be."
     if not far(self.prefix.model): return [self(c) for c in changes]
-    keep = max(b.keep for b in self.prefix.batches); place = lambda r, k: keep + self.rows[r][2][k] - self.rows[r][1]
-    extras = [tuple(torch.tensor(x) for x in zip(*[(b, place(r, k), t) for b, r in enumerate(batch.rows) for k, t, _ in self.rows[r][3]])) for batch in self.prefix.batches]
-    split = lambda rows, lp, top: [(x.numpy(), int(y[place(r, 0)])) for x, y, r in zip(lp.split([len(self.rows[r][3]) for r in rows]), top, rows)]
-    return [self._judged([split(batch.rows, *part) for batch, part in zip(self.prefix.batches, parts)]) for parts in _answered(self.prefix, changes, _chosen, extras, keep)]
+    keep = max(b.keep for b in self.prefix.batches); place = lambda batch, r, k: min(keep, batch.ids.shape[1]) + self.rows[r][2][k] - self.rows[r][1]
+    extras = [tuple(torch.tensor(x) for x in zip(*[(b, place(batch, r, k), t) for b, r in enumerate(batch.rows) for k, t, _ in self.rows[r][3]])) for batch in self.prefix.batches]
+    split = lambda batch, lp, top: [(x.numpy(), int(y[place(batch, r, 0)])) for x, y, r in zip(lp.split([len(self.rows[r][3]) for r in batch.rows]), top, batch.rows)]
+    return [self._judged([split(batch, *part) for batch, part in zip(self.prefix.batches, parts)]) for parts in _answered(self.prefix, changes, _chosen, extras, keep)]
 
 ChoiceProbe.many = _many
 

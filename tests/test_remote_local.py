@@ -80,7 +80,7 @@ def test_the_readme_with_layers_and_dose_chosen(near, distant, corpus):
     maps = fit_maps(*near, corpus, [1, 2], [1, 2]); a, b = (transplant(joy, maps, m, task, neutral=neutral) for m in (near[1], distant[1]))
     assert (a.source_layer, a.layer, a.positions) == (b.source_layer, b.layer, b.positions) and a.dose == pytest.approx(b.dose, rel=1e-3); close(b.direction, a.direction)
     for x, y in zip(a.notes["search"], b.notes["search"], strict=True): assert x.pop("layers") == y.pop("layers") and x.pop("positions") == y.pop("positions") and x == pytest.approx(y, rel=1e-3, abs=1e-5)
-    assert a.notes["texts_read"] == b.notes["texts_read"]
+    assert a.notes["texts_read"] <= b.notes["texts_read"]          # here several answers are read in one pass
 
 
 def test_everything_that_is_asked_of_a_transplant(near, distant):
@@ -112,7 +112,7 @@ def test_no_request_is_larger_than_allowed(near, distant, monkeypatch):
 
 def test_probes_and_dose(near, distant):
     v = torch.randn(48, generator=torch.Generator().manual_seed(0)); task, texts = load_task("emotions/happiness").take(6), load_corpus("neutral").texts[:6]
-    a, b = (graft(v, m, 2, dose=.5) for m in (near[1], distant[1])); fns = [None, _adder(a.vector(1), "all"), _adder(a.vector(-1), "last")]
+    a, b = (graft(v, m, 2, dose=.5) for m in (near[1], distant[1])); fns = [None, _adder(a.vector(1), "all"), replace(a, dose=-a.dose, positions="last")]
     want, got = ([f for f in map(ChoiceProbe(m, task, 2), fns)] for m in (near[1], distant[1]))
     for x, y in zip(want + want, got + ChoiceProbe(distant[1], task, 2).many(fns)):
         assert (x.chosen == y.chosen).all() and (x.first == y.first).all() and abs(x.margin - y.margin).max() < 1e-4
