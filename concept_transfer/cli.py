@@ -78,6 +78,7 @@ def _probe(folder):
     try: tempfile.TemporaryFile(dir=folder).close()
     except OSError as e: raise OSError(f"cannot write into {str(folder)!r} ({e.strerror}). Give another place.") from None
 
+# %% ../nbs/08_cli.ipynb #600a6ff2
 _TASKS = {f"emotions/{e}": partial(load_task, f"emotions/{e}") for e in EMOTIONS} | {f"behaviours/{b}": partial(load_behaviour, b) for b in BEHAVIOURS} | {
     "truthfulness": load_truthfulness, "knowledge": lambda split: load_knowledge()}
 
@@ -87,6 +88,7 @@ def _task(a, split):
     if not Path(a.task).expanduser().is_file(): raise FileNotFoundError(f"{a.task!r} is neither a file nor a built-in task. Built in: {', '.join(_TASKS)}.")
     return load_task(a.task, split, [c.strip() for c in a.choices.split(",")] if a.choices else None, a.target)
 
+# %% ../nbs/08_cli.ipynb #600a6ff3
 def cmd_extract(a):
     _writable(a.out); pairs = load_pairs(a.pairs)
     for problem in lint(pairs): warnings.warn(problem)

@@ -347,6 +347,7 @@ class _Probes:
         probe = DamageProbe(model, self.hurt.texts, self.hurt.prefix.layer, prefix=text)
         return ChoiceProbe(model, self.choices.task, self.hurt.prefix.layer, text)(), probe.tokens([None], None if far(model) else _reorder(self.hurt, probe))[0]
 
+# %% ../nbs/05_evaluation.ipynb #b0c5e17c
 def _reorder(hurt, words):
     "Base log-probabilities in the batches of another probe over the same texts."
     flat = {i: p[b] for batch, p in zip(hurt.prefix.batches, hurt.base) for b, i in enumerate(batch.rows)}
@@ -389,6 +390,7 @@ class _Kept:
                 with open(self.path, "a") as f: f.write(json.dumps(dict(mark=self.mark, arm=arm, runs=self.done[arm])) + "\n")
         return self.done[arm]
 
+# %% ../nbs/05_evaluation.ipynb #0bbbe550
 def _run_arms(t, probes, arms, task, examples, source, kept) -> dict[str, list[dict]]:
     "Every arm asked; a list for each, one entry a draw."
     one = lambda answers, tokens=None: [_raw(answers, tokens) | probes.scores(answers) | dict(dose=None)]
