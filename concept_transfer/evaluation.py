@@ -45,9 +45,9 @@ def _unchanged(h): return h
 
 def _answered(prefix: Prefix, fns, keep, reduce, extras, plain=None) -> list[list]:  # for each fn, what came back of each batch
     "Ask a server, with as many batches and directions in a request as it may hold."
-    m, remote, base, out = prefix.model, far(prefix.model), plain is not None, [[None] * len(prefix.batches) for _ in fns]; prefix.read += len(fns) * prefix.n
+    m, remote, base, out = prefix.model, far(prefix.model), plain is not None, [[None] * len(prefix.batches) for _ in fns]
     cost = [x.numel() for _, x, *_ in prefix.batches]; most = [max(1, remote.tokens // c - base) for c in cost]                  # directions of a batch in one request
-    parts = [(b, range(j, min(j + k, len(fns)))) for b, k in enumerate(most) for j in range(0, len(fns), k)]
+    parts = [(b, range(j, min(j + k, len(fns)))) for b, k in enumerate(most) for j in range(0, len(fns), k)]; prefix.read += sum((len(some) + base) * len(prefix.batches[b][0]) for b, some in parts)
     passes = lambda b, some: ([(*plain[b], _unchanged)] if base else []) + [(*prefix.batches[b][1:3], fns[j] or _unchanged) for j in some]
     ask = lambda bundle: asking(m, prefix.layer, [(passes(b, some), extras[b]) for b, some in bundle], keep, reduce, base)
     for bundle, job in in_flight(((x, lambda x=x: ask(x)) for x in bundled(parts, remote, lambda p: cost[p[0]] * (len(p[1]) + base), lambda p: 0)), remote.flight):

@@ -80,7 +80,7 @@ def test_the_readme_with_layers_and_dose_chosen(near, distant, corpus):
     maps = fit_maps(*near, corpus, [1, 2], [1, 2]); a, b = (transplant(joy, maps, m, task, neutral=neutral) for m in (near[1], distant[1]))
     assert (a.source_layer, a.layer, a.positions) == (b.source_layer, b.layer, b.positions) and a.dose == pytest.approx(b.dose, rel=1e-3); close(b.direction, a.direction)
     for x, y in zip(a.notes["search"], b.notes["search"], strict=True): assert x.pop("layers") == y.pop("layers") and x.pop("positions") == y.pop("positions") and x == pytest.approx(y, rel=1e-3, abs=1e-5)
-    assert a.notes["texts_read"] == b.notes["texts_read"]
+    assert a.notes["texts_read"] < b.notes["texts_read"]      # there the base model reads along in every request
 
 
 def test_everything_that_is_asked_of_a_transplant(near, distant):
