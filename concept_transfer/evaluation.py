@@ -36,7 +36,7 @@ class Batch(NamedTuple):
 class Prefix:
     "Texts read once up to a layer, from where each direction goes on."
     def __init__(self, model, ids: Sequence[Sequence[int]], layer: int, asked: Sequence[Sequence[int]], parts: Sequence[Sequence[int]] | None = None, budget: int = 1024):
-        self.model, self.layer, self.n, self.batches, self.read = model, layer, len(ids), [], 0     # read: texts that went on from here
+        self.model, self.layer, self.batches, self.read = model, layer, [], 0     # read: texts that went on from here
         for rows in length_batches(ids, budget):
             x, mask = pad(model, [ids[i] for i in rows], left=True); t = x.shape[1]; wanted = torch.zeros_like(x, dtype=torch.bool)
             for b, i in enumerate(rows): wanted[b, [p + t - len(ids[i]) for p in asked[i]]] = True
@@ -63,9 +63,9 @@ def _change(change, batch: Batch) -> Callable:
 # %% ../nbs/05_evaluation.ipynb #0d12166c
 def _answered(prefix: Prefix, changes, reduce, extras, keep, plain=None) -> list[list]:  # for each change, what came back of each batch
     "Ask a server, with as many batches and directions in a request as it may hold."
-    m, remote, base, out = prefix.model, far(prefix.model), plain is not None, [[None] * len(prefix.batches) for _ in changes]; prefix.read += len(changes) * prefix.n
+    m, remote, base, out = prefix.model, far(prefix.model), plain is not None, [[None] * len(prefix.batches) for _ in changes]
     cost = [x.ids.numel() for x in prefix.batches]; most = [max(1, remote.tokens // c - base) for c in cost]                  # directions of a batch in one request
-    parts = [(b, range(j, min(j + k, len(changes)))) for b, k in enumerate(most) for j in range(0, len(changes), k)]
+    parts = [(b, range(j, min(j + k, len(changes)))) for b, k in enumerate(most) for j in range(0, len(changes), k)]; prefix.read += sum((len(some) + base) * len(prefix.batches[b].rows) for b, some in parts)
     passes = lambda b, some: ([(*plain[b], _unchanged)] if base else []) + [(x.ids, x.mask, _change(changes[j], x)) for x in [prefix.batches[b]] for j in some]
     ask = lambda bundle: asking(m, prefix.layer, [(passes(b, some), extras[b]) for b, some in bundle], keep, reduce, base)
     for bundle, job in in_flight(((x, lambda x=x: ask(x)) for x in bundled(parts, remote, lambda p: cost[p[0]] * (len(p[1]) + base), lambda p: 0)), remote.flight):

@@ -108,7 +108,7 @@ class Stack:
             "NDIF_HOME": str(self.workdir / "ndif"), "NDIF_REDIS_URL": f"redis://127.0.0.1:{self.redis}", "NDIF_OBJECT_STORE_URL": f"http://127.0.0.1:{self.store}",
             "NDIF_OBJECT_STORE_ACCESS_KEY": "test", "NDIF_OBJECT_STORE_SECRET_KEY": "test", "NDIF_RAY_ADDRESS": f"ray://127.0.0.1:{self.client}",
             "NDIF_API_PORT": str(self.api), "NDIF_DEFAULT_MODEL_ACTOR_CLASS": "cpu_actor.CPUModelActor", "NDIF_CONTROLLER_IMPORT_PATH": "cpu_controller.Controller", "NDIF_DEFAULT_DTYPE": "float32",
-            "NDIF_DEFAULT_PADDING_BIAS": "0", "NDIF_STATUS_TTL_S": "1", "NDIF_TEST_KEYS": ",".join(self.keys), "NO_PROXY": "127.0.0.1", **extra}
+            "NDIF_DEFAULT_PADDING_BIAS": "0", "NDIF_STATUS_TTL_S": "1", "NDIF_AUTOSCALING_MAX_REPLICAS": "1", "NDIF_TEST_KEYS": ",".join(self.keys), "NO_PROXY": "127.0.0.1", **extra}
 
     # -- parts
     def log(self, name: str) -> Path: return self.workdir / f"{name}.log"
