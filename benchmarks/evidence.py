@@ -1,6 +1,6 @@
 """Evidence for one concept on the embedded pair.
 
-    python benchmarks/evidence.py [--json] [--items 24] [--arms 6] [--rounds 3]
+    python benchmarks/evidence.py [--json] [--items 24] [--arms 6] [--rounds 2]
 
 loop: every text of every arm alone through the whole model with all its logits, steered by a forward hook
 ours: the same answers and the same damage from shared states, in batches, with the logits that are needed
@@ -41,14 +41,14 @@ def ours(model, task, texts, vectors):
     return [(probe(fn).chosen, hurt(fn)[0]) for fn in fns]
 
 def main():
-    a = arguments(items=24, arms=6, rounds=3); source, target = (load_model(n) for n in NAMES)
+    a = arguments(items=24, arms=6, rounds=2); source, target = (load_model(n) for n in NAMES)
     task, texts = load_task("emotions/happiness").take(a.items), load_corpus("neutral").texts[:16]
     joy = graft(extract_concept(target, load_pairs("emotions/happiness"), [LAYER]), target, LAYER, dose=.05)
     vectors = [joy.vector(s) for s in np.linspace(.5, 2, a.arms)]
     def check(got):
         for (c1, k1), (c2, k2) in zip(got["loop"], got["ours"]):
             if (c1 != c2).mean() > .05 or abs(k1 - k2) > 1e-3 + .01 * k1: raise SystemExit(f"answers differ ({(c1 != c2).sum()} items, KL {k1:.4f} and {k2:.4f}): the comparison is void")
-    times = interleave({"loop": lambda: loop(target, task, texts, vectors), "ours": lambda: ours(target, task, texts, vectors)}, a.rounds, check)
+    times = interleave({"loop": lambda: loop(target, task, texts, vectors), "ours": lambda: ours(target, task, texts, vectors)}, a.rounds, check, warm=False)
     start = time.perf_counter(); evaluate(joy, load_task("emotions/happiness"), pairs=load_pairs("emotions/happiness"), other=load_pairs("emotions/sadness")); seconds = time.perf_counter() - start
     times["full evidence"] = [seconds]
     report("Evidence", times, {"vs_loop": ratio(times, "loop", "ours"), "seconds": seconds}, a.json, [f"{a.items} items, {len(texts)} neutral texts, {a.arms} directions and the base model; the same answers both ways."])

@@ -1,6 +1,6 @@
 """Extraction and steered generation on the embedded pair, as ratios of interleaved runs.
 
-    python benchmarks/extraction.py [--json] [--texts 288] [--rounds 3]
+    python benchmarks/extraction.py [--json] [--texts 128] [--rounds 2]
 
 published: one text at a time through transformers with all hidden states and the head, last token of every layer
 floor:     the bare transformers blocks, without a head, on the same batches
@@ -39,7 +39,7 @@ def rate(dtype, m=512, k=576, n=1536, runs=30) -> float:
     return 2 * m * k * n / best / 1e9
 
 def main():
-    a = arguments(texts=288, rounds=3); texts = load_corpus("neutral").texts[:a.texts]
+    a = arguments(texts=128, rounds=2); texts = load_corpus("neutral").texts[:a.texts]
     full = [load_model(n) for n in NAMES]; half = [load_model(n, dtype="bfloat16") for n in NAMES]
     both = lambda f, models: lambda: [f(m, texts) for m in models]
     gemma = full[1]; prompts = [" ".join(t.split()[:12]) for t in texts[:8]]
