@@ -193,7 +193,7 @@ def demo(tmp_path, monkeypatch):
     "The demo on tiny models and less text; what each step worked on."
     tiny = {"smollm2-135m-instruct": tiny_model("qwen2", 0), "gemma-3-270m": tiny_model("gemma3_text", 1)}; steps = []
     monkeypatch.setattr(cli, "load_model", tiny.__getitem__); monkeypatch.setattr(cli, "load_corpus", lambda name: load_corpus(name).take(60))
-    monkeypatch.setattr(cli, "load_task", lambda *a: load_task(*a).take(8)); monkeypatch.setattr(cli, "evaluate", partial(cli.evaluate, random=1, knowledge=False, draws=50, strengths=(0., 1.)))
+    monkeypatch.setattr(cli, "load_task", lambda *a: load_task(*a).take(8)); monkeypatch.setattr(cli, "evaluate", partial(cli.evaluate, random=1, off=(), draws=50, strengths=(0., 1.)))
     for f in ("extract_concept", "fit_maps", "choose", "evaluate"):
         monkeypatch.setattr(cli, f, (lambda f, real: lambda *a, **k: steps.append(f) or real(*a, **k))(f, getattr(cli, f)))
     def go(*argv): steps.clear(); assert main("demo", "--out", tmp_path / "demo", *argv) == 0; return list(steps)
