@@ -275,7 +275,7 @@ def steerability(curve: Sequence[dict], most: float = 1.) -> dict:  # slope: mea
 STARTS = ("Today I met my neighbour and", "When the letter arrived, she", "The recipe begins with", "Last summer we travelled to", "The committee decided that",
           "In the morning, the harbour", "My grandfather always said that", "The experiment showed that")
 
-def capability(arms: dict[str, Transplant | None], model, layer: int, knowledge: MultipleChoice | None = None, tokens: int = 40) -> dict:
+def capability(arms: dict[str, Transplant | None], model, layer: int, knowledge: MultipleChoice | None = None, tokens: int = 30) -> dict:
     "For each arm, None being the base model: knowledge (share of four-way items right, Wilson interval) and repetition (share of repeated 4-grams in greedy text)."
     probe, out = ChoiceProbe(model, knowledge or load_knowledge(), layer), {}
     for name, t in arms.items():
@@ -517,7 +517,7 @@ def evaluate(
     if len(strengths) > 1:
         for k, name in (("transplanted", "curve"), ("native", "native_curve")): data[name] = kept(name, lambda: dose_curve(placed[k], task, strengths=strengths, probes=(probes.choices, probes.hurt))) if k in placed else None
     if knowledge: data["capability"] = kept("capability", lambda: capability({"base": None, **placed}, t.model, t.layer))
-    if off is None: off = [load_behaviour(b).take(12) for b in BEHAVIOURS]
+    if off is None: off = [load_behaviour(b).take(8) for b in BEHAVIOURS]
     if off: data["off_target"] = kept("off_target", lambda: _others(placed, t.model, t.layer, off))
     found = summarise(data, draws)
     for k, v in found.pop("arms").items(): data["arms"][k] |= v
