@@ -359,19 +359,6 @@ def _probes(t, task, neutral, budget) -> _Probes:
     half = min(len(neutral) // 2, 32)
     return _Probes(ChoiceProbe(t.model, task, t.layer), DamageProbe(t.model, neutral.texts[:half], t.layer), DamageProbe(t.model, neutral.texts[half:half + 32], t.layer), budget)
 
-def _run_arms(t, probes, arms, task, examples, source) -> dict[str, list[dict]]:
-    "Every arm asked; a list for each, one entry a draw."
-    base = probes.choices(); runs = {"base": [dict(answers=base, hurt=(0., 0., 1.), dose=0.)]}
-    with tqdm(total=sum(map(len, arms.values())), desc="arms", disable=None, leave=False) as bar:
-        for name, ts in arms.items():
-            runs[name], start = [], None
-            for i, a in enumerate(ts):
-                runs[name].append(probes.run(replace(a, dose=start or a.dose), t.dose if i < 5 else None)); start = runs[name][-1]["dose"]; bar.update()
-    if task.instruction: runs["prompt"] = [probes.words(t.model, task.instruction)]
-    if examples: runs |= {k: [probes.words(t.model, _few_shot(examples, k == "few_shot_rotated"))] for k in ("few_shot", "few_shot_rotated")}
-    if source is not None: runs["source"] = [dict(answers=ChoiceProbe(source, task, len(source.layers) - 1)(), hurt=None, dose=None)]
-    return runs
-
 # %% ../nbs/05_evaluation.ipynb #0bbbe54d
 class _Kept:
     "Arms that are done, one a line of a file, so that a rerun goes on behind them."

@@ -149,7 +149,7 @@ def _add_source(m, k, w, X):
 
 # %% ../nbs/02a_moments.ipynb #ea300e91
 def _add_both(m, k, w, X, Y):
-    r, (_, L1, d1, L2, d2) = len(X), m.xy.shape
+    r, (_, L1, d1, L2, _) = len(X), m.xy.shape
     m.n[k] += w.double().sum(); m.x[k] += (X * w[..., None]).sum(0); m.y[k] += (Y * w[..., None]).sum(0)
     F = Y.reshape(r, -1); some = slice(None, None, 5 if r >= 10 else 1); h = len(F[some]); other = F[some].roll(h // 2, 0).to(m.null)
     if h > 1: m.n_null += h

@@ -12,7 +12,7 @@ from collections import deque
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from importlib.metadata import version
-from typing import Callable, Iterable, Iterator
+from typing import Iterable, Iterator
 import httpx
 from nnsight import CONFIG
 from nnsight.intervention.backends.local import LocalSimulationBackend

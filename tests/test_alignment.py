@@ -7,7 +7,7 @@ from transformers import PreTrainedTokenizerFast
 from concept_transfer import moments as mo
 from concept_transfer.alignment import AffineMap, LayerGrid, contrans, downstream, fit_maps, random_map, ridge, solve
 from concept_transfer.data import Corpus, load_pairs
-from concept_transfer.extraction import Concept, extract_concept, load_artefact
+from concept_transfer.extraction import extract_concept, load_artefact
 from concept_transfer.injection import graft
 from concept_transfer.models import tiny_model, tiny_tokenizer, twin, wrap
 from concept_transfer.moments import Moments, collect, last_token, paired_states, robust_weight

@@ -1,12 +1,12 @@
 """What each part must stand: a clear error or the right result, and never a half-written file."""
-import copy, json, os, resource, subprocess, sys, warnings
+import copy, os, subprocess, sys, warnings
 import numpy as np, pytest, torch
 from concept_transfer.alignment import LayerGrid, contrans, fit_maps
 from concept_transfer.moments import last_token, paired_states, shared_boundaries
-from concept_transfer.data import ContrastPairs, Corpus, load_corpus, load_pairs
-from concept_transfer.extraction import Concept, activations, extract_concept, save_artefact
+from concept_transfer.data import ContrastPairs, Corpus, load_pairs
+from concept_transfer.extraction import Concept, activations, extract_concept
 from concept_transfer.injection import graft, generate
-from concept_transfer.models import TINY, encode, load_model, logits, model_info, pad, read, tiny_model, tiny_tokenizer, twin, wrap
+from concept_transfer.models import TINY, encode, load_model, logits, model_info, pad, read, tiny_model, tiny_tokenizer, wrap
 import concept_transfer.extraction as extraction
 
 SCENES = Corpus("scenes", [t for e in ("sadness", "fear") for t in load_pairs(f"emotions/{e}").texts])

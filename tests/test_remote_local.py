@@ -4,7 +4,6 @@ from dataclasses import replace
 from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-import httpx
 import nnsight
 import pytest
 import torch

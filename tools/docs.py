@@ -6,7 +6,6 @@
 nbdev's own commands would download and install Quarto where it is missing; the steps here are theirs without that.
 """
 import os, re, shutil, subprocess, sys
-from pathlib import Path
 
 import nbformat, yaml
 from nbconvert import MarkdownExporter
