@@ -57,13 +57,13 @@ def _layer(m: Moments, s: int) -> _Layer:
 # %% ../nbs/03_alignment.ipynb #28d6c6ad
 def _splits(u: _Layer):
     "By fold: covariances R of the others, sums Rk of the fold about the others' mean (K, d1, d1), and a function that gives a target layer's C, Ck (K, d1, d2) and squares (K,)."
-    m, s, sx = u.m, u.s, u.sx; on = (m.n > 0) & (m.n < m.n.sum()); n = m.n[on][:, None]; nt = m.n.sum() - n
+    m, s, sx = u.m, u.s, u.sx; on = (m.n > 0) & (m.n < m.n.sum()); n = m.n[on][:, None]; nt = m.n.sum() - n; xy = m.xy[:, s] if on.all() else m.xy[on, s]
     if not on.any(): raise ValueError("cross-validation needs rows in two folds; use more folds, or give one lambda.")
     x, G = m.x[on, s] / sx, m.xx[on, s] / torch.outer(sx, sx); ax = (x.sum(0) - x) / nt                        # (K, d1), (K, d1, d1)
     cross = lambda a, b: a[:, :, None] * b[:, None, :]
     R, Rk = (G.sum(0) - G) / nt[..., None] - cross(ax, ax), G - cross(x, ax) - cross(ax, x - n * ax)
     def of(t):
-        sy = u.sy[t]; F = (m.xy[on, s, :, t] / sx[:, None] / sy).float(); y = m.y[on, t] / sy; ay = (y.sum(0) - y) / nt      # (K, d1, d2), (K, d2)
+        sy = u.sy[t]; F = xy[:, :, t].float().mul_((1 / torch.outer(sx, sy)).float()); y = m.y[on, t] / sy; ay = (y.sum(0) - y) / nt      # (K, d1, d2), (K, d2)
         C = ((F.sum(0) - F) / nt[..., None].float()).sub_(cross(ax.float(), ay.float()))
         Ck = F.sub_(cross(x.float(), ay.float())).sub_(cross(ax.float(), (y - n * ay).float()))
         return C, Ck, (m.squares[on, t] / sy ** 2 - 2 * y * ay + n * ay ** 2).sum(1)
@@ -86,12 +86,14 @@ def _inverse(R: torch.Tensor, lam: torch.Tensor, power: float = -1.) -> torch.Te
     e, U = torch.linalg.eigh(R)
     return (U * (e.clamp_min(0) + lam[:, None])[:, None, :] ** power) @ U.T
 
-def _solved(u: _Layer, G: list[torch.Tensor], at, S, n) -> torch.Tensor:  # -> (L2, d1, d2)
-    "Inverses (d1, d1) applied to raw products (d1, L2, d2) over `n` rows, each target layer by its own."
-    out = S.new_empty(len(u.my), len(u.mx), u.my.shape[1])
-    for t, i in enumerate(at):
-        g = G[i].to(S); torch.mm(g / n.to(S), S[:, t], out=out[t]); out[t].addr_(g @ u.mx.to(S), u.my[t].to(S), alpha=-1)
-    return out.mul_(u.sy.isfinite()[:, None])
+def _solved(u: _Layer, G: list[torch.Tensor], at, S, n, scale=1.) -> torch.Tensor:  # -> (L2, d1, d2)
+    "Inverses (d1, d1) applied to raw products (d1, L2, d2) over `n` rows, each to the target layers `at` which it stands, times `scale`."
+    out = []
+    for i, g in enumerate(G):
+        t = slice(None) if len(G) == 1 else at == i; g = (g * scale).to(S); W = g / n.to(S) @ S[:, t].flatten(1)      # one product: S is read in its order
+        out.append(W.addr_(g @ u.mx.to(S), u.my[t].flatten().to(S), alpha=-1).view(len(g), -1, S.shape[2]))
+    W = out[0] if len(G) == 1 else torch.cat(out, 1)[:, at.argsort(stable=True).argsort()]
+    return (W if u.sy.isfinite().all() else W * u.sy.isfinite()).transpose(0, 1)
 
 def ridge(m: Moments, s: int, lambdas: Sequence[float] = LAMBDAS, u: _Layer | None = None):  # -> (L2, d1, d2), shuffled control (L2, d1, d2), lambda (L2,), cross-validated R2 (L2,)
     "Centred, standardised ridge from source layer `s` to every target layer, lambda by cross-validation (one lambda: taken as it is)."
@@ -100,7 +102,8 @@ def ridge(m: Moments, s: int, lambdas: Sequence[float] = LAMBDAS, u: _Layer | No
     pick = (cv <= cv.min(0).values + 1e-6).int().argmax(0) if len(lambdas) > 1 else torch.zeros(len(u.my), dtype=torch.long)   # of equals the weakest
     used, at = pick.unique(return_inverse=True); eye, units = torch.eye(len(u.mx)).double(), torch.outer(u.sx, u.sx)
     G = [torch.cholesky_inverse(torch.linalg.cholesky(u.R + l * eye)) / units for l in grid[used]]
-    return _solved(u, G, at, u.products, m.n.sum()), _solved(u, G, at, m.null[s], m.n_null.clamp_min(1)), grid[pick], 1 - cv.gather(0, pick[None])[0]
+    null = _solved(u, G, at, m.null[s], m.n_null.clamp_min(1), (m.n_null / m.n.sum()).sqrt())        # scaled to the chance of as many rows as the map has
+    return _solved(u, G, at, u.products, m.n.sum()), null, grid[pick], 1 - cv.gather(0, pick[None])[0]
 
 # %% ../nbs/03_alignment.ipynb #e2953968
 def contrans(X: torch.Tensor, Y: torch.Tensor) -> torch.Tensor:  # (n, d1), (n, d2) -> (d1, d2)

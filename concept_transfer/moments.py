@@ -83,7 +83,7 @@ class Moments:
     xx: torch.Tensor       # (K, L1, d1, d1)
     xy: torch.Tensor       # (K, L1, d1, L2, d2)
     yy: torch.Tensor       # (K, L2, d2, d2); or (K, L2, d2), squares alone, when a server made them
-    null: torch.Tensor     # (L1, d1, L2, d2) float32, products of one row in five with another text's: the shuffled control
+    null: torch.Tensor     # (L1, d1, L2, d2) float32, products of one row in ten with another text's: the shuffled control
     n_null: torch.Tensor   # () how many those were
     shift_x: torch.Tensor  # (L1, d1) what was subtracted from every row
     shift_y: torch.Tensor  # (L2, d2)
@@ -134,29 +134,28 @@ def _part(key: int, folds: int, held_out: float) -> int:
 def _add(self: Moments, X: torch.Tensor, Y: torch.Tensor, fold=0, weight: torch.Tensor | None = None):
     "Add paired rows (r, L1, d1), (r, L2, d2) with their folds and weights (r,). Raises ValueError for rows that are not finite."
     if not torch.isfinite(X.sum() + Y.sum()): raise ValueError("rows that are not finite cannot be added; leave them out.")
-    if not self.n.any(): self.shift_x, self.shift_y = X.double().mean(0), Y.double().mean(0)
-    weight = X.new_ones(len(X)) if weight is None else weight.to(X); fold = torch.as_tensor(fold).expand(len(X))
-    X, Y = X - self.shift_x.to(X), Y - self.shift_y.to(Y)
-    _by_fold(_add_source, self, fold, weight, X); _by_fold(_add_both, self, fold, weight, X, Y)
+    if not self.n.any(): self.shift_x, self.shift_y = X.mean(0).double(), Y.mean(0).double()
+    _by_fold(self, torch.as_tensor(fold).expand(len(X)), X.new_ones(len(X)) if weight is None else weight.to(X), X, Y)
 
-def _by_fold(add, m, fold, w, *rows):
+def _by_fold(m, fold, w, X, Y=None):
+    "Add rows to the sums of their folds; without target rows to those that are the source's alone."
     for k in fold.unique().tolist():
-        on = (fold == k) & (w > 0)
-        if on.any(): add(m, k, w[on, None], *(rows if on.all() else (Z[on] for Z in rows)))
-
-def _add_source(m, k, w, X):
-    for s in range(X.shape[1]): m.xx[k, s] += (X[:, s] * w).T @ X[:, s]
+        on = (fold == k) & (w > 0); some = lambda Z: Z if Z is None or on.all() else Z[on]
+        if on.any(): _add_rows(m, k, w[on, None], some(X), some(Y))
 
 # %% ../nbs/02a_moments.ipynb #ea300e91
-def _add_both(m, k, w, X, Y):
-    r, (_, L1, d1, L2, _) = len(X), m.xy.shape
-    m.n[k] += w.double().sum(); m.x[k] += (X * w[..., None]).sum(0); m.y[k] += (Y * w[..., None]).sum(0)
-    F = Y.reshape(r, -1); some = slice(None, None, 5 if r >= 10 else 1); h = len(F[some]); other = F[some].roll(h // 2, 0).to(m.null)
-    if h > 1: m.n_null += h
-    for t in range(L2): m.yy[k, t] += (Y[:, t] * w).T @ Y[:, t] if m.yy.ndim == 4 else (Y[:, t] * w * Y[:, t]).sum(0)
-    for s in range(L1):
-        m.xy[k, s].view(d1, -1).add_((X[:, s] * w).T @ F)    # (d1, r) @ (r, L2 d2)
-        if h > 1: m.null[s].view(d1, -1).addmm_(X[some, s].T.to(other), other)
+def _add_rows(m, k, w, X, Y):
+    r, even = len(X), bool((w == 1).all())
+    if Y is not None:
+        F = (Y - m.shift_y.to(Y)).reshape(r, -1); some = slice(None, None, 10 if r >= 20 else 1); h = len(F[some]); other = F[some].roll(h // 2, 0).to(m.null)
+        m.n[k] += w.double().sum(); m.y[k] += (w.T @ F).view(Y.shape[1:]); m.n_null += h if h > 1 else 0
+        for t, Z in enumerate(F.view(Y.shape).unbind(1)): m.yy[k, t] += (Z * w).T @ Z if m.yy.ndim == 4 else (Z * w * Z).sum(0)
+    for s, Z in enumerate(X.unbind(1)):
+        A = Z - m.shift_x[s].to(Z); B = A if even else A * w
+        if m.xx is not None: m.xx[k, s] += B.T @ A              # a server leaves them to the source
+        if Y is None: continue
+        m.x[k, s] += B.sum(0); m.xy[k, s].flatten(1).add_(B.T @ F)    # (d1, r) @ (r, L2 d2)
+        if h > 1: m.null[s].flatten(1).addmm_(A[some].T.to(other), other)
 
 Moments.add = _add
 
@@ -265,14 +264,14 @@ def _sum_chunk(m, X, Y, fold, held, weight):
         X, fold = X.to(Y.device), fold.to(Y.device); fit = fold >= 0; own = Y[held.to(Y.device)]; w = X.new_ones(int(fit.sum()))
         if fit.any() and not len(bad):
             if weight: w = weight(X[fit], Y[fit])
-            m.shift_x, m.shift_y = (X[fit].double().mean(0), Y[fit].double().mean(0)) if m.shift_x is None else (m.shift_x.to(Y.device), m.shift_y.to(Y.device))
-            _by_fold(_add_both, m, fold[fit], w.double(), X[fit].double() - m.shift_x, Y[fit].double() - m.shift_y)
+            m.shift_x, m.shift_y = (X[fit].mean(0).double(), Y[fit].mean(0).double()) if m.shift_x is None else (m.shift_x.to(Y.device), m.shift_y.to(Y.device))
+            _by_fold(m, fold[fit], w.double(), X[fit].double(), Y[fit].double())
     return w, own, bad
 
 def _empty(K, L1, d1, L2, d2, products, device, shift_x, shift_y):
     "Sums of a request."
     z = lambda *s: torch.zeros(s, dtype=torch.float64, device=device)
-    return SimpleNamespace(n=z(K), x=z(K, L1, d1), y=z(K, L2, d2), xy=z(K, L1, d1, L2, d2), yy=z(K, L2, d2, d2) if products else z(K, L2, d2), null=z(L1, d1, L2, d2), n_null=z(), shift_x=shift_x, shift_y=shift_y)
+    return SimpleNamespace(n=z(K), x=z(K, L1, d1), y=z(K, L2, d2), xx=None, xy=z(K, L1, d1, L2, d2), yy=z(K, L2, d2, d2) if products else z(K, L2, d2), null=z(L1, d1, L2, d2), n_null=z(), shift_x=shift_x, shift_y=shift_y)
 
 # %% ../nbs/02a_moments.ipynb #20c93865
 def _summing(target, chunks, layers, shape, products, shift, weight, bar):
@@ -295,7 +294,7 @@ def _merge_answer(m: Moments, got, made, present):
         m.null += sums["null"]; m.n_null += sums["n_null"]
     for (X, fold, held, *_), (w, own, _), (part, of, keys, fold_of) in zip(chunks, got["extra"], parts):
         fit = fold_of >= 0
-        _by_fold(_add_source, m, fold_of[fit], w.float(), X[fit] - m.shift_x.to(X)); _keep(m, X[held], own, of, keys, held)
+        _by_fold(m, fold_of[fit], w.float(), X[fit]); _keep(m, X[held], own, of, keys, held)
 
 # %% ../nbs/02a_moments.ipynb #84e2bd32
 class _Noted:
