@@ -133,13 +133,13 @@ def details(e: Evidence) -> list[str]:
     if rows := e.data.get("off_target"):
         moved = [f"{x['task'].split('/')[-1]} {100 * x['change']['transplanted']:+.0f} points" for x in rows if x["p"]["transplanted"] <= .05]
         out.append(f"Of {len(rows)} other behaviours, {len(moved) or 'none'} moved beyond chance" + (f": {', '.join(moved)}." if moved else "."))
-    if e.smallest_effect: out.append(f"So many scenarios show a difference of {100 * e.smallest_effect:.0f} points four times in five, a smaller one less often.")
+    if e.smallest_effect: out.append(f"A true difference of {100 * e.smallest_effect:.0f} points would be noticed with so many scenarios four times in five, a smaller one less often.")
     if e.search: out.append(f"{len({tuple(s['layers']) for s in e.search})} layer pairs were tried on tuning items ({e.texts_read or 'some'} texts read, p of the best {e.search_p or 1:.3f}); the numbers here are from other items.")
     return out
 
 _CSS = """:root{color-scheme:light dark}body{font:16px/1.5 system-ui,sans-serif;max-width:46rem;margin:2rem auto;padding:0 1rem}h1{font-size:1.5rem}h2{font-size:1.15rem;margin-top:2rem}
-.verdict{border-left:4px solid #0072b2;padding:.3rem 1rem;font-size:1.1rem}img{max-width:100%;background:#fff;border-radius:4px}.wide{overflow-x:auto}table{border-collapse:collapse;font-size:.9rem}
-td,th{padding:.25rem .6rem;text-align:right;border-bottom:1px solid #8884;vertical-align:top}td:first-child,th:first-child,.text td{text-align:left}small{opacity:.75}@media print{body{margin:0;max-width:none}h2{break-after:avoid}img,tr{break-inside:avoid}}"""
+.verdict{border-left:4px solid #0072b2;padding:.3rem 1rem;font-size:1.1rem}img{max-width:100%;background:#fff;border-radius:4px}.wide{overflow-x:auto;margin-bottom:1rem}table{border-collapse:collapse;font-size:.9rem}
+td,th{padding:.25rem .5rem;text-align:right;border-bottom:1px solid #8884;vertical-align:top}td{white-space:nowrap}td:first-child,th:first-child,.text *{text-align:left;white-space:normal}small{opacity:.75}@media print{body{margin:0;max-width:none}h2{break-after:avoid}img,.wide{break-inside:avoid}}"""
 
 def _png(fig) -> str:
     buffer = io.BytesIO(); fig.savefig(buffer, format="png", dpi=130, facecolor="white", metadata={"Software": None})
@@ -152,21 +152,21 @@ def _rows(head: Sequence[str], rows) -> str:
     return "<div class=wide><table><tr>" + "".join(f"<th>{h}" for h in head) + "".join("<tr>" + "".join(f"<td>{x}" for x in r) for r in rows) + "</table></div>"
 
 def _table(e):
-    span = lambda ci: "" if ci is None else f"{ci[0]:.2f} to {ci[1]:.2f}"; rows = []
+    span = lambda ci: "" if ci is None else f" <small>{ci[0]:.2f} to {ci[1]:.2f}</small>"; rows, ran = [], {k: a for k, a in e.arms.items() if not a.get("reason")}
     for name, a in e.arms.items():
-        if a.get("reason"): rows.append((LOOK[name][2], f"<small>not run: {html.escape(a['reason'])}</small>", *[""] * 10)); continue
-        same = a.get("same_norm", {})
-        rows.append((LOOK[name][2], _show(a["choice_rate"], ".2f"), span(a["ci"]), _show(a["target_rate"], ".2f"), _show(a["logit_shift"], ".2f"), _show(a["kl"]), span(a["kl_ci"]), _show(a["kl_p95"], ".2f"), _show(a["perplexity_ratio"], ".2f"), _show(a["dose"]),
-                     _show(same.get("choice_rate"), ".2f"), _show(same.get("kl"))))
-    out = _rows("arm,chosen,95% interval,first token,logit shift,KL,95% interval,KL of the worst 5%,perplexity ratio,dose,chosen at equal norm,KL at equal norm".split(","), rows)
+        if name not in ran: rows.append((LOOK[name][2], f"<small>not run: {html.escape(a['reason'])}</small>", *[""] * 6)); continue
+        rows.append((LOOK[name][2], _show(a["choice_rate"], ".2f") + span(a["ci"]), _show(a["target_rate"], ".2f"), _show(a["logit_shift"], ".2f"), _show(a["kl"], ".2f") + span(a["kl_ci"]), _show(a["kl_p95"], ".2f"), _show(a["perplexity_ratio"], ".2f"), _show(a["dose"])))
+    out = _rows("arm,chosen,first token,logit shift,KL,worst 5%,perplexity,dose".split(","), rows)
+    if same := {k: a["same_norm"] for k, a in ran.items() if a.get("same_norm")}:
+        out += _rows(("at the dose of the transplant", "chosen", "KL"), [(LOOK[k][2], f"{v['choice_rate']:.2f}", f"{v['kl']:.2f}") for k, v in same.items()])
     if scored := {k: a["score_means"] for k, a in e.arms.items() if a.get("score_means")}:
-        out += _rows(["arm", *(s for s in scored["base"] for s in (s, "95% interval"))], [(LOOK[k][2], *(x for v in m.values() for x in (f"{v['mean']:.3f}", span(v["ci"])))) for k, m in scored.items()])
+        out += _rows(["arm", *scored["base"]], [(LOOK[k][2], *(f"{v['mean']:.3f}{span(v['ci'])}" for v in m.values())) for k, m in scored.items()])
     return out
 
 def _more(e):
     "What a model still knows, how it repeats itself, and what it writes."
     if not (c := e.data.get("capability")): return ""
-    known = _rows(("arm", "knowledge", "95% interval", "repetition"), [(LOOK[k][2], f"{v['knowledge']:.2f}", f"{v['knowledge_ci'][0]:.2f} to {v['knowledge_ci'][1]:.2f}", f"{v['repetition']:.2f}") for k, v in c.items()])
+    known = _rows(("arm", "knowledge", "repetition"), [(LOOK[k][2], f"{v['knowledge']:.2f} <small>{v['knowledge_ci'][0]:.2f} to {v['knowledge_ci'][1]:.2f}</small>", f"{v['repetition']:.2f}") for k, v in c.items()])
     texts = _rows(("prompt", *(LOOK[k][2] for k in c)), [(html.escape(p), *(html.escape(v["texts"][i].strip()) for v in c.values())) for i, p in enumerate(STARTS[:3])]).replace("<table>", "<table class=text>")
     return (f"<h2>What else breaks</h2>{known}<p><small>Knowledge: share of {c['base']['knowledge_n']} four-way questions right. Repetition: share of repeated 4-grams in greedy text.</small></p>"
             f"<h2>Side by side, greedy, at strength 1</h2>{texts}")
@@ -182,10 +182,10 @@ def figures(e: Evidence) -> dict[str, mpl.figure.Figure]:
     return out
 
 def _body(e: Evidence, pictures: dict) -> str:
-    part = [f"<h1>{html.escape(e.transplant)}: {html.escape(e.source or 'native')} to {html.escape(e.target)}</h1><p class=verdict>{html.escape(verdict(e))}</p><p>{html.escape(' '.join(details(e)))}</p>"]
+    part = [f"<h1>{html.escape(e.transplant)}: {html.escape((e.source or 'native').split(' (')[0])} to {html.escape(e.target.split(' (')[0])}</h1><p class=verdict>{html.escape(verdict(e))}</p><p>{html.escape(' '.join(details(e)))}</p>"]
     part += [f"<h2>{html.escape(k)}</h2><img alt='{html.escape(k)}' src='data:image/png;base64,{_png(f)}'>" for k, f in pictures.items()]
-    return "".join(part) + (f"<h2>All arms at equal damage</h2>{_table(e)}<p><small>Chosen: the target is the likeliest of the choices. First token: the likeliest next token of all starts the target. "
-                            f"Intervals: bootstrap over scenarios, for KL over texts. KL: mean over the last tokens of neutral sentences that did not set the dose. Equal norm: at the dose of the transplant. A prompt does what damage it does.</small></p>{_more(e)}")
+    return "".join(part) + (f"<h2>All arms at equal damage</h2>{_table(e)}<p><small>Chosen: the target is the likeliest of the choices. First token: the likeliest next token of all starts the target. KL: nats a token, mean "
+                            f"over the last tokens of neutral sentences that did not set the dose. Perplexity: ratio to the base model. Small: 95% intervals, bootstrap over scenarios, for KL over texts. A prompt does what damage it does.</small></p>{_more(e)}")
 
 Evidence._repr_html_ = lambda self: _body(self, {"Effect": plot_arms(self)})
 
