@@ -1,6 +1,6 @@
 """Maps for the full grid of layers of the embedded pair, as ratios of interleaved runs.
 
-    python benchmarks/alignment.py [--json] [--rows 8192] [--texts 160] [--rounds 2] [--growth 1]
+    python benchmarks/alignment.py [--json] [--rows 16384] [--texts 160] [--rounds 2] [--growth 1]
 
 published: one minimum-norm SVD solve for each pair of layers on stored rows (timed on a pair of each source layer, times the number of target layers)
 products:  the matrix products of the grid alone, at the measured rate of each precision
@@ -32,7 +32,7 @@ def rate(dtype) -> float:
 
 def products(n, L1, d1, L2, d2) -> float:
     "Seconds that the products of one fit take: sums in float32 with their control, solution in float64, control in float32."
-    sums = 2 * n * (1.2 * L1 * d1 * L2 * d2 + L1 * d1 ** 2 + L2 * d2 ** 2); solve = 2 * L1 * d1 ** 2 * L2 * d2
+    sums = 2 * n * (1.1 * L1 * d1 * L2 * d2 + L1 * d1 ** 2 + L2 * d2 ** 2); solve = 2 * L1 * d1 ** 2 * L2 * d2
     return (sums + solve) / rate(torch.float32) + (solve + L1 * d1 ** 3) / rate(torch.float64)   # d^3 for an inverse by Cholesky
 
 def bare(models, texts):
@@ -66,23 +66,23 @@ def peak(what, texts) -> float:
     return float(subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout)
 
 def main():
-    a = arguments(rows=8192, texts=160, rounds=2, growth=1); models = [load_model(n) for n in NAMES]; texts = load_corpus("general").texts
+    a = arguments(rows=16384, texts=160, rounds=2, growth=1); models = [load_model(n) for n in NAMES]; texts = load_corpus("general").texts
     X, Y, _ = paired_states(*models, texts[:a.rows // 11], range(30), range(18)); X, Y = X[:a.rows].clone(), Y[:a.rows].clone()
     lambdas = [10. ** k for k in range(-5, 5)]; few = texts[:a.texts]; layers = [list(range(len(m.layers))) for m in models]
     grids = lambda X, Y: {"published, all pairs": lambda: [contrans(X[:, s], Y[:, s % 18]) for s in range(30)], "grid": lambda: grid(X, Y, 1, [.1]), "grid, 5 folds, 10 lambdas": lambda: grid(X, Y, 5, lambdas)}
     with fast_matmul(models[0]):
-        times = interleave(grids(X, Y) | {"reading for a map": lambda: paired_states(*models, few, *layers), "bare forward": lambda: bare(models, few)}, a.rounds, warm=False)      # the models are warm
-        fewer = interleave(grids(X[:2048], Y[:2048]), 1, warm=False) if a.growth and not a.json else None
+        times = interleave({"reading for a map": lambda: paired_states(*models, few, *layers), "bare forward": lambda: bare(models, few)}, 2 * a.rounds, warm=False)      # the models are warm
+        times |= interleave(grids(X, Y), a.rounds, warm=False)
+        fewer = {n: interleave(grids(X[:n], Y[:n]), 1, warm=False) for n in (2048, 8192)} if a.growth and not a.json else {}
         times["its matrix products"] = [products(len(X), 30, 576, 18, 640)] * a.rounds
-    for t in (times, fewer):
-        if t: t["published, all pairs"] = [18 * x for x in t["published, all pairs"]]                          # one target layer was solved for
+    for t in (times, *fewer.values()): t["published, all pairs"] = [18 * x for x in t["published, all pairs"]]                          # one target layer was solved for
     ours, stored = (peak(k, 600) for k in ("moments", "states"))
     r = lambda x, y: ratio(times, x, y)
     out = {"grid_vs_svd": r("published, all pairs", "grid"), "grid_cv_vs_svd": r("published, all pairs", "grid, 5 folds, 10 lambdas"), "grid_vs_gemm": r("grid", "its matrix products"),
            "extract_vs_bare": r("reading for a map", "bare forward"), "memory_vs_states": stored / ours}
     notes = [f"{len(X)} rows, 30 x 18 layers, widths 576 and 640; reading: {len(few)} sentences, all layers, all shared tokens.",
              f"Memory over loaded models, 8 x 8 layers, 600 sentences: moments {ours / 1e9:.2f} GB whatever the text, stored states {stored / 1e9:.2f} GB and growing: equal at {600 * ours / stored:,.0f} sentences."]
-    if fewer: notes.append(f"At 2,048 rows, where a solve by SVD is cheaper and cross-validation costs the same: grid_vs_svd {ratio(fewer, 'published, all pairs', 'grid'):.1f}, grid_cv_vs_svd {ratio(fewer, 'published, all pairs', 'grid, 5 folds, 10 lambdas'):.1f}.")
+    for n, t in fewer.items(): notes.append(f"At {n:,} rows, where a solve by SVD is cheaper and cross-validation costs the same: grid_vs_svd {ratio(t, 'published, all pairs', 'grid'):.1f}, grid_cv_vs_svd {ratio(t, 'published, all pairs', 'grid, 5 folds, 10 lambdas'):.1f}.")
     if a.growth and not a.json: notes.append("Time of a grid grows with the power " + ", ".join(f"{v:.2f} of {k}" for k, v in growth(X, Y).items()) + " (three sizes each; in theory at most 1, 2 and 2).")
     report("Alignment", times, out, a.json, notes)
 
