@@ -56,14 +56,17 @@ def _layer(m: Moments, s: int) -> _Layer:
 
 # %% ../nbs/03_alignment.ipynb #28d6c6ad
 def _splits(u: _Layer):
-    "By fold: covariances R of the others, sums Rk of the fold about the others' mean (K, d1, d1), and a function that gives a target layer's C, Ck (K, d1, d2) and squares (K,)."
-    m, s, sx = u.m, u.s, u.sx; on = (m.n > 0) & (m.n < m.n.sum()); n = m.n[on][:, None]; nt = m.n.sum() - n; xy = m.xy[:, s] if on.all() else m.xy[on, s]
+    ("By fold: covariances R of the others, sums Rk of the fold about the others' mean (K, d1, d1), "
+     "and a function that gives a target layer's C, Ck (K, d1, d2) and squares (K,).")
+    m, s, sx = u.m, u.s, u.sx; on = (m.n > 0) & (m.n < m.n.sum())
+    n = m.n[on][:, None]; nt = m.n.sum() - n; xy = m.xy[:, s] if on.all() else m.xy[on, s]
     if not on.any(): raise ValueError("cross-validation needs rows in two folds; use more folds, or give one lambda.")
     x, G = m.x[on, s] / sx, m.xx[on, s] / torch.outer(sx, sx); ax = (x.sum(0) - x) / nt                        # (K, d1), (K, d1, d1)
     cross = lambda a, b: a[:, :, None] * b[:, None, :]
     R, Rk = (G.sum(0) - G) / nt[..., None] - cross(ax, ax), G - cross(x, ax) - cross(ax, x - n * ax)
     def of(t):
-        sy = u.sy[t]; F = xy[:, :, t].float().mul_((1 / torch.outer(sx, sy)).float()); y = m.y[on, t] / sy; ay = (y.sum(0) - y) / nt      # (K, d1, d2), (K, d2)
+        sy = u.sy[t]; F = xy[:, :, t].float().mul_((1 / torch.outer(sx, sy)).float())      # (K, d1, d2)
+        y = m.y[on, t] / sy; ay = (y.sum(0) - y) / nt                                      # (K, d2)
         C = ((F.sum(0) - F) / nt[..., None].float()).sub_(cross(ax.float(), ay.float()))
         Ck = F.sub_(cross(x.float(), ay.float())).sub_(cross(ax.float(), (y - n * ay).float()))
         return C, Ck, (m.squares[on, t] / sy ** 2 - 2 * y * ay + n * ay ** 2).sum(1)
@@ -72,7 +75,8 @@ def _splits(u: _Layer):
 # %% ../nbs/03_alignment.ipynb #895bf365
 def _cv_error(u: _Layer, lambdas) -> torch.Tensor:  # -> (len(lambdas), L2) squared error relative to the variance
     "Exact k-fold cross-validated error of ridge from the fold moments of a source layer."
-    R, Rk, of = _splits(u); e, U = torch.linalg.eigh(R); V = U.mT.float().contiguous(); B = (U.mT @ Rk @ U).float(); out = []
+    R, Rk, of = _splits(u); e, U = torch.linalg.eigh(R)
+    V = U.mT.float().contiguous(); B = (U.mT @ Rk @ U).float(); out = []
     S = (1 / (e.clamp_min(0)[:, None] + torch.tensor(lambdas, dtype=torch.float64)[:, None])).float()          # (K, lambdas, d1)
     for t in range(len(u.my)):
         C, Ck, base = of(t); A, D = V @ C, V @ Ck; H = (A @ A.mT).mul_(B)                                          # (K, d1, d2), (K, d1, d1)
@@ -90,12 +94,15 @@ def _solved(u: _Layer, G: list[torch.Tensor], at, S, n, scale=1.) -> torch.Tenso
     "Inverses (d1, d1) applied to raw products (d1, L2, d2) over `n` rows, each to the target layers `at` which it stands, times `scale`."
     out = []
     for i, g in enumerate(G):
-        t = slice(None) if len(G) == 1 else at == i; g = (g * scale).to(S); W = g / n.to(S) @ S[:, t].flatten(1)      # one product: S is read in its order
+        t = slice(None) if len(G) == 1 else at == i; g = (g * scale).to(S)
+        W = g / n.to(S) @ S[:, t].flatten(1)      # one product: S is read in its order
         out.append(W.addr_(g @ u.mx.to(S), u.my[t].flatten().to(S), alpha=-1).view(len(g), -1, S.shape[2]))
     W = out[0] if len(G) == 1 else torch.cat(out, 1)[:, at.argsort(stable=True).argsort()]
     return (W if u.sy.isfinite().all() else W * u.sy.isfinite()).transpose(0, 1)
 
-def ridge(m: Moments, s: int, lambdas: Sequence[float] = LAMBDAS, u: _Layer | None = None):  # -> (L2, d1, d2), shuffled control (L2, d1, d2), lambda (L2,), cross-validated R2 (L2,)
+def ridge(
+    m: Moments, s: int, lambdas: Sequence[float] = LAMBDAS, u: _Layer | None = None,
+):  # -> (L2, d1, d2), shuffled control (L2, d1, d2), lambda (L2,), cross-validated R2 (L2,)
     "Centred, standardised ridge from source layer `s` to every target layer, lambda by cross-validation (one lambda: taken as it is)."
     u = u or _layer(m, s); grid = torch.tensor(lambdas, dtype=torch.float64)
     cv = _cv_error(u, lambdas) if len(lambdas) > 1 else torch.full((1, len(u.my)), torch.nan).double()
@@ -122,7 +129,8 @@ def procrustes(R: torch.Tensor, C: torch.Tensor) -> torch.Tensor:  # covariances
 
 def whitened(R: torch.Tensor, C: torch.Tensor, Ry: torch.Tensor, lam: float) -> torch.Tensor:
     "Orthogonal map between whitened spaces, in the basis of regularised canonical correlations (Smith et al. 2017)."
-    lam = torch.tensor([float(lam)], dtype=R.dtype); inv, inv_y, root_y = _inverse(R, lam, -.5)[0], _inverse(Ry, lam, -.5)[0], _inverse(Ry, lam, .5)[0]
+    lam = torch.tensor([float(lam)], dtype=R.dtype)
+    inv, inv_y, root_y = _inverse(R, lam, -.5)[0], _inverse(Ry, lam, -.5)[0], _inverse(Ry, lam, .5)[0]
     U, _, V = torch.linalg.svd(inv @ C @ inv_y, full_matrices=False)
     return inv @ U @ V @ root_y
 
@@ -142,7 +150,8 @@ RANKS = (8, 16, 32, 64, 128, 256)
 
 def _choose_ranks(u, lam) -> list[int]:
     "For each target layer the rank with the least cross-validated error at its lambda."
-    full = min(u.R.shape[0], u.my.shape[1]); ranks = [r for r in RANKS if r < full] + [full]; err = torch.zeros(len(lam), len(ranks), dtype=torch.float64)
+    full = min(u.R.shape[0], u.my.shape[1]); ranks = [r for r in RANKS if r < full] + [full]
+    err = torch.zeros(len(lam), len(ranks), dtype=torch.float64)
     R, Rk, of = _splits(u); parts = [of(t) for t in range(len(lam))]
     for k in range(len(R)):
         inv = _inverse(R[k], lam)
@@ -189,12 +198,14 @@ class AffineMap:
         "This map followed by another. Raises ValueError unless `after` starts at the model and layer where this one ends."
         after.source.require(self.target, "the second map (source side)")
         if after.layers[0] != self.layers[1]: raise ValueError(f"this map ends at layer {self.layers[1]}, the second starts at layer {after.layers[0]}.")
-        return AffineMap(self.W @ after.W, self.b @ after.W + after.b, (self.layers[0], after.layers[1]), self.source, after.target, math.nan, self.null.float() @ after.W, {"of": [self.notes, after.notes]})
+        return AffineMap(self.W @ after.W, self.b @ after.W + after.b, (self.layers[0], after.layers[1]), self.source, after.target,
+                         math.nan, self.null.float() @ after.W, {"of": [self.notes, after.notes]})
 
     def inverse(self) -> "AffineMap":
         "The way back by the pseudo-inverse."
         W = torch.linalg.pinv(self.W.double()).float()
-        return AffineMap(W, -self.b @ W, self.layers[::-1], self.target, self.source, math.nan, torch.linalg.pinv(self.null.double()).float(), {"inverse_of": self.notes})
+        return AffineMap(W, -self.b @ W, self.layers[::-1], self.target, self.source,
+                         math.nan, torch.linalg.pinv(self.null.double()).float(), {"inverse_of": self.notes})
 
 # %% ../nbs/03_alignment.ipynb #2bf78518
 def _plain_fields(x):
@@ -209,7 +220,8 @@ def _save(self: AffineMap, path: str | Path):
 def _load(cls, path: str | Path) -> AffineMap:
     "Read what `save` wrote."
     t, m = load_artefact(path, "affine")
-    return cls(**t, layers=tuple(m["layers"]), r2=math.nan if m["r2"] is None else m["r2"], notes=m["notes"], **{k: ModelInfo(**m[k]) for k in ("source", "target")})
+    return cls(**t, layers=tuple(m["layers"]), r2=math.nan if m["r2"] is None else m["r2"], notes=m["notes"],
+               **{k: ModelInfo(**m[k]) for k in ("source", "target")})
 
 AffineMap.save, AffineMap.load = _save, classmethod(_load)
 
@@ -273,7 +285,8 @@ def _save(self: LayerGrid, path: str | Path):
 def _load(cls, path: str | Path) -> LayerGrid:
     "Read what `save` wrote."
     t, m = load_artefact(path, "map"); same = ("method", "rows", "texts", "data", "p_value", "template")
-    return cls(**t, **{k: m[k] for k in same}, settings=m.get("settings", {}), **{k: ModelInfo(**m[k]) for k in ("source", "target")}, **{k: tuple(m[k]) for k in ("source_layers", "target_layers")})
+    return cls(**t, **{k: m[k] for k in same}, settings=m.get("settings", {}), **{k: ModelInfo(**m[k]) for k in ("source", "target")},
+               **{k: tuple(m[k]) for k in ("source_layers", "target_layers")})
 
 LayerGrid.save, LayerGrid.load = _save, classmethod(_load)
 
@@ -284,14 +297,17 @@ def _judge(W, b, null, null_b, sx, X, Y):
     T, P, N = ((Z - c) / sd for Z in (Y, X @ W + b, X @ null + null_b))
     lost, there = (T - P).square().sum(0), T.square().sum(0)
     G = W * sx[:, None].where(sx[:, None].isfinite(), 0) / sd; G = G @ G.T
-    scores = (1 - lost.sum() / there.sum(), torch.cosine_similarity(P, T).mean(), 1 - (T - N).square().sum() / there.sum(), G.trace() ** 2 / G.square().sum().clamp_min(1e-30))
+    scores = (1 - lost.sum() / there.sum(), torch.cosine_similarity(P, T).mean(),
+              1 - (T - N).square().sum() / there.sum(), G.trace() ** 2 / G.square().sum().clamp_min(1e-30))
     return [float(x) for x in scores], 1 - lost / there.clamp_min(1e-12), P, T
 
 class _Deals:
     "Null distribution of the best mean cosine over many maps."
     def __init__(self, of: torch.Tensor, draws: int = 1000):
-        first = {int(k): i for i, k in enumerate(of.tolist())}; self.rows = torch.tensor(sorted(first.values())); n = len(self.rows)
-        rng = np.random.default_rng(0); self.deals = torch.tensor(np.array([rng.permutation(n) for _ in range(draws)])); self.best, self.null = -1., torch.full((draws,), -1.)
+        first = {int(k): i for i, k in enumerate(of.tolist())}
+        self.rows = torch.tensor(sorted(first.values())); n = len(self.rows)
+        rng = np.random.default_rng(0); self.deals = torch.tensor(np.array([rng.permutation(n) for _ in range(draws)]))
+        self.best, self.null = -1., torch.full((draws,), -1.)
     def add(self, P, T):
         unit = lambda Z: torch.nn.functional.normalize(Z[self.rows], dim=1)
         G = unit(P) @ unit(T).T
@@ -310,7 +326,8 @@ def _grid(m: Moments, method, W, b, null, null_b, lam, units, rows) -> LayerGrid
     r2, cosine, r2_null, rank = (x.clone() for x in torch.tensor(scores).view(*W.shape[:2], 4).unbind(-1))
     eig = [torch.linalg.eigh(R) for R, _ in units]
     span = torch.stack([V[:, e > 1e-8 * e[-1]] @ V[:, e > 1e-8 * e[-1]].T for e, V in eig]).float()
-    return LayerGrid(m.source, m.target, m.source_layers, m.target_layers, W, b, null, r2, torch.stack(by_dim).view(*W.shape[:2], -1), cosine, r2_null, rank, lam.float(), span,
+    return LayerGrid(m.source, m.target, m.source_layers, m.target_layers, W, b, null, r2,
+                     torch.stack(by_dim).view(*W.shape[:2], -1), cosine, r2_null, rank, lam.float(), span,
                      torch.stack([sx for _, sx in units]).float(), deals.p, method, rows, len(m.seen), m.data, m.template, m.settings)
 
 # %% ../nbs/03_alignment.ipynb #8d8a27c4
@@ -318,7 +335,8 @@ METHODS = ("ridge", "contrans", "procrustes", "lowrank", "whitened")
 
 def solve(m: Moments, method: str = "ridge") -> LayerGrid:  # method: ridge, procrustes, lowrank or whitened
     "Maps between all layers from moments, judged on their held-out rows."
-    if method not in METHODS or method == "contrans": raise ValueError(f"method {method!r} is not solved from moments: use {', '.join(k for k in METHODS if k != 'contrans')}.")
+    if method not in METHODS or method == "contrans":
+        raise ValueError(f"method {method!r} is not solved from moments: use {', '.join(k for k in METHODS if k != 'contrans')}.")
     L1, L2 = len(m.shift_x), len(m.shift_y); units = []
     W, lam = torch.empty(L1, L2, m.x.shape[-1], m.y.shape[-1]), torch.empty(L1, L2); null = torch.empty_like(W, dtype=torch.bfloat16)
     b, null_b = torch.empty(L1, L2, m.y.shape[-1]), torch.empty(L1, L2, m.y.shape[-1])
@@ -337,14 +355,18 @@ def _cut(text: str, i: int) -> str:
 def _published(source, target, corpus, l1, l2, held_out=.1, most_rows=2048, template="{}", **other) -> LayerGrid:
     "The paper's maps: last tokens of sentences cut short, least squares without centring or penalty; judged as all others are."
     if other: raise ValueError(f"method 'contrans' reads last tokens at once and knows no {', '.join(other)}; leave that out, or use method='ridge'.")
-    settings = dict(positions="last token of sentences cut short", held_out=held_out, precision=[_precision(source), _precision(target)]); around = lambda texts: [template.replace("{}", t) for t in texts]
-    texts = tuple(dict.fromkeys(corpus.texts)); judge = [t for t in texts if _part(_key(t), 1, held_out) < 0]; fit = [t for t in texts if t not in set(judge)]
+    settings = dict(positions="last token of sentences cut short", held_out=held_out, precision=[_precision(source), _precision(target)])
+    around = lambda texts: [template.replace("{}", t) for t in texts]
+    texts = tuple(dict.fromkeys(corpus.texts)); judge = [t for t in texts if _part(_key(t), 1, held_out) < 0]
+    fit = [t for t in texts if t not in set(judge)]
     if len(fit) < 2 or not judge: raise ValueError(f"{len(texts)} texts are too few for a map and a held-out part; use hundreds.")
     X, Y, _ = paired_states(source, target, around(_cut(t, i) for i, t in enumerate(fit)), l1, l2, last_token)
     HX, HY, of = paired_states(source, target, around(judge), l1, l2, what="held-out"); keep = slice(0, most_rows)
-    m = Moments(*[torch.zeros(0)] * 10, HX[keep], HY[keep], torch.tensor([_key(t) for t in judge])[of][keep], {_key(t) for t in texts}, model_info(source), model_info(target), tuple(l1), tuple(l2), template, settings)
+    m = Moments(*[torch.zeros(0)] * 10, HX[keep], HY[keep], torch.tensor([_key(t) for t in judge])[of][keep], {_key(t) for t in texts},
+                model_info(source), model_info(target), tuple(l1), tuple(l2), template, settings)
     pairs = lambda Y: torch.stack([torch.stack([contrans(X[:, s], Y[:, t]) for t in range(len(l2))]) for s in range(len(l1))])
-    W, null = pairs(Y), pairs(Y.roll(len(Y) // 2 + 1, 0)).bfloat16(); b = torch.zeros(len(l1), len(l2), Y.shape[2]); sx = _scale(X.double().var(0, correction=0), X.double().mean(0))
+    W, null = pairs(Y), pairs(Y.roll(len(Y) // 2 + 1, 0)).bfloat16(); b = torch.zeros(len(l1), len(l2), Y.shape[2])
+    sx = _scale(X.double().var(0, correction=0), X.double().mean(0))
     Z = (X - X.mean(0)) / sx
     return _grid(m, "contrans", W, b, null, b, torch.zeros(len(l1), len(l2)), [(Z[:, s].T @ Z[:, s] / len(Z), sx[s]) for s in range(len(l1))], len(X))
 
@@ -355,9 +377,11 @@ def fit_maps(
     source_layers: Sequence[int] | None = None,  # default: eight, from a third of the depth on
     target_layers: Sequence[int] | None = None,
     method: str = "ridge",                     # ridge, contrans (the paper's), procrustes, lowrank or whitened
-    **collecting,                              # folds, held_out, most_rows, template, positions, weight, path: see `collect`; contrans takes held_out, most_rows, template
+    # folds, held_out, most_rows, template, positions, weight, path: see `collect`; contrans takes held_out, most_rows, template
+    **collecting,
 ) -> LayerGrid:
-    "Maps between all chosen layers, fitted on shared token boundaries and judged on held-out texts. Raises ValueError for too little text, or what a method does not know."
+    ("Maps between all chosen layers, fitted on shared token boundaries and judged on held-out texts. "
+     "Raises ValueError for too little text, or what a method does not know.")
     if method not in METHODS: raise ValueError(f"method {method!r}: use one of {', '.join(METHODS)}.")
     l1, l2 = (_layers(m, ls) if ls is not None else spread_layers(m) for m, ls in ((source, source_layers), (target, target_layers)))
     if method == "contrans": return _published(source, target, corpus, l1, l2, **collecting)

@@ -90,7 +90,9 @@ def _json(path: Path):
 def _path(ref, *known) -> Path:
     "A file; the error names what is built in beside files."
     path = Path(ref).expanduser()
-    if not path.is_file(): raise FileNotFoundError(f"{str(ref)!r} is neither a file nor a built-in set. Built in: {', '.join(known)}." if known else f"no file {str(ref)!r}.")
+    if not path.is_file():
+        raise FileNotFoundError(f"{str(ref)!r} is neither a file nor a built-in set. Built in: {', '.join(known)}."
+                                if known else f"no file {str(ref)!r}.")
     return path
 
 def _builtin(name: str) -> list[dict] | None:
@@ -115,7 +117,8 @@ def _file_pairs(path):
         d = _json(path)
         if not isinstance(d, dict) or not ({"positive", "negative"} <= d.keys() or {"pos", "neg"} <= d.keys()):
             raise ValueError(f"{path}: pairs in JSON are an object with the lists 'positive' and 'negative' (or 'pos' and 'neg').")
-        if not all(isinstance(d.get(k, []), list) for k in ("positive", "negative", "pos", "neg")): raise ValueError(f"{path}: both sides must be lists of texts.")
+        if not all(isinstance(d.get(k, []), list) for k in ("positive", "negative", "pos", "neg")):
+            raise ValueError(f"{path}: both sides must be lists of texts.")
         return ContrastPairs(path.stem, d.get("positive", d.get("pos")), d.get("negative", d.get("neg")), template=d.get("template", "{}"))
     rows = _rows(path); keys = rows[0].keys() if rows else ()
     if {"positive", "negative"} <= set(keys):
@@ -202,7 +205,8 @@ class ChoiceTask:
         if not self.items: raise ValueError(f"task {self.name!r} has no items.")
         for i, it in enumerate(self.items):
             if not it.prompt: raise ValueError(f"task {self.name!r}, item {i}: the prompt is empty.")
-            if len(set(it.choices)) < 2 or not all(it.choices): raise ValueError(f"task {self.name!r}, item {i}: needs two or more different, non-empty choices.")
+            if len(set(it.choices)) < 2 or not all(it.choices):
+                raise ValueError(f"task {self.name!r}, item {i}: needs two or more different, non-empty choices.")
             if not (isinstance(it.target, int) and 0 <= it.target < len(it.choices)):
                 raise ValueError(f"task {self.name!r}, item {i}: target {it.target!r} is not an index into its {len(it.choices)} choices.")
 
@@ -275,7 +279,8 @@ def truthfulqa(
     split = lambda r, *keys: tuple(dict.fromkeys(a.strip().rstrip(".") + "." for k in keys for a in r[k].split(";") if a.strip()))
     true = [split(r, "Best Answer", "Correct Answers") for r in rows]
     false = [tuple(a for a in split(r, "Incorrect Answers") if a not in t) for r, t in zip(rows, true)]
-    return MultipleChoice(path.stem, tuple(r["Question"].strip() for r in rows), tuple(true), tuple(false), tuple(r["Category"] for r in rows), instruction=TRUTHFULLY)
+    return MultipleChoice(path.stem, tuple(r["Question"].strip() for r in rows), tuple(true), tuple(false),
+                          tuple(r["Category"] for r in rows), instruction=TRUTHFULLY)
 
 # %% ../nbs/00_data.ipynb #2b72022d
 def _file_task(path, choices, target):
@@ -288,7 +293,8 @@ def _file_task(path, choices, target):
         try: items = tuple(ChoiceItem(i["prompt"], tuple(i["choices"]), i["target"], str(i.get("group", n))) for n, i in enumerate(d["items"]))
         except (KeyError, TypeError) as e: raise ValueError(f"{path}: every item needs prompt, choices and target ({e}).") from None
         return ChoiceTask(d.get("name", path.stem), items, d.get("instruction", ""))
-    if isinstance(d, dict) and {"neg", "negative", "label"} & d.keys(): raise ValueError(f"{path} holds pairs, not a task: say what to ask with --choices a,b,c and --target a.")
+    if isinstance(d, dict) and {"neg", "negative", "label"} & d.keys():
+        raise ValueError(f"{path} holds pairs, not a task: say what to ask with --choices a,b,c and --target a.")
     raise ValueError(f"{path}: a task is JSON with 'items', TruthfulQA's CSV, or pairs together with choices and a target.")
 
 # %% ../nbs/00_data.ipynb #e19064fa
@@ -298,7 +304,8 @@ def _labelled(split):
     return ChoiceTask("emotions", tuple(choice_task([r["text"]], EMOTIONS, r["label"]).items[0] for turn in turns for r in turn))
 
 def load_task(
-    ref: str | Path,                        # "emotions/fear", "emotions" (each scenario with its own emotion), or a file: task JSON, TruthfulQA CSV, or pairs with `choices` and `target`
+    # "emotions/fear", "emotions" (each scenario with its own emotion), or a file: task JSON, TruthfulQA CSV, or pairs with `choices` and `target`
+    ref: str | Path,
     split: str = "test",                    # of a built-in task: tune or test
     choices: Sequence[str] | None = None,   # for a file of pairs
     target: str | None = None,              # for a file of pairs

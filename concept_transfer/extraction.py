@@ -48,7 +48,8 @@ def stream(
     what: str = "reading",                  # label of the progress bar
     take: Callable | None = None,           # (hidden (b, t, d), mask (b, t)) -> what is wanted of it, one row a text; made where the model is
     numbers: Sequence[int] | None = None,   # of the texts, in messages; default: from 0
-) -> Iterator[tuple[list[int], list[torch.Tensor]]]:  # indices of the texts, and for each layer their states (b, t, d), padded on the right; with `at` (r, d), text after text
+    # indices of the texts, and for each layer their states (b, t, d), padded on the right; with `at` (r, d), text after text
+) -> Iterator[tuple[list[int], list[torch.Tensor]]]:
     "Residual streams of many texts, batch by batch; nothing is kept. Raises ValueError for states that are not finite, naming the text."
     with tqdm(total=sum(map(len, ids)), desc=what, unit="tok", unit_scale=True, disable=None, leave=False) as bar:
         for rows, states in (_far_batches if far(model) else _batches)(model, ids, list(layers), budget, at, take, bar):
@@ -99,17 +100,20 @@ def bundled(
 
 def _flat(at, rows):
     "Rows of the batch and positions in them."
-    return None if at is None else (torch.tensor([b for b, i in enumerate(rows) for _ in at[i]], dtype=torch.long), torch.tensor([p for i in rows for p in at[i]], dtype=torch.long))
+    return None if at is None else (torch.tensor([b for b, i in enumerate(rows) for _ in at[i]], dtype=torch.long),
+                                    torch.tensor([p for i in rows for p in at[i]], dtype=torch.long))
 
 # %% ../nbs/02_extraction.ipynb #d5191a9a
 def _check_finite(model, states, rows, ids, layers, at, numbers):
     "Padding is not looked at."
     for k, h in zip(layers, states):
         if torch.isfinite(h.sum()): continue
-        parts = list(h) if h.ndim < 3 and at is None else [h[b, :len(ids[i])] for b, i in enumerate(rows)] if at is None else h.split([len(at[i]) for i in rows])
+        parts = (list(h) if h.ndim < 3 and at is None else
+                 [h[b, :len(ids[i])] for b, i in enumerate(rows)] if at is None else h.split([len(at[i]) for i in rows]))
         for i, part in zip(rows, parts):
             if not torch.isfinite(part).all():
-                raise ValueError(f"text {numbers[i] if numbers else i}, {model.tokenizer.decode(ids[i])[:60]!r}, gives states that are not finite at layer {k}. Remove it, or load the model in float32.")
+                raise ValueError(f"text {numbers[i] if numbers else i}, {model.tokenizer.decode(ids[i])[:60]!r}, "
+                                 f"gives states that are not finite at layer {k}. Remove it, or load the model in float32.")
 
 # %% ../nbs/02_extraction.ipynb #7503f15c
 def _mean(h: torch.Tensor) -> torch.Tensor:  # (t, L, d) -> (L, d)
@@ -140,14 +144,18 @@ def activations(
     "Residual stream of each text at the wanted layers and position, equal to reading each text alone. Raises ValueError for empty or non-finite texts."
     take = position if callable(position) else POSITIONS.get(position)
     if take is None: raise ValueError(f"position {position!r}: use {', '.join(POSITIONS)} or a function of the states (t, L, d).")
-    layers = _layers(model, layers); ids = encode(model, texts); _worded(texts, ids, model.tokenizer("").input_ids); one = position == "last" or (position == "mean" and far(model) is not None); done = {}
+    layers = _layers(model, layers); ids = encode(model, texts); _worded(texts, ids, model.tokenizer("").input_ids)
+    one = position == "last" or (position == "mean" and far(model) is not None); done = {}
     marks = range(len(ids)) if path is None else _marks(model, ids, layers, position)
     if path is not None:
         Path(path).mkdir(parents=True, exist_ok=True)
         for f in Path(path).glob("*.safetensors"): done |= load_file(f)
     todo = [i for i, k in enumerate(marks) if k not in done]; left = [ids[i] for i in todo]
-    for rows, states in stream(model, left, layers, budget, at=[[len(x) - 1] for x in left] if position == "last" else None, take=_means if one and position == "mean" else None, numbers=todo):
-        new = {marks[todo[j]]: (torch.stack([h[b] for h in states]) if one else take(torch.stack([h[b, :len(left[j])] for h in states], 1).float())).float().cpu().contiguous() for b, j in enumerate(rows)}
+    for rows, states in stream(model, left, layers, budget, at=[[len(x) - 1] for x in left] if position == "last" else None,
+                               take=_means if one and position == "mean" else None, numbers=todo):
+        new = {marks[todo[j]]: (torch.stack([h[b] for h in states]) if one
+                                else take(torch.stack([h[b, :len(left[j])] for h in states], 1).float())).float().cpu().contiguous()
+               for b, j in enumerate(rows)}
         done |= new
         if path is not None:
             with whole_file(Path(path)/f"{hashlib.sha256(''.join(new).encode()).hexdigest()[:24]}.safetensors") as tmp: save_file(new, tmp)
@@ -199,7 +207,8 @@ def _folds(groups: Sequence[str], k: int, seed: int) -> np.ndarray:
 
 def held_out_auc(P, N, groups, reducer, folds=5, seed=0) -> np.ndarray:  # states (n, L, d), (m, L, d) -> (L,)
     "AUC by layer of projections on directions that were made without the scenario they judge."
-    f = _folds(groups, folds, seed); fp, fn = f[:len(P)], f[len(P):]; sp, sn = np.zeros(P.shape[:2]), np.zeros(N.shape[:2])
+    f = _folds(groups, folds, seed); fp, fn = f[:len(P)], f[len(P):]
+    sp, sn = np.zeros(P.shape[:2]), np.zeros(N.shape[:2])
     for k in range(folds):
         if not ((fp != k).any() and (fn != k).any()): return np.full(P.shape[1], np.nan)
         for l in range(P.shape[1]):
@@ -284,7 +293,8 @@ class Concept:
         "Read what `save` wrote."
         t, m = load_artefact(path, "concept")
         keep = {k: m[k] for k in ("name", "n_pairs", "reducer", "position", "template", "data", "seed")}
-        return cls(directions=t["directions"], layers=tuple(m["layers"]), auc=tuple(math.nan if a is None else a for a in m["auc"]), model=ModelInfo(**m["model"]), **keep)
+        return cls(directions=t["directions"], layers=tuple(m["layers"]), auc=tuple(math.nan if a is None else a for a in m["auc"]),
+                   model=ModelInfo(**m["model"]), **keep)
 
 # %% ../nbs/02_extraction.ipynb #d8d37c48
 def extract_concept(
@@ -302,7 +312,9 @@ def extract_concept(
     if H.ndim != 3: raise ValueError("a concept needs one state a text: use position 'last' or 'mean', or a function that returns (L, d).")
     P, N = H[:n], H[n:]
     directions = torch.stack([reducer(P[:, l], N[:, l]) for l in range(len(layers))])
-    if (directions.norm(dim=1) <= 1e-5 * H.norm(dim=-1).mean(0)).any(): raise ValueError(f"pairs {pairs.name!r}: both sides give the same mean state; are the texts identical?")
-    return Concept(pairs.name.split("/")[-1], directions, tuple(layers), tuple(held_out_auc(P, N, pairs.groups, reducer, seed=seed).tolist()), model_info(model),
+    if (directions.norm(dim=1) <= 1e-5 * H.norm(dim=-1).mean(0)).any():
+        raise ValueError(f"pairs {pairs.name!r}: both sides give the same mean state; are the texts identical?")
+    return Concept(pairs.name.split("/")[-1], directions, tuple(layers),
+                   tuple(held_out_auc(P, N, pairs.groups, reducer, seed=seed).tolist()), model_info(model),
                    len(pairs), getattr(reducer, "__name__", "custom"), position if isinstance(position, str) else getattr(position, "__name__", "custom"),
                    pairs.template, pairs.hash, seed)

@@ -122,7 +122,8 @@ def graft(
     if not (torch.isfinite(v).all() and v.norm() > 0): raise ValueError("the direction is zero or not finite; look at the concept and its map.")
     notes = {k: getattr(concept, k) for k in ("n_pairs", "reducer", "position", "template", "data", "seed")} if isinstance(concept, Concept) else {}
     if map is not None: notes |= {"r2": map.r2, "auc": concept.auc[concept.layers.index(ls)], **{k: map.notes[k] for k in ("lam", "method") if k in map.notes}}
-    return Transplant(name or (concept.name if isinstance(concept, Concept) else "direction"), v.float(), layer, dose, norm or residual_norm(target, layer), info, source, ls,
+    return Transplant(name or (concept.name if isinstance(concept, Concept) else "direction"), v.float(), layer, dose,
+                      norm or residual_norm(target, layer), info, source, ls,
                       shuffled=shuffled, notes=notes, model=target)
 
 # %% ../nbs/04_injection.ipynb #371792b1

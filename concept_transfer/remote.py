@@ -55,7 +55,8 @@ def _read(remote: Remote, end: float, method: str, url: str, **how) -> httpx.Res
     def ask():
         try: got.append(_http(remote.connect, remote.read).request(method, url, **how))
         except Exception as e: got.append(e)
-    asking = threading.Thread(target=ask, daemon=True); asking.start(); asking.join(min(max(1., end - time.monotonic()), threading.TIMEOUT_MAX))
+    asking = threading.Thread(target=ask, daemon=True); asking.start()
+    asking.join(min(max(1., end - time.monotonic()), threading.TIMEOUT_MAX))
     if not got: raise httpx.ReadTimeout("not whole in time")
     if isinstance(got[0], Exception): raise got[0]
     return got[0]
@@ -80,7 +81,8 @@ def _call(
             why, pause = f"{r.status_code} {_keyless(r.text)[:80]}", max(pause, _asked_pause(r))
         if time.monotonic() > end: break
         if n + 1 < remote.attempts: time.sleep(max(0, min(pause, end - time.monotonic())))
-    raise ConnectionError(f"{CONFIG.API.HOST} cannot be reached or fails: {why} ({n + 1} attempts). See that it is up and NDIF_HOST right, then run again; what was finished and kept is not done twice.")
+    raise ConnectionError(f"{CONFIG.API.HOST} cannot be reached or fails: {why} ({n + 1} attempts). "
+                          "See that it is up and NDIF_HOST right, then run again; what was finished and kept is not done twice.")
 
 # %% ../nbs/00a_remote.ipynb #c2c9003b
 def _keyless(text: str) -> str: return text.replace(CONFIG.API.APIKEY, "***") if CONFIG.API.APIKEY else text
@@ -88,7 +90,8 @@ def _keyless(text: str) -> str: return text.replace(CONFIG.API.APIKEY, "***") if
 def _answer(r) -> dict:
     try: out = r.json()
     except ValueError: out = None
-    if not isinstance(out, dict): raise ConnectionError(f"{CONFIG.API.HOST} answers, but no NDIF server is there: {_keyless(r.text)[:60]!r}. See that NDIF_HOST is right.")
+    if not isinstance(out, dict):
+        raise ConnectionError(f"{CONFIG.API.HOST} answers, but no NDIF server is there: {_keyless(r.text)[:60]!r}. See that NDIF_HOST is right.")
     return out
 
 def _asked_pause(r) -> float:
@@ -99,12 +102,15 @@ def _asked_pause(r) -> float:
 
 def _refusal(r) -> Exception:
     "What an answer of 300 to 499 means; keys are not repeated."
-    if r.status_code < 400: return ConnectionError(f"{CONFIG.API.HOST} sends on to {r.headers.get('location')!r}, where no key is taken along. Set NDIF_HOST to where the server really is.")
+    if r.status_code < 400:
+        return ConnectionError(f"{CONFIG.API.HOST} sends on to {r.headers.get('location')!r}, where no key is taken along. "
+                               "Set NDIF_HOST to where the server really is.")
     try: detail = str(r.json().get("detail"))
     except (ValueError, AttributeError): detail = r.text[:200]
     detail = _keyless(detail)
     if r.status_code in (401, 403) or "API key" in detail:
-        return PermissionError(f"{CONFIG.API.HOST} does not accept {'this key' if CONFIG.API.APIKEY else 'a request without a key'}. Set NDIF_API_KEY or call nnsight.login(), with a key that this server gave.")
+        return PermissionError(f"{CONFIG.API.HOST} does not accept {'this key' if CONFIG.API.APIKEY else 'a request without a key'}. "
+                               "Set NDIF_API_KEY or call nnsight.login(), with a key that this server gave.")
     if "below the minimum" in detail: return ValueError(f"{CONFIG.API.HOST} speaks another version: {detail}")
     return RuntimeError(f"{CONFIG.API.HOST} refused the request ({r.status_code}): {detail}")
 
@@ -140,10 +146,12 @@ def _named(name: str, there: Iterable[str]) -> str | None:
     return like[0] if like else None
 
 def not_hosted(name: str, there: Iterable[str]) -> ValueError:
-    return ValueError(f"{CONFIG.API.HOST} does not host {name!r}; it hosts {', '.join(sorted(there)) or 'nothing'}. Take one of these, or load the model here without remote=.")
+    return ValueError(f"{CONFIG.API.HOST} does not host {name!r}; it hosts {', '.join(sorted(there)) or 'nothing'}. "
+                      "Take one of these, or load the model here without remote=.")
 
 # %% ../nbs/00a_remote.ipynb #97987285
-LOST = ("Critical server error", "Your job was cancelled or preempted", "Please try again later", "Replica was evicted")   # the server's own words for what may be asked again
+# the server's own words for what may be asked again
+LOST = ("Critical server error", "Your job was cancelled or preempted", "Please try again later", "Replica was evicted")
 
 class Job(RemoteBackend):
     "One request over plain HTTP, sent again when it is lost."
@@ -167,14 +175,18 @@ def _send(self: Job):
     "Send the request; `job_id` names it from then on."
     self.sent += 1; self.end = time.monotonic() + self.remote.total
     headers = self._key() | {"ndif-timestamp": repr(time.time()), "nnsight-version": version("nnsight"), "python-version": sys.version}
-    form = {"data": RequestModel(model_key=self.model_key, compress=self.compress, env=self.env).metadata()}; files = {"blob": ("request", self.blob, "application/octet-stream")}
+    form = {"data": RequestModel(model_key=self.model_key, compress=self.compress, env=self.env).metadata()}
+    files = {"blob": ("request", self.blob, "application/octet-stream")}
     r = _call(self.remote, self.end, "POST", f"{self.host}/request", data=form, files=files, headers=headers)
     self.job_id, self.status = r["id"], None
 
 def _again(self: Job, why: str):
     "Send it once more. Raises ConnectionError when it was lost too often."
-    if self.blob is None or self.sent >= self.remote.attempts: raise ConnectionError(f"{self.host} lost job {self.job_id} {self.sent or 1} times ({why}). Run again later; what was finished and kept is not done twice.")
-    log.info("job %s is sent again: %s", self.job_id, why); end = self.end; time.sleep(min(.5 * 2 ** self.sent, 10)); self.send(); self.end = end
+    if self.blob is None or self.sent >= self.remote.attempts:
+        raise ConnectionError(f"{self.host} lost job {self.job_id} {self.sent or 1} times ({why}). "
+                              "Run again later; what was finished and kept is not done twice.")
+    log.info("job %s is sent again: %s", self.job_id, why)
+    end = self.end; time.sleep(min(.5 * 2 ** self.sent, 10)); self.send(); self.end = end
 
 Job.send, Job._again = _send, _again
 Job._key = lambda self: {"ndif-api-key": self.api_key} if self.api_key else {}
@@ -189,14 +201,19 @@ def _result(self: Job) -> dict:
             if answer.status == Status.COMPLETED and (got := self._fetch(answer.data)) is not None: return got
             if answer.status == Status.ERROR: self._failed(answer.description or ""); since = now
             if (news := (answer.status, answer.description, self.job_id)) != seen:
-                seen, since = news, now; (self.bar if self.bar is not None else own).set_postfix_str(f"{answer.status.value.lower() if answer.status else 'sent'} {answer.description or ''}"[:60].strip())
+                seen, since = news, now
+                (self.bar if self.bar is not None else own).set_postfix_str(
+                    f"{answer.status.value.lower() if answer.status else 'sent'} {answer.description or ''}"[:60].strip())
             elif now - since > self.remote.still: self._again(f"no news for {self.remote.still:.0f} s"); since = time.monotonic()
             if now > self.end: raise TimeoutError(self._late(seen))
             time.sleep(pause); pause = min(1.4 * pause, 2)
 
 def _late(self: Job, seen) -> str:
-    state, said, _ = seen; where = "is still waiting in the queue" if state in (None, Status.RECEIVED, Status.QUEUED, Status.PROVISIONING, Status.DEPLOYING) else "is not done"
-    return f"{self.host}: job {self.job_id} {where} after {self.remote.total:.0f} s ({(said or 'no word from it').strip()}). Run again later, or allow more with remote=Remote(total=...)."
+    state, said, _ = seen
+    where = ("is still waiting in the queue" if state in (None, Status.RECEIVED, Status.QUEUED, Status.PROVISIONING, Status.DEPLOYING)
+             else "is not done")
+    return (f"{self.host}: job {self.job_id} {where} after {self.remote.total:.0f} s ({(said or 'no word from it').strip()}). "
+            "Run again later, or allow more with remote=Remote(total=...).")
 
 Job.result, Job._late = _result, _late
 
@@ -211,17 +228,21 @@ def _fetch(self: Job, url: str | None) -> dict | None:
     if not url: self._again("no result"); return None
     try: return self.finalize(_read(self.remote, self.end, "GET", url, follow_redirects=True).raise_for_status().content)     # no key goes to the store
     except (httpx.TransportError, httpx.HTTPStatusError) as e:
-        if time.monotonic() > self.end: raise TimeoutError(f"{self.host}: the result of job {self.job_id} did not arrive within {self.remote.total:.0f} s. Ask for less at once, or allow more with remote=Remote(total=...).") from None
+        if time.monotonic() > self.end:
+            raise TimeoutError(f"{self.host}: the result of job {self.job_id} did not arrive within {self.remote.total:.0f} s. "
+                               "Ask for less at once, or allow more with remote=Remote(total=...).") from None
         self.missed = getattr(self, "missed", 0) + 1; time.sleep(min(.2 * 2 ** self.missed, 10))
         if self.missed < self.remote.attempts: return None
-        raise ConnectionError(f"{self.host}: the result of job {self.job_id} cannot be fetched: {type(e).__name__} ({self.missed} attempts). Run again.") from None
+        raise ConnectionError(f"{self.host}: the result of job {self.job_id} cannot be fetched: "
+                              f"{type(e).__name__} ({self.missed} attempts). Run again.") from None
 
 def _failed(self: Job, text: str):
     "Ask again for what the server lost; raise for what the block did."
     last = (text.strip().splitlines() or ["no reason given"])[-1]
     if len(text) < 500 and any(w in text for w in LOST): return self._again(last)
     if text.startswith("Could not deploy"): raise not_hosted(self.name, hosted(self.remote))
-    if "exceeded the execution timeout" in text: raise TimeoutError(f"{self.host}: {last} Make the requests smaller: remote=Remote(tokens={self.remote.tokens // 4}).")
+    if "exceeded the execution timeout" in text:
+        raise TimeoutError(f"{self.host}: {last} Make the requests smaller: remote=Remote(tokens={self.remote.tokens // 4}).")
     raise RuntimeError(f"{self.host}: the job failed there: {'CUDA out of memory. ' if 'out of memory' in text and 'out of memory' not in last else ''}{last}")
 
 Job._ask, Job._fetch, Job._failed = _ask, _fetch, _failed

@@ -48,7 +48,8 @@ def truthfulqa_hub(repo: str = "truthfulqa/truthful_qa") -> MultipleChoice:
     except OSError as e: raise ConnectionError(f"{repo} could not be read ({e}). Go online, or download TruthfulQA.csv and use `truthfulqa(path)`.") from None
     pick = lambda r, key, label: [c for c, l in zip(r[key]["choices"], r[key]["labels"]) if l == label]
     true = tuple(tuple(dict.fromkeys(pick(r, "mc1_targets", 1) + pick(r, "mc2_targets", 1))) for r in rows)
-    return MultipleChoice("truthful_qa", tuple(r["question"] for r in rows), true, tuple(tuple(pick(r, "mc2_targets", 0)) for r in rows), ("",) * len(true), instruction=TRUTHFULLY)
+    return MultipleChoice("truthful_qa", tuple(r["question"] for r in rows), true,
+                          tuple(tuple(pick(r, "mc2_targets", 0)) for r in rows), ("",) * len(true), instruction=TRUTHFULLY)
 
 # %% ../nbs/04a_tasks.ipynb #620f2adf
 def mc_scores(
