@@ -56,8 +56,7 @@ def _layer(m: Moments, s: int) -> _Layer:
 
 # %% ../nbs/03_alignment.ipynb #28d6c6ad
 def _splits(u: _Layer):
-    ("By fold: covariances R of the others, sums Rk of the fold about the others' mean (K, d1, d1), "
-     "and a function that gives a target layer's C, Ck (K, d1, d2) and squares (K,).")
+    "By fold: R of the others and Rk of the fold about their mean (K, d1, d1); for a target layer C, Ck (K, d1, d2), squares (K,)."
     m, s, sx = u.m, u.s, u.sx; on = (m.n > 0) & (m.n < m.n.sum())
     n = m.n[on][:, None]; nt = m.n.sum() - n; xy = m.xy[:, s] if on.all() else m.xy[on, s]
     if not on.any(): raise ValueError("cross-validation needs rows in two folds; use more folds, or give one lambda.")
@@ -377,11 +376,9 @@ def fit_maps(
     source_layers: Sequence[int] | None = None,  # default: eight, from a third of the depth on
     target_layers: Sequence[int] | None = None,
     method: str = "ridge",                     # ridge, contrans (the paper's), procrustes, lowrank or whitened
-    # folds, held_out, most_rows, template, positions, weight, path: see `collect`; contrans takes held_out, most_rows, template
-    **collecting,
+    **collecting,                              # as for `collect`; contrans takes held_out, most_rows, template
 ) -> LayerGrid:
-    ("Maps between all chosen layers, fitted on shared token boundaries and judged on held-out texts. "
-     "Raises ValueError for too little text, or what a method does not know.")
+    "Maps between all chosen layers, from shared token boundaries, judged on held-out texts. Raises ValueError for too little text."
     if method not in METHODS: raise ValueError(f"method {method!r}: use one of {', '.join(METHODS)}.")
     l1, l2 = (_layers(m, ls) if ls is not None else spread_layers(m) for m, ls in ((source, source_layers), (target, target_layers)))
     if method == "contrans": return _published(source, target, corpus, l1, l2, **collecting)

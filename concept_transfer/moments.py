@@ -183,8 +183,7 @@ def _moved(m: Moments, dx, dy):
 
 # %% ../nbs/02a_moments.ipynb #b1ec24a1
 def _merge(self: Moments, other: Moments) -> Moments:
-    ("The sums over both, in the memory of `other`, which is used up and must not be read again. "
-     "Raises ValueError where they do not belong together or share texts.")
+    "The sums over both, in the memory of `other`, which is used up. Raises ValueError where they do not belong together or share texts."
     same = lambda m: (m.xy.shape, m.yy.shape, m.source, m.target, m.source_layers, m.target_layers, m.template, m.settings)
     if same(self) != same(other): raise ValueError("these moments are of other models, layers, folds, templates or settings; collect both in the same way.")
     if both := self.seen & other.seen: raise ValueError(f"{len(both)} texts are in both moments and would count twice; give each machine its own texts.")
