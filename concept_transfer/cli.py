@@ -32,20 +32,29 @@ def _parser() -> argparse.ArgumentParser:
         for flag, kw in args: c.add_argument(flag, **kw)
     req = lambda help: dict(required=True, help=help)
     command("demo", "the whole transplant on the two embedded models",
-            ("--out", dict(default="demo", help="folder of the report")), ("--seed", dict(type=int, default=0, help="of the random directions and the bootstrap")))
-    command("extract", "a concept from contrast pairs", ("--model", req("model")), ("--pairs", req("file, or a built-in set such as honesty")), ("--out", req("concept.safetensors")))
-    command("align", "maps between all chosen layers of two models", ("--source", req("model")), ("--target", req("model")), ("--corpus", req("file, or general")),
+            ("--out", dict(default="demo", help="folder of the report")),
+            ("--seed", dict(type=int, default=0, help="of the random directions and the bootstrap")))
+    command("extract", "a concept from contrast pairs", ("--model", req("model")),
+            ("--pairs", req("file, or a built-in set such as honesty")), ("--out", req("concept.safetensors")))
+    command("align", "maps between all chosen layers of two models", ("--source", req("model")), ("--target", req("model")),
+            ("--corpus", req("file, or general")),
             ("--out", req("map.safetensors")), ("--method", dict(choices=METHODS, default="ridge", help="how the maps are fitted")))
     command("transplant", "put a concept into the target", ("--concept", req("file")), ("--map", req("file")), ("--out", req("transplant.safetensors")),
-            ("--task", dict(help="tuning items: file, or a built-in task such as emotions/fear, behaviours/honesty, truthfulness")), ("--choices", dict(help="a,b,c for a task file that holds pairs")), ("--target", dict(help="the choice to favour")),
+            ("--task", dict(help="tuning items: file, or a built-in task such as emotions/fear, behaviours/honesty, truthfulness")),
+            ("--choices", dict(help="a,b,c for a task file that holds pairs")), ("--target", dict(help="the choice to favour")),
             ("--pairs", dict(help="the concept's pairs, for the target to read: layers are ranked by how well the carried direction tells them apart")),
-            ("--damage", dict(type=float, default=.1, help="KL in nats a token that strength 1 may cost")), ("--layers", dict(type=_layer_pair, default="auto", help="auto or LS:LT, counted from 0")))
-    command("generate", "text of the steered target", ("--transplant", req("file")), ("--prompt", req("text")), ("--strength", dict(type=float, default=1., help="0 is the base model")),
+            ("--damage", dict(type=float, default=.1, help="KL in nats a token that strength 1 may cost")),
+            ("--layers", dict(type=_layer_pair, default="auto", help="auto or LS:LT, counted from 0")))
+    command("generate", "text of the steered target", ("--transplant", req("file")), ("--prompt", req("text")),
+            ("--strength", dict(type=float, default=1., help="0 is the base model")),
             ("--max-new-tokens", dict(type=int, default=40, help="length")), ("--compare", dict(action="store_true", help="show the base model's text too")))
-    command("evaluate", "effect and damage beside controls", ("--transplant", req("file")), ("--task", req("file, or a built-in task such as emotions/fear, behaviours/honesty, truthfulness, knowledge")), ("--neutral", req("file, or neutral")),
+    command("evaluate", "effect and damage beside controls", ("--transplant", req("file")),
+            ("--task", req("file, or a built-in task such as emotions/fear, behaviours/honesty, truthfulness, knowledge")),
+            ("--neutral", req("file, or neutral")),
             ("--out", req("folder")), ("--pairs", dict(help="the concept's pairs: gives the native arm")), ("--other", dict(help="another concept's pairs")),
             ("--choices", dict(help="a,b,c for a task file that holds pairs")), ("--target", dict(help="the choice to favour")),
-            ("--random", dict(type=_count, default=20, help="random directions")), ("--seed", dict(type=int, default=0, help="of random directions and bootstrap")))
+            ("--random", dict(type=_count, default=20, help="random directions")),
+            ("--seed", dict(type=int, default=0, help="of random directions and bootstrap")))
     command("info", "what an artefact is", ("file", dict(help="concept, map or transplant")))
     return p
 
@@ -97,7 +106,8 @@ def cmd_extract(a):
 
 def cmd_align(a):
     _writable(a.out); corpus = load_corpus(a.corpus); models = load_model(a.source), load_model(a.target)
-    part = Path(f"{a.out}.{data_hash([a.method, *(str(model_info(m)) for m in models), *sorted(corpus.texts)])}.part"); resumed = part.is_file()      # what an interrupted run left
+    # what an interrupted run left
+    part = Path(f"{a.out}.{data_hash([a.method, *(str(model_info(m)) for m in models), *sorted(corpus.texts)])}.part"); resumed = part.is_file()
     try: maps = fit_maps(*models, corpus, method=a.method, **({} if a.method == "contrans" else {"path": part}))
     except ValueError:
         if not resumed: part.unlink(missing_ok=True)
@@ -107,7 +117,8 @@ def cmd_align(a):
 
 # %% ../nbs/08_cli.ipynb #552bd061
 def _map_facts(m):
-    return dict(source=m.source.name, target=m.target.name, method=m.method, source_layers=list(m.source_layers), target_layers=list(m.target_layers), rows=m.rows, texts=m.texts,
+    return dict(source=m.source.name, target=m.target.name, method=m.method, source_layers=list(m.source_layers),
+                target_layers=list(m.target_layers), rows=m.rows, texts=m.texts,
                 r2=m.r2.tolist(), cosine=m.cosine.tolist(), r2_shuffled=m.r2_null.tolist())
 
 def cmd_transplant(a):
@@ -118,7 +129,8 @@ def cmd_transplant(a):
     return _transplant_facts(t) | dict(out=a.out), repr(t)
 
 def _transplant_facts(t):
-    return dict(concept=t.name, source=t.source.name if t.source else None, target=t.target.name, layers=[t.source_layer, t.layer], dose=t.dose, kl=t.notes.get("kl"), damage_budget=t.notes.get("damage_budget"))
+    return dict(concept=t.name, source=t.source.name if t.source else None, target=t.target.name, layers=[t.source_layer, t.layer],
+                dose=t.dose, kl=t.notes.get("kl"), damage_budget=t.notes.get("damage_budget"))
 
 def cmd_generate(a):
     t = Transplant.load(a.transplant); out = dict(prompt=a.prompt, strength=a.strength, text=t.generate(a.prompt, a.strength, a.max_new_tokens))
@@ -127,10 +139,13 @@ def cmd_generate(a):
 
 # %% ../nbs/08_cli.ipynb #98f443b1
 def cmd_evaluate(a):
-    out = _folder(a.out); pairs, other = (load_pairs(p) if p else None for p in (a.pairs, a.other)); task, neutral = _task(a, "test"), load_corpus(a.neutral)
+    out = _folder(a.out); pairs, other = (load_pairs(p) if p else None for p in (a.pairs, a.other))
+    task, neutral = _task(a, "test"), load_corpus(a.neutral)
     for problem in lint(pairs, task) if pairs else (): warnings.warn(problem)
-    t = Transplant.load(a.transplant); out.mkdir(parents=True, exist_ok=True); arms = out / "arms.jsonl"      # what an interrupted run had finished
-    e = evaluate(t, task, neutral, pairs, other, a.random, seed=a.seed, path=arms); e.save(out / "evidence.json"); arms.unlink(missing_ok=True)
+    t = Transplant.load(a.transplant)
+    out.mkdir(parents=True, exist_ok=True); arms = out / "arms.jsonl"      # what an interrupted run had finished
+    e = evaluate(t, task, neutral, pairs, other, a.random, seed=a.seed, path=arms)
+    e.save(out / "evidence.json"); arms.unlink(missing_ok=True)
     write_report(e, out / "report.html", figures(e))
     return e.data | dict(report=str(out / "report.html")), f"{e!r}\n\n{verdict(e)}\n{' '.join(details(e))}\nReport: {out / 'report.html'}"
 
@@ -155,23 +170,31 @@ def _kept(path, made_of, make, load):
 
 # %% ../nbs/08_cli.ipynb #762aca5a
 def cmd_demo(a):
-    out = _folder(a.out); out.mkdir(parents=True, exist_ok=True); say = lambda text: print(text, file=sys.stderr, flush=True); start = time.time()
+    out = _folder(a.out); out.mkdir(parents=True, exist_ok=True)
+    say = lambda text: print(text, file=sys.stderr, flush=True); start = time.time()
     concept, grid, graft, evidence = (out / f for f in ("concept.safetensors", "map.safetensors", "transplant.safetensors", "evidence.json"))
     say("1/6  models"); source, target = load_model("smollm2-135m-instruct"), load_model("gemma-3-270m")
     say(f"     {model_info(source)}\n     {model_info(target)}")
-    name = "emotions/happiness"; pairs, other, corpus, neutral = load_pairs(name), load_pairs("emotions/sadness"), load_corpus("general").take(300), load_corpus("neutral")
+    name = "emotions/happiness"
+    pairs, other, corpus, neutral = load_pairs(name), load_pairs("emotions/sadness"), load_corpus("general").take(300), load_corpus("neutral")
     say(f"2/6  concept: happiness, from {len(pairs)} pairs of scenarios")
     joy = _kept(concept, [pairs.hash, model_info(source)], lambda: extract_concept(source, pairs), Concept.load); say(f"     {joy!r}")
     say(f"3/6  maps: both models read {len(corpus)} sentences")
-    maps = _kept(grid, [corpus.hash, joy.template, model_info(source), model_info(target)], lambda: fit_maps(source, target, corpus, template=joy.template), LayerGrid.load); say(f"     {maps!r}")
+    maps = _kept(grid, [corpus.hash, joy.template, model_info(source), model_info(target)],
+                 lambda: fit_maps(source, target, corpus, template=joy.template), LayerGrid.load)
+    say(f"     {maps!r}")
     say("4/6  layers and dose, on scenarios kept for tuning")
     tune = load_task(name, "tune").take(32)
-    t = _kept(graft, [_sum(concept), _sum(grid), tune.hash, neutral.hash, pairs.hash], lambda: choose(joy, maps, target, tune, neutral, candidates=6, pairs=pairs), lambda p: Transplant.load(p, target)); say(f"     {t!r}")
+    t = _kept(graft, [_sum(concept), _sum(grid), tune.hash, neutral.hash, pairs.hash],
+              lambda: choose(joy, maps, target, tune, neutral, candidates=6, pairs=pairs), lambda p: Transplant.load(p, target))
+    say(f"     {t!r}")
     say("5/6  evidence, on scenarios never used before"); test = load_task(name).take(60)
-    e = _kept(evidence, [_sum(graft), test.hash, pairs.hash, other.hash, neutral.hash, a.seed], lambda: evaluate(t, test, neutral, pairs, other, seed=a.seed, path=out / "arms.jsonl"), lambda p: Evidence(json.loads(p.read_text())))
+    e = _kept(evidence, [_sum(graft), test.hash, pairs.hash, other.hash, neutral.hash, a.seed],
+              lambda: evaluate(t, test, neutral, pairs, other, seed=a.seed, path=out / "arms.jsonl"), lambda p: Evidence(json.loads(p.read_text())))
     (out / "arms.jsonl").unlink(missing_ok=True); say("6/6  report")
     write_report(e, out / "report.html", figures(e) | {"Where the concept is found": plot_separation(joy), "Where it can be carried": plot_grid(maps)})
-    return e.data | dict(report=str(out / "report.html"), seconds=round(time.time() - start)), f"{e!r}\n\n{verdict(e)} {' '.join(details(e))}\n\nReport: {out / 'report.html'}"
+    return (e.data | dict(report=str(out / "report.html"), seconds=round(time.time() - start)),
+            f"{e!r}\n\n{verdict(e)} {' '.join(details(e))}\n\nReport: {out / 'report.html'}")
 
 # %% ../nbs/08_cli.ipynb #8c47ef65
 def main(argv: list[str] | None = None) -> int:

@@ -35,10 +35,14 @@ class Batch(NamedTuple):
 
 class Prefix:
     "Texts read once up to a layer, from where each direction goes on."
-    def __init__(self, model, ids: Sequence[Sequence[int]], layer: int, asked: Sequence[Sequence[int]], parts: Sequence[Sequence[int]] | None = None, budget: int = 1024):
+    def __init__(
+        self, model, ids: Sequence[Sequence[int]], layer: int, asked: Sequence[Sequence[int]],
+        parts: Sequence[Sequence[int]] | None = None, budget: int = 1024,
+    ):
         self.model, self.layer, self.batches, self.read = model, layer, [], 0     # read: texts that went on from here
         for rows in length_batches(ids, budget):
-            x, mask = pad(model, [ids[i] for i in rows], left=True); t = x.shape[1]; wanted = torch.zeros_like(x, dtype=torch.bool)
+            x, mask = pad(model, [ids[i] for i in rows], left=True)
+            t = x.shape[1]; wanted = torch.zeros_like(x, dtype=torch.bool)
             for b, i in enumerate(rows): wanted[b, [p + t - len(ids[i]) for p in asked[i]]] = True
             if parts: mask = branches(torch.tensor([[-1] * (t - len(ids[i])) + list(parts[i]) for i in rows], device=x.device))
             h = None
@@ -64,11 +68,14 @@ def _change(change, batch: Batch) -> Callable:
 def _answered(prefix: Prefix, changes, reduce, extras, keep, plain=None) -> list[list]:  # for each change, what came back of each batch
     "Ask a server, with as many batches and directions in a request as it may hold."
     m, remote, base, out = prefix.model, far(prefix.model), plain is not None, [[None] * len(prefix.batches) for _ in changes]
-    cost = [x.ids.numel() for x in prefix.batches]; most = [max(1, remote.tokens // c - base) for c in cost]                  # directions of a batch in one request
-    parts = [(b, range(j, min(j + k, len(changes)))) for b, k in enumerate(most) for j in range(0, len(changes), k)]; prefix.read += sum((len(some) + base) * len(prefix.batches[b].rows) for b, some in parts)
+    cost = [x.ids.numel() for x in prefix.batches]
+    most = [max(1, remote.tokens // c - base) for c in cost]                  # directions of a batch in one request
+    parts = [(b, range(j, min(j + k, len(changes)))) for b, k in enumerate(most) for j in range(0, len(changes), k)]
+    prefix.read += sum((len(some) + base) * len(prefix.batches[b].rows) for b, some in parts)
     passes = lambda b, some: ([(*plain[b], _unchanged)] if base else []) + [(x.ids, x.mask, _change(changes[j], x)) for x in [prefix.batches[b]] for j in some]
     ask = lambda bundle: asking(m, prefix.layer, [(passes(b, some), extras[b]) for b, some in bundle], keep, reduce, base)
-    for bundle, job in in_flight(((x, lambda x=x: ask(x)) for x in bundled(parts, remote, lambda p: cost[p[0]] * (len(p[1]) + base), lambda p: 0)), remote.flight):
+    for bundle, job in in_flight(
+            ((x, lambda x=x: ask(x)) for x in bundled(parts, remote, lambda p: cost[p[0]] * (len(p[1]) + base), lambda p: 0)), remote.flight):
         for (b, some), row in zip(bundle, job.result()["table"]):
             for j, got in zip(some, row): out[j][b] = got
     return out
@@ -86,15 +93,20 @@ class Answers:
 class ChoiceProbe:
     "A task made ready for one layer of one model: choices are scored by the log-probability of all their tokens."
     def __init__(self, model, task: ChoiceTask | MultipleChoice, layer: int, instruction: str = ""):
-        self.task, self.rows, ids, parts = task, [], [], []; window = getattr(model._module.config.get_text_config(), "sliding_window", None) or context_length(model)
+        self.task, self.rows, ids, parts = task, [], [], []
+        window = getattr(model._module.config.get_text_config(), "sliding_window", None) or context_length(model)
         for i, item in enumerate(task.items):
-            prompt, tails = _tokens(model, task, i, instruction + item.prompt, item.choices); p = len(prompt); single = all(len(t) == 1 for t in tails)
+            prompt, tails = _tokens(model, task, i, instruction + item.prompt, item.choices)
+            p = len(prompt); single = all(len(t) == 1 for t in tails)
             together = single or (p + sum(map(len, tails)) < min(window, context_length(model)) and not far(model) and shares_prompts(model))
             for some in [range(len(tails))] if together else [[c] for c in range(len(tails))]:
                 row, part, reads = list(prompt), [0] * p, []
                 for c in some:
-                    reads += [(p - 1 if j == 0 else len(row) + j - 1, x, c) for j, x in enumerate(tails[c])]; row += tails[c][:-1]; part += [c + 1] * (len(tails[c]) - 1)
-                at = sorted({j for j, _, _ in reads}); self.rows.append((i, len(row), at, [(at.index(j), x, c) for j, x, c in reads])); ids.append(row); parts.append(part)
+                    reads += [(p - 1 if j == 0 else len(row) + j - 1, x, c) for j, x in enumerate(tails[c])]
+                    row += tails[c][:-1]; part += [c + 1] * (len(tails[c]) - 1)
+                at = sorted({j for j, _, _ in reads})
+                self.rows.append((i, len(row), at, [(at.index(j), x, c) for j, x, c in reads]))
+                ids.append(row); parts.append(part)
         self.prefix = Prefix(model, ids, layer, [at for _, _, at, _ in self.rows], parts if any(len(set(x)) > 2 for x in parts) else None)
 
 # %% ../nbs/05_evaluation.ipynb #48ccd855
@@ -106,7 +118,9 @@ def _tokens(model, task, i, prompt, choices):
     whole = encode(model, [prompt + c for c in choices]); alone = encode(model, [prompt])[0]
     p = min(_common(alone, w) for w in whole)                     # where the choices begin to differ from the prompt
     if p == 0 or max(map(len, whole)) >= context_length(model):
-        raise ValueError(f"task {task.name!r}, item {i}: prompt and choices do not fit the context of {context_length(model)} tokens, or share no token. Shorten the prompt.")
+        raise ValueError(
+            f"task {task.name!r}, item {i}: prompt and choices do not fit the context of {context_length(model)} tokens, or share no token. "
+            "Shorten the prompt.")
     if any(len(w) <= p for w in whole): raise ValueError(f"task {task.name!r}, item {i}: a choice adds no token to its prompt.")
     return alone[:p], [list(w[p:]) for w in whole]
 
@@ -118,7 +132,8 @@ def _ask(self: ChoiceProbe, change: Callable | Transplant | None = None) -> Answ
     for batch, out in self.prefix.logits(change):
         got = []
         for b, r in enumerate(batch.rows):
-            _, n, at, reads = self.rows[r]; x = out[b, [j - n for j in at]]; lse = x.logsumexp(-1); k, tokens = [k for k, _, _ in reads], [t for _, t, _ in reads]
+            _, n, at, reads = self.rows[r]; x = out[b, [j - n for j in at]]; lse = x.logsumexp(-1)
+            k, tokens = [k for k, _, _ in reads], [t for _, t, _ in reads]
             got.append(((x[k, tokens] - lse[k]).cpu().numpy(), int(x[0].argmax())))
         parts.append(got)
     return self._judged(parts)
@@ -153,9 +168,12 @@ def _many(self: ChoiceProbe, changes: Sequence[Callable | Transplant | None]) ->
     "Answers under each of several changes of the residual stream; on a server in as few requests as may be."
     if not far(self.prefix.model): return [self(c) for c in changes]
     keep = max(b.keep for b in self.prefix.batches); place = lambda batch, r, k: min(keep, batch.ids.shape[1]) + self.rows[r][2][k] - self.rows[r][1]
-    extras = [tuple(torch.tensor(x) for x in zip(*[(b, place(batch, r, k), t) for b, r in enumerate(batch.rows) for k, t, _ in self.rows[r][3]])) for batch in self.prefix.batches]
-    split = lambda batch, lp, top: [(x.numpy(), int(y[place(batch, r, 0)])) for x, y, r in zip(lp.split([len(self.rows[r][3]) for r in batch.rows]), top, batch.rows)]
-    return [self._judged([split(batch, *part) for batch, part in zip(self.prefix.batches, parts)]) for parts in _answered(self.prefix, changes, _chosen, extras, keep)]
+    extras = [tuple(torch.tensor(x) for x in zip(*[(b, place(batch, r, k), t) for b, r in enumerate(batch.rows) for k, t, _ in self.rows[r][3]]))
+              for batch in self.prefix.batches]
+    split = lambda batch, lp, top: [(x.numpy(), int(y[place(batch, r, 0)]))
+                                    for x, y, r in zip(lp.split([len(self.rows[r][3]) for r in batch.rows]), top, batch.rows)]
+    return [self._judged([split(batch, *part) for batch, part in zip(self.prefix.batches, parts)])
+            for parts in _answered(self.prefix, changes, _chosen, extras, keep)]
 
 ChoiceProbe.many = _many
 
@@ -192,12 +210,15 @@ def _drift(logits, base, tokens):
 
 def _hurts(self: DamageProbe, changes: Sequence[Callable | Transplant | None], base=None) -> list[tuple[np.ndarray, np.ndarray]]:  # (texts, keep) each
     "KL from the base model and log-probability lost, token by token; on a server, where the base model reads along, in as few requests as may be."
-    model, batches, changes = self.prefix.model, self.prefix.batches, [_everywhere(c) if isinstance(c, Transplant) else c for c in changes]; order = np.argsort([i for b in batches for i in b.rows])
+    model, batches, changes = self.prefix.model, self.prefix.batches, [_everywhere(c) if isinstance(c, Transplant) else c for c in changes]
+    order = np.argsort([i for b in batches for i in b.rows])
     last = [torch.tensor([self.ids[i][-self.keep:] for i in b.rows]) for b in batches]
     if far(model):
-        plain = [pad(model, [self.ids[i][:-1] for i in b.rows], left=True) for b in batches]; parts = _answered(self.prefix, changes, _drift, last, self.keep, plain)
+        plain = [pad(model, [self.ids[i][:-1] for i in b.rows], left=True) for b in batches]
+        parts = _answered(self.prefix, changes, _drift, last, self.keep, plain)
     else:                                                                # text by text: fits the processor's cache
-        parts = [[[torch.stack(x) for x in zip(*(_drift(z, p, t.to(z.device)) for z, p, t in zip(out, before, tokens)))] for (_, out), before, tokens in zip(self.prefix.logits(c), base or self.base, last)] for c in changes]
+        parts = [[[torch.stack(x) for x in zip(*(_drift(z, p, t.to(z.device)) for z, p, t in zip(out, before, tokens)))]
+                  for (_, out), before, tokens in zip(self.prefix.logits(c), base or self.base, last)] for c in changes]
     return [tuple(torch.cat([p[k] for p in part]).double().cpu().numpy()[order] for k in (0, 1)) for part in parts]
 
 DamageProbe.tokens = _hurts
@@ -217,17 +238,21 @@ def at_damages(
     most: float = 8.0,       # dose at most
 ) -> list[Transplant]:       # the same with the doses of that damage; notes["kl"] is what was reached
     "The dose at which each direction does a given damage, searched side by side."
-    kls = lambda logs: dict(zip(logs, (np.log(max(k, 1e-9) / budget) for k, _, _ in probe.many([replace(ts[i], dose=float(np.exp(x))) for i, x in logs.items()]))))
-    x0 = {i: np.log(t.dose) for i, t in enumerate(ts)}; y0 = kls(x0); slope, best = dict.fromkeys(x0, 1.8), {i: (abs(y0[i]), x0[i], y0[i]) for i in x0}
+    kls = lambda logs: dict(zip(logs, (np.log(max(k, 1e-9) / budget) for k, _, _ in probe.many(
+        [replace(ts[i], dose=float(np.exp(x))) for i, x in logs.items()]))))
+    x0 = {i: np.log(t.dose) for i, t in enumerate(ts)}; y0 = kls(x0)
+    slope, best = dict.fromkeys(x0, 1.8), {i: (abs(y0[i]), x0[i], y0[i]) for i in x0}
     for _ in range(passes - 1):
         x1 = {i: np.clip(x0[i] - np.clip(y0[i] / slope[i], -1.5, 1.5), np.log(1e-4), np.log(most)) for i in x0 if best[i][0] >= .08}      # not yet within 8 %
         if not (x1 := {i: x for i, x in x1.items() if x != x0[i]}): break
         for i, y in kls(x1).items():
-            best[i] = min(best[i], (abs(y), x1[i], y)); slope[i] = np.clip((y - y0[i]) / (x1[i] - x0[i]), .5, 4); x0[i], y0[i] = x1[i], y
+            best[i] = min(best[i], (abs(y), x1[i], y))
+            slope[i] = np.clip((y - y0[i]) / (x1[i] - x0[i]), .5, 4); x0[i], y0[i] = x1[i], y
         x0 = {i: x0[i] for i in x1}
     for t, (off, x, y) in zip(ts, best.values()):
         if off > .7: warnings.warn(f"{t.name}: a damage of {budget} was not reached; KL is {budget * np.exp(y):.3g} at dose {np.exp(x):.3g}.")
-    return [replace(t, dose=float(np.exp(x)), notes={**t.notes, "kl": float(budget * np.exp(y)), "damage_budget": budget}) for t, (_, x, y) in zip(ts, best.values())]
+    return [replace(t, dose=float(np.exp(x)), notes={**t.notes, "kl": float(budget * np.exp(y)), "damage_budget": budget})
+            for t, (_, x, y) in zip(ts, best.values())]
 
 def at_damage(t: Transplant, probe: DamageProbe, budget: float = .1, **search) -> Transplant:
     "The dose at which a direction does a given damage, see `at_damages`."
@@ -249,20 +274,25 @@ def dose_curve(
     probes: tuple | None = None,                # (choices, damage), when they are there already
 ) -> list[dict]:                                # strength, dose, items, margins, kl_tokens, lost_tokens, and what follows from them: see `curve_point`
     "Effect and damage at several strengths, negative ones and zero among them."
-    probe, hurt = probes or (ChoiceProbe(t.model, task, t.layer), DamageProbe(t.model, (neutral or load_corpus("neutral")).texts[-32:], t.layer)); base = probe()
-    some = [s for s in strengths if s]; steered = [replace(t, dose=s * t.dose) for s in some]; none = np.zeros((len(hurt.texts), hurt.keep))
+    probe, hurt = probes or (ChoiceProbe(t.model, task, t.layer),
+                             DamageProbe(t.model, (neutral or load_corpus("neutral")).texts[-32:], t.layer))
+    base = probe()
+    some = [s for s in strengths if s]; steered = [replace(t, dose=s * t.dose) for s in some]
+    none = np.zeros((len(hurt.texts), hurt.keep))
     asked = dict(zip(some, zip(probe.many(steered), hurt.tokens(steered))))
     return [curve_point(dict(strength=float(s), dose=float(s * t.dose), **_raw(*asked.get(s, (base, (none, none))))), base) for s in strengths]
 
 def _raw(a: Answers, tokens=None) -> dict:
     "What was measured, as plain numbers: everything else follows from these."
     flat = lambda x: None if x is None else [[round(float(v), 5) for v in r] for r in x]
-    return dict(items=a.chosen.astype(int).tolist(), first=a.first.astype(int).tolist(), margins=[round(float(x), 4) for x in a.margin], **dict(zip(("kl_tokens", "lost_tokens"), map(flat, tokens or (None, None)))))
+    return dict(items=a.chosen.astype(int).tolist(), first=a.first.astype(int).tolist(), margins=[round(float(x), 4) for x in a.margin],
+                **dict(zip(("kl_tokens", "lost_tokens"), map(flat, tokens or (None, None)))))
 
 def curve_point(c: dict, base: Answers | dict) -> dict:
     "A point of a dose curve with what follows from its answers: choice_rate, target_rate, logit_shift, kl, perplexity_ratio."
     before = _raw(base)["margins"] if isinstance(base, Answers) else base["margins"]; kl, _, ratio = damage_of(c["kl_tokens"], c["lost_tokens"])
-    return c | dict(choice_rate=float(np.mean(c["items"])), target_rate=float(np.mean(c["first"])), logit_shift=float(np.mean(np.subtract(c["margins"], before))), kl=kl, perplexity_ratio=ratio)
+    return c | dict(choice_rate=float(np.mean(c["items"])), target_rate=float(np.mean(c["first"])),
+                    logit_shift=float(np.mean(np.subtract(c["margins"], before))), kl=kl, perplexity_ratio=ratio)
 
 # %% ../nbs/05_evaluation.ipynb #3fb99cb9
 def steerability(curve: Sequence[dict], most: float = 1.) -> dict:  # slope: mean change of the margin for one unit of strength; wrong_way: share of items
@@ -276,7 +306,8 @@ STARTS = ("Today I met my neighbour and", "When the letter arrived, she", "The r
           "In the morning, the harbour", "My grandfather always said that", "The experiment showed that")
 
 def capability(arms: dict[str, Transplant | None], model, layer: int, knowledge: MultipleChoice | None = None, tokens: int = 30) -> dict:
-    "For each arm, None being the base model: knowledge (share of four-way items right, Wilson interval) and repetition (share of repeated 4-grams in greedy text)."
+    ("For each arm, None being the base model: knowledge (share of four-way items right, Wilson interval) "
+     "and repetition (share of repeated 4-grams in greedy text).")
     probe, out = ChoiceProbe(model, knowledge or load_knowledge(), layer), {}
     for name, t in arms.items():
         texts = t.generate(STARTS, 1., tokens) if t else generate(model, STARTS, tokens)
@@ -288,7 +319,8 @@ def known(arms: dict) -> dict:
     out = {}
     for name, a in arms.items():
         right, n = sum(a["right"]), len(a["right"])
-        out[name] = dict(right=a["right"], texts=a["texts"], knowledge=right / n, knowledge_ci=list(wilson(right, n)), knowledge_n=n, repetition=float(np.mean([repetition(x) for x in a["texts"]])),
+        out[name] = dict(right=a["right"], texts=a["texts"], knowledge=right / n, knowledge_ci=list(wilson(right, n)), knowledge_n=n,
+                         repetition=float(np.mean([repetition(x) for x in a["texts"]])),
                          knowledge_p=mcnemar(arms["base"]["right"], a["right"]) if "base" in arms and name != "base" else None)
     return out
 
@@ -304,13 +336,17 @@ def _random_arms(t: Transplant, n: int, seed: int) -> list[Transplant]:
 def _arms(t: Transplant, pairs, other, n_random, seed):
     "Steered arms, and the reason of each that has no input."
     position, reducer = t.notes.get("position", "last"), {"pca": pca, "logistic": logistic}.get(t.notes.get("reducer"), mean_difference)
-    if (pairs or other) and position not in POSITIONS: raise ValueError(f"{t.name!r} was read at a custom position ({position}), which cannot be repeated here; evaluate without pairs.")
+    if (pairs or other) and position not in POSITIONS:
+        raise ValueError(f"{t.name!r} was read at a custom position ({position}), which cannot be repeated here; evaluate without pairs.")
     alike = lambda p: p if p.template != "{}" else replace(p, template=t.notes.get("template", "{}"))
-    here = lambda p: replace(graft(extract_concept(t.model, alike(p), [t.layer], position, reducer), t.model, t.layer, dose=t.dose, norm=t.norm), positions=t.positions)
+    here = lambda p: replace(graft(extract_concept(t.model, alike(p), [t.layer], position, reducer), t.model, t.layer, dose=t.dose, norm=t.norm),
+                             positions=t.positions)
     made = {"transplanted": lambda: [t], "native": lambda: [here(pairs)], "random": lambda: _random_arms(t, n_random, seed),
             "shuffled_map": lambda: [replace(t, direction=t.shuffled)], "other_concept": lambda: [here(other)]}
-    missing = {k: why for k, there, why in (("native", pairs, "needs the concept's pairs (--pairs)"), ("random", n_random, "no draws were asked for"),
-               ("shuffled_map", t.shuffled is not None, "the transplant carries no shuffled control"), ("other_concept", other, "needs the pairs of another concept (--other)")) if not there}
+    missing = {k: why for k, there, why in (
+        ("native", pairs, "needs the concept's pairs (--pairs)"), ("random", n_random, "no draws were asked for"),
+        ("shuffled_map", t.shuffled is not None, "the transplant carries no shuffled control"),
+        ("other_concept", other, "needs the pairs of another concept (--other)")) if not there}
     return {k: fn() for k, fn in made.items() if k not in missing}, missing
 
 def _few_shot(examples: ChoiceTask, rotate: bool, k: int = 4) -> str:
@@ -345,7 +381,8 @@ class _Probes:
     def words(self, model, text: str) -> tuple[Answers, tuple]:
         "Answers and damage of words before the prompt instead of a vector."
         probe = DamageProbe(model, self.hurt.texts, self.hurt.prefix.layer, prefix=text)
-        return ChoiceProbe(model, self.choices.task, self.hurt.prefix.layer, text)(), probe.tokens([None], None if far(model) else _reorder(self.hurt, probe))[0]
+        return (ChoiceProbe(model, self.choices.task, self.hurt.prefix.layer, text)(),
+                probe.tokens([None], None if far(model) else _reorder(self.hurt, probe))[0])
 
 # %% ../nbs/05_evaluation.ipynb #b0c5e17c
 def _reorder(hurt, words):
@@ -357,7 +394,8 @@ def _reorder(hurt, words):
 def _probes(t, task, neutral, budget) -> _Probes:
     if len(neutral) < 4: raise ValueError(f"{len(neutral)} neutral texts are too few to set a dose on one half and report damage on the other; use 50 or more.")
     half = min(len(neutral) // 2, 32)
-    return _Probes(ChoiceProbe(t.model, task, t.layer), DamageProbe(t.model, neutral.texts[:half], t.layer), DamageProbe(t.model, neutral.texts[half:half + 32], t.layer), budget)
+    return _Probes(ChoiceProbe(t.model, task, t.layer), DamageProbe(t.model, neutral.texts[:half], t.layer),
+                   DamageProbe(t.model, neutral.texts[half:half + 32], t.layer), budget)
 
 # %% ../nbs/05_evaluation.ipynb #0bbbe54d
 class _Kept:
@@ -386,9 +424,13 @@ def _run_arms(t, probes, arms, task, examples, source, kept) -> dict[str, list[d
         for name, ts in arms.items():
             runs[name], start = [], None
             for i in range(0, len(ts), 4):
-                some = [replace(a, dose=start or a.dose) for a in ts[i:i + 4]]; runs[name] += kept(f"{name} {i}", lambda: probes.run(some, t.dose if i == 0 else None)); start = runs[name][-1]["dose"]; bar.update(len(some))
+                some = [replace(a, dose=start or a.dose) for a in ts[i:i + 4]]
+                runs[name] += kept(f"{name} {i}", lambda: probes.run(some, t.dose if i == 0 else None))
+                start = runs[name][-1]["dose"]; bar.update(len(some))
     if task.instruction: runs["prompt"] = kept("prompt", lambda: one(*probes.words(t.model, task.instruction)))
-    if examples: runs |= {k: kept(k, lambda: one(*probes.words(t.model, _few_shot(examples, k == "few_shot_rotated")))) for k in ("few_shot", "few_shot_rotated")}
+    if examples:
+        runs |= {k: kept(k, lambda: one(*probes.words(t.model, _few_shot(examples, k == "few_shot_rotated"))))
+                 for k in ("few_shot", "few_shot_rotated")}
     if source is not None: runs["source"] = kept("source", lambda: one(ChoiceProbe(source, task, len(source.layers) - 1)()))
     return runs
 
@@ -396,7 +438,8 @@ def _run_arms(t, probes, arms, task, examples, source, kept) -> dict[str, list[d
 def _arm(runs: list[dict]) -> dict:
     "One arm as it was measured; what follows from that is added by `summarise`."
     rows = lambda rs, *keys: {k: [r[k] for r in rs] for k in keys}
-    out = dict(dose=None if runs[0]["dose"] is None else float(np.median([r["dose"] for r in runs]))) | rows(runs, "items", "first", "margins", "kl_tokens", "lost_tokens")
+    out = (dict(dose=None if runs[0]["dose"] is None else float(np.median([r["dose"] for r in runs])))
+           | rows(runs, "items", "first", "margins", "kl_tokens", "lost_tokens"))
     if same := [r["same"] for r in runs if "same" in r]: out["same_norm"] = rows(same, "items", "margins", "kl_tokens")           # of many draws the first four
     if "scores" in runs[0]: out["scores"] = {k: np.mean([r["scores"][k] for r in runs], 0).round(6).tolist() for k in runs[0]["scores"]}          # by item
     return out
@@ -404,30 +447,45 @@ def _arm(runs: list[dict]) -> dict:
 def _follows(a: dict, base: dict, data, draws) -> dict:
     "Effect and damage of one arm, means over its draws."
     shift = np.mean(np.subtract(a["margins"], base["margins"]), 0); hurt = [k for k in a["kl_tokens"] if k is not None]
-    out = dict(target_rate=float(np.mean(a["first"])), logit_shift=float(shift.mean()), logit_shift_ci=interval(bootstrap([shift], data["groups"], draws, data["seed"])[:, 0]), kl=None, kl_ci=None, kl_p95=None, perplexity_ratio=None)
+    out = dict(target_rate=float(np.mean(a["first"])), logit_shift=float(shift.mean()),
+               logit_shift_ci=interval(bootstrap([shift], data["groups"], draws, data["seed"])[:, 0]),
+               kl=None, kl_ci=None, kl_p95=None, perplexity_ratio=None)
     if hurt:
         sizes = np.array([damage_of(*x) for x in zip(hurt, a["lost_tokens"])]).mean(0); texts = np.mean(hurt, (0, 2))
-        out |= dict(zip(("kl", "kl_p95", "perplexity_ratio"), map(float, sizes))) | dict(kl_ci=interval(bootstrap([texts], range(len(texts)), draws, data["seed"])[:, 0]))
+        out |= (dict(zip(("kl", "kl_p95", "perplexity_ratio"), map(float, sizes)))
+                | dict(kl_ci=interval(bootstrap([texts], range(len(texts)), draws, data["seed"])[:, 0])))
     elif a["dose"] == 0: out |= dict(kl=0., kl_ci=[0., 0.], kl_p95=0., perplexity_ratio=1.)
-    if s := a.get("same_norm"): out["same_norm"] = s | dict(choice_rate=float(np.mean(s["items"])), logit_shift=float(np.mean(np.subtract(s["margins"], base["margins"]))), kl=float(np.mean(s["kl_tokens"])))
-    if a.get("scores"): out["score_means"] = {s: dict(mean=float(np.mean(v)), ci=interval(bootstrap([v], data["groups"], draws, data["seed"])[:, 0])) for s, v in a["scores"].items()}
+    if s := a.get("same_norm"):
+        out["same_norm"] = s | dict(
+            choice_rate=float(np.mean(s["items"])), logit_shift=float(np.mean(np.subtract(s["margins"], base["margins"]))),
+            kl=float(np.mean(s["kl_tokens"])))
+    if a.get("scores"):
+        out["score_means"] = {s: dict(mean=float(np.mean(v)), ci=interval(bootstrap([v], data["groups"], draws, data["seed"])[:, 0]))
+                              for s, v in a["scores"].items()}
     return out
 
 # %% ../nbs/05_evaluation.ipynb #4b83b56f
 def summarise(data: dict, draws: int = 2000) -> dict:
-    "Everything that follows from what an evidence file says was measured: rates, damage, intervals, recovery, tests. `evaluate` itself uses it, so it can be repeated by anybody."
-    ran = {k: a for k, a in data["arms"].items() if not a.get("reason")}; rows = {k: np.array(a["items"], float) for k, a in ran.items()}          # (draws of the arm, n)
-    boot = dict(zip(rows, bootstrap(np.array([r.mean(0) for r in rows.values()]), data["groups"], draws, data["seed"]).T)); mean = {k: float(r.mean()) for k, r in rows.items()}
+    ("Everything that follows from what an evidence file says was measured: rates, damage, intervals, recovery, tests. "
+     "`evaluate` itself uses it, so it can be repeated by anybody.")
+    ran = {k: a for k, a in data["arms"].items() if not a.get("reason")}
+    rows = {k: np.array(a["items"], float) for k, a in ran.items()}          # (draws of the arm, n)
+    boot = dict(zip(rows, bootstrap(np.array([r.mean(0) for r in rows.values()]), data["groups"], draws, data["seed"]).T))
+    mean = {k: float(r.mean()) for k, r in rows.items()}
     arms = {k: dict(choice_rate=mean[k], ci=interval(boot[k])) | _follows(a, ran["base"], data, draws) for k, a in ran.items()}
     if "random" in rows: arms["random"]["draws"] = rows["random"].mean(1).tolist()
-    out = dict(gain=mean["transplanted"] - mean["base"], gain_ci=interval(boot["transplanted"] - boot["base"]), p_mcnemar=mcnemar(rows["base"][0] > 0, rows["transplanted"][0] > 0),
+    out = dict(gain=mean["transplanted"] - mean["base"], gain_ci=interval(boot["transplanted"] - boot["base"]),
+               p_mcnemar=mcnemar(rows["base"][0] > 0, rows["transplanted"][0] > 0),
                smallest_effect=_smallest(len(set(data["groups"])), float(np.mean(rows["base"][0] != rows["transplanted"][0]))), recovery=None, recovery_ci=None,
                p_value=permutation_p(mean["transplanted"], rows["random"].mean(1)) if "random" in rows else None)
     if "native" in rows and mean["native"] > mean["base"]:
         out["recovery"] = (mean["transplanted"] - mean["base"]) / (mean["native"] - mean["base"]); d = boot["native"] - boot["base"]
-        if (d > 0).mean() > .975: out["recovery_ci"] = interval(((boot["transplanted"] - boot["base"]) / np.where(d > 0, d, np.inf))[d > 0])   # else the ratio has no finite interval
+        if (d > 0).mean() > .975:   # else the ratio has no finite interval
+            out["recovery_ci"] = interval(((boot["transplanted"] - boot["base"]) / np.where(d > 0, d, np.inf))[d > 0])
     for k in ("curve", "native_curve"):
-        if data.get(k): out[k] = [curve_point(c, next(p for p in data[k] if p["strength"] == 0) if any(p["strength"] == 0 for p in data[k]) else dict(margins=ran["base"]["margins"][0])) for c in data[k]]
+        if data.get(k):
+            out[k] = [curve_point(c, next(p for p in data[k] if p["strength"] == 0) if any(p["strength"] == 0 for p in data[k])
+                                  else dict(margins=ran["base"]["margins"][0])) for c in data[k]]
     if data.get("curve"): out["steerability"] = {a: steerability(out[k]) for k, a in (("curve", "transplanted"), ("native_curve", "native")) if out.get(k)}
     if data.get("capability"): out["capability"] = known(data["capability"])
     if data.get("off_target"): out["off_target"] = moved(data["off_target"])
@@ -462,13 +520,17 @@ class Evidence:
             if a.get("reason"): lines.append(f"{name:17}  not run: {a['reason']}"); continue
             lines.append(f"{name:17}{a['choice_rate']:12.3f}   [{a['ci'][0]:.2f}, {a['ci'][1]:.2f}]{a['target_rate']:13.3f}{a['logit_shift']:13.2f}"
                          + num(a["kl"], 8, 3) + num(a["perplexity_ratio"], 11, 2) + num(a["dose"], 9, 3))
-        if self.recovery is not None: lines.append(f"recovery of the native effect at this layer {self.recovery:.2f} " + ("(interval open)" if self.recovery_ci is None else f"[{self.recovery_ci[0]:.2f}, {self.recovery_ci[1]:.2f}]"))
+        if self.recovery is not None:
+            lines.append(f"recovery of the native effect at this layer {self.recovery:.2f} "
+                         + ("(interval open)" if self.recovery_ci is None else f"[{self.recovery_ci[0]:.2f}, {self.recovery_ci[1]:.2f}]"))
         if self.p_value is not None: lines.append(f"p against random directions {self.p_value:.3f}, against the base model {self.p_mcnemar:.2g} (McNemar)")
         return "\n".join(lines)
 
     def save(self, path: str | Path):
         "Write `evidence.json`, whole or not at all."
-        line = lambda d, pad: "{\n" + ",\n".join(f"{pad}{json.dumps(k)}: {line(v, '  ') if k == 'arms' else json.dumps(v, allow_nan=False)}" for k, v in d.items()) + f"\n{pad[1:]}}}"       # one line a part: readable, and still small
+        # one line a part: readable, and still small
+        line = lambda d, pad: "{\n" + ",\n".join(
+            f"{pad}{json.dumps(k)}: {line(v, '  ') if k == 'arms' else json.dumps(v, allow_nan=False)}" for k, v in d.items()) + f"\n{pad[1:]}}}"
         with whole_file(path) as tmp: tmp.write_text(line(plain(self.data), " ") + "\n")
 
 # %% ../nbs/05_evaluation.ipynb #563e1e2a
@@ -489,20 +551,28 @@ def evaluate(
     off: Sequence[ChoiceTask] | None = None,  # what else may move; default: some items of every built-in behaviour
     path: str | Path | None = None,         # file that keeps the arms that are done; a rerun goes on from there
 ) -> Evidence:
-    "All arms on one task at equal damage and at equal norm, at the layer of `t`; a prompt does what damage it does. Doses are set on one part of the neutral text, damage is reported on another."
+    ("All arms on one task at equal damage and at equal norm, at the layer of `t`; a prompt does what damage it does. "
+     "Doses are set on one part of the neutral text, damage is reported on another.")
     if random < 0: raise ValueError(f"random={random}: give the number of random directions, 0 for none.")
     budget = t.notes.get("damage_budget", .1) if damage is None else damage
     if not budget > 0: raise ValueError(f"damage {damage}: give a positive KL in nats a token, such as 0.1.")
-    if seen := {_item_key(i) for i in task.items} & set(t.notes.get("tuning_items", ())): warnings.warn(f"{len(seen)} of these items chose layers and dose; the result will be too good. Use others.")
-    neutral = neutral or load_corpus("neutral"); probes = _probes(t, task, neutral, budget); arms, missing = _arms(t, pairs, other, random, seed)
+    if seen := {_item_key(i) for i in task.items} & set(t.notes.get("tuning_items", ())):
+        warnings.warn(f"{len(seen)} of these items chose layers and dose; the result will be too good. Use others.")
+    neutral = neutral or load_corpus("neutral")
+    probes = _probes(t, task, neutral, budget); arms, missing = _arms(t, pairs, other, random, seed)
     if not task.instruction: missing["prompt"] = "the task has no instruction"
-    head = _provenance(t, task, neutral, budget, seed); kept = _Kept(path, hashlib.sha256(json.dumps(plain(head | dict(direction=t.vector().tolist(), more=[str(x) for x in (pairs and pairs.hash, other and other.hash, examples and examples.hash)]))).encode()).hexdigest()[:16])
+    head = _provenance(t, task, neutral, budget, seed)
+    kept = _Kept(path, hashlib.sha256(json.dumps(plain(head | dict(
+        direction=t.vector().tolist(), more=[str(x) for x in (pairs and pairs.hash, other and other.hash, examples and examples.hash)]
+    ))).encode()).hexdigest()[:16])
     runs = _run_arms(t, probes, arms, task, examples, source, kept); names = [a for a in (*ARMS, *EXTRA) if a in runs or a in ARMS]
     empty = dict.fromkeys(("dose", "target_rate", "choice_rate", "logit_shift", "ci", "kl", "perplexity_ratio"))
     data = head | dict(groups=[i.group for i in task.items], arms={k: _arm(runs[k]) if k in runs else empty | {"reason": missing[k]} for k in names})
     placed = {k: replace(arms[k][0], dose=runs[k][0]["dose"]) for k in ("transplanted", "native") if k in arms}
     if len(strengths) > 1:
-        for k, name in (("transplanted", "curve"), ("native", "native_curve")): data[name] = kept(name, lambda: dose_curve(placed[k], task, strengths=strengths, probes=(probes.choices, probes.hurt))) if k in placed else None
+        for k, name in (("transplanted", "curve"), ("native", "native_curve")):
+            data[name] = kept(name, lambda: dose_curve(
+                placed[k], task, strengths=strengths, probes=(probes.choices, probes.hurt))) if k in placed else None
     if knowledge: data["capability"] = kept("capability", lambda: capability({"base": None, **placed}, t.model, t.layer))
     if off is None: off = [load_behaviour(b).take(8) for b in BEHAVIOURS]
     if off: data["off_target"] = kept("off_target", lambda: _others(placed, t.model, t.layer, off))
@@ -514,9 +584,12 @@ def evaluate(
 def _item_key(item) -> str: return data_hash([item.prompt])
 
 def _provenance(t, task, neutral, budget, seed) -> dict:
-    return dict(transplant=t.name, task=task.name, n=len(task), damage_budget=budget, layers=[t.source_layer, t.layer], positions=t.positions if isinstance(t.positions, str) else "a function",
-                source=str(t.source) if t.source else None, target=str(t.target), task_hash=task.hash, neutral_hash=neutral.hash, versions={"concept_transfer": package_version()} | {k: version(k) for k in ("torch", "transformers", "nnsight")},
-                concept={k: t.notes.get(k) for k in ("n_pairs", "reducer", "position", "template", "data")}, map={k: t.notes.get(k) for k in ("method", "map", "r2")},
+    return dict(transplant=t.name, task=task.name, n=len(task), damage_budget=budget, layers=[t.source_layer, t.layer],
+                positions=t.positions if isinstance(t.positions, str) else "a function",
+                source=str(t.source) if t.source else None, target=str(t.target), task_hash=task.hash, neutral_hash=neutral.hash,
+                versions={"concept_transfer": package_version()} | {k: version(k) for k in ("torch", "transformers", "nnsight")},
+                concept={k: t.notes.get(k) for k in ("n_pairs", "reducer", "position", "template", "data")},
+                map={k: t.notes.get(k) for k in ("method", "map", "r2")},
                 search=t.notes.get("search"), search_p=t.notes.get("search_p"), texts_read=t.notes.get("texts_read"), seed=seed)
 
 # %% ../nbs/05_evaluation.ipynb #bae03239
@@ -531,7 +604,8 @@ def evaluate_text(
     texts = {k: t.generate(task.prompts, 1., tokens) if t else generate(model, task.prompts, tokens) for k, t in arms.items()}
     scores = {k: np.array(task.score(v), float) for k, v in texts.items()}
     boot = dict(zip(scores, bootstrap(np.array(list(scores.values())), task.groups, draws, seed).T))
-    return {k: dict(mean=float(s.mean()), ci=interval(boot[k]), gain_ci=interval(boot[k] - boot["base"]) if "base" in boot else None, scores=s.tolist(), texts=list(texts[k])) for k, s in scores.items()}
+    return {k: dict(mean=float(s.mean()), ci=interval(boot[k]), gain_ci=interval(boot[k] - boot["base"]) if "base" in boot else None,
+                    scores=s.tolist(), texts=list(texts[k])) for k, s in scores.items()}
 
 # %% ../nbs/05_evaluation.ipynb #bdc3776a
 def off_target(
@@ -554,4 +628,6 @@ def _others(arms: dict, model, layer: int, tasks) -> list[dict]:
 def moved(rows: list[dict]) -> list[dict]:
     "What follows from the answers to other tasks: change of the choice rate by each arm, and Holm's adjusted p of McNemar's test over all tasks."
     arms = [a for a in rows[0]["items"] if a != "base"]; p = {a: holm([mcnemar(r["items"]["base"], r["items"][a]) for r in rows]) for a in arms}
-    return [dict(task=r["task"], items=r["items"], base=float(np.mean(r["items"]["base"])), change={a: float(np.mean(r["items"][a]) - np.mean(r["items"]["base"])) for a in arms}, p={a: float(p[a][i]) for a in arms}) for i, r in enumerate(rows)]
+    return [dict(task=r["task"], items=r["items"], base=float(np.mean(r["items"]["base"])),
+                 change={a: float(np.mean(r["items"][a]) - np.mean(r["items"]["base"])) for a in arms}, p={a: float(p[a][i]) for a in arms})
+            for i, r in enumerate(rows)]

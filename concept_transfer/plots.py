@@ -20,7 +20,8 @@ LOOK = {  # arm: colour, marker, words
     "base": ("#555555", "s", "base model"), "transplanted": ("#0072b2", "o", "transplanted"), "native": ("#e69f00", "D", "native (ceiling)"),
     "random": ("#999999", "v", "random directions"), "shuffled_map": ("#cc79a7", "P", "shuffled-pair map"),
     "other_concept": ("#009e73", "X", "other concept"), "prompt": ("#d55e00", "^", "prompt"),
-    "few_shot": ("#882255", "<", "few examples"), "few_shot_rotated": ("#bb8899", ">", "few examples, wrong labels"), "source": ("#117733", "p", "source model"),
+    "few_shot": ("#882255", "<", "few examples"), "few_shot_rotated": ("#bb8899", ">", "few examples, wrong labels"),
+    "source": ("#117733", "p", "source model"),
 }
 _STYLE = {"axes.spines.top": False, "axes.spines.right": False, "figure.dpi": 110, "figure.constrained_layout.use": True}
 
@@ -36,7 +37,8 @@ def plot_separation(*concepts: Concept) -> mpl.figure.Figure:
     for c, marker in zip(concepts, "osD^vPX*" * 9):
         ax.plot(c.layers, c.auc, marker=marker, ms=4, lw=1.3, label=f"{c.name}, {c.model.name}")
     ax.axhline(.5, color="#555555", lw=1, ls=":"); ax.text(concepts[0].layers[0], .505, "chance", color="#555555", va="bottom")
-    ax.set(xlabel="layer", ylabel="held-out AUC", title="How well a direction tells held-out scenarios apart", ylim=(min(.45, min(min(c.auc) for c in concepts)) - .02, 1.01))
+    ax.set(xlabel="layer", ylabel="held-out AUC", title="How well a direction tells held-out scenarios apart",
+           ylim=(min(.45, min(min(c.auc) for c in concepts)) - .02, 1.01))
     ax.xaxis.set_major_locator(mpl.ticker.MaxNLocator(integer=True)); ax.legend(frameon=False, fontsize=8); return fig
 
 def plot_grid(
@@ -48,10 +50,14 @@ def plot_grid(
     words = {"r2": "held-out R2, standardised", "cosine": "held-out cosine"}
     fig, ax = _figure(1.6 + .62 * len(maps.target_layers), 1.4 + .42 * len(maps.source_layers))
     named = isinstance(values, str); z = np.asarray(getattr(maps, values) if named else values)
-    if z.shape != maps.r2.shape: raise ValueError(f"values of shape {z.shape} are not one for each of {len(maps.source_layers)} x {len(maps.target_layers)} layer pairs.")
-    sns.heatmap(z, ax=ax, annot=True, fmt=".2f", annot_kws={"size": 8}, cmap="cividis", vmin=min(0, z.min()), vmax=max(.5, z.max()), xticklabels=maps.target_layers,
+    if z.shape != maps.r2.shape:
+        raise ValueError(f"values of shape {z.shape} are not one for each of {len(maps.source_layers)} x {len(maps.target_layers)} layer pairs.")
+    sns.heatmap(z, ax=ax, annot=True, fmt=".2f", annot_kws={"size": 8}, cmap="cividis", vmin=min(0, z.min()), vmax=max(.5, z.max()),
+                xticklabels=maps.target_layers,
                 yticklabels=maps.source_layers, cbar_kws={"label": words[values] if named else label})
-    ax.set(xlabel=f"layer of {maps.target.name}", ylabel=f"layer of {maps.source.name}", title=f"{maps.method}: {maps.rows:,} rows" + (f"; shuffled pairs give at most {maps.r2_null.max():.2f}" if named and values == "r2" else ""))
+    ax.set(xlabel=f"layer of {maps.target.name}", ylabel=f"layer of {maps.source.name}",
+           title=f"{maps.method}: {maps.rows:,} rows"
+                 + (f"; shuffled pairs give at most {maps.r2_null.max():.2f}" if named and values == "r2" else ""))
     ax.tick_params(axis="y", rotation=0); return fig
 
 # %% ../nbs/07_plots.ipynb #e6472206
@@ -59,8 +65,11 @@ def plot_spectrum(*maps: AffineMap) -> mpl.figure.Figure:
     "Singular values of maps, relative to the largest."
     fig, ax = _figure()
     for m, ls in zip(maps, ["-", "--", ":", "-."] * 9):
-        s = torch.linalg.svdvals(m.W); ax.plot(np.arange(1, len(s) + 1), s / s[0], ls, label=f"{m.layers[0]}:{m.layers[1]}, effective rank {float(s.square().sum()**2 / s.pow(4).sum()):.0f}")
-    ax.set(xlabel="rank", ylabel="singular value / largest", yscale="log", title="Spectrum of the map"); ax.legend(frameon=False, fontsize=8); return fig
+        s = torch.linalg.svdvals(m.W)
+        ax.plot(np.arange(1, len(s) + 1), s / s[0], ls,
+                label=f"{m.layers[0]}:{m.layers[1]}, effective rank {float(s.square().sum()**2 / s.pow(4).sum()):.0f}")
+    ax.set(xlabel="rank", ylabel="singular value / largest", yscale="log", title="Spectrum of the map")
+    ax.legend(frameon=False, fontsize=8); return fig
 
 # %% ../nbs/07_plots.ipynb #b684e617
 def plot_arms(e: Evidence) -> mpl.figure.Figure:
@@ -74,7 +83,8 @@ def plot_arms(e: Evidence) -> mpl.figure.Figure:
         kl = "" if name == "base" or a["kl"] is None else f"KL {a['kl']:.2f}"
         ax.text(1.03, y, kl, transform=ax.get_yaxis_transform(), va="center", fontsize=8, color="#555555")
     ax.axvline(e.arms["base"]["choice_rate"], color="#555555", lw=.8, ls=":")
-    ax.set(yticks=range(len(arms)), yticklabels=[LOOK[a][2] for a in arms], xlim=(-.02, 1.02), ylim=(-.6, len(arms) - .4), xlabel=f"share of items where the target is chosen (n = {e.n})",
+    ax.set(yticks=range(len(arms)), yticklabels=[LOOK[a][2] for a in arms], xlim=(-.02, 1.02), ylim=(-.6, len(arms) - .4),
+           xlabel=f"share of items where the target is chosen (n = {e.n})",
            title=f"{e.transplant}: effect at equal damage (prompt: as it is)"); return fig
 
 # %% ../nbs/07_plots.ipynb #0bb8edee
@@ -87,7 +97,8 @@ def plot_dose(curve: Sequence[dict], e: Evidence | None = None, native: Sequence
     kl = ax2.plot(x, [c["kl"] for c in curve], color="#d55e00", ls="--", lw=1.3, marker=".", label="damage (right axis)")
     handles = ax.get_legend_handles_labels()[0]
     if e is not None:
-        if draws := e.arms["random"].get("draws"): handles.append(ax.axhspan(min(draws), max(draws), color="#999999", alpha=.25, lw=0, label="random, at the budget"))
+        if draws := e.arms["random"].get("draws"):
+            handles.append(ax.axhspan(min(draws), max(draws), color="#999999", alpha=.25, lw=0, label="random, at the budget"))
         handles.append(ax.axhline(e.arms["base"]["choice_rate"], color="#555555", lw=1, ls=":", label="base model"))
     ax.set(xlabel="dose: norm added / median residual norm", ylabel="share choosing the target", ylim=(-.03, 1.03), title="Dose, response and damage")
     ax2.set(ylabel="mean KL from base, nats a token", ylim=(0, None)); ax2.yaxis.label.set_color("#d55e00")
@@ -103,38 +114,55 @@ def plot_frontier(e: Evidence) -> mpl.figure.Figure:
     for arm in ("base", "random", "shuffled_map", "other_concept", "prompt"):
         a, (colour, marker, words) = e.arms[arm], LOOK[arm]
         if not a.get("reason"): ax.plot(a["kl"], a["choice_rate"], marker, color=colour, ms=8, label=words, ls="")
-    ax.set(xlabel="damage: mean KL from base, nats a token", ylabel="share choosing the target", xscale="symlog", xlim=(0, None), ylim=(-.03, 1.03), title="What the effect costs")
-    ax.set_xscale("symlog", linthresh=.02); fig.legend(frameon=False, fontsize=8, loc="outside lower center", ncol=3); return fig
+    ax.set(xlabel="damage: mean KL from base, nats a token", ylabel="share choosing the target", xscale="symlog",
+           xlim=(0, None), ylim=(-.03, 1.03), title="What the effect costs")
+    ax.set_xscale("symlog", linthresh=.02)
+    fig.legend(frameon=False, fontsize=8, loc="outside lower center", ncol=3); return fig
 
 def plot_matrix(shift: np.ndarray, p: np.ndarray, rows: Sequence[str], columns: Sequence[str]) -> mpl.figure.Figure:
     "Change of each behaviour (columns) by each transplant (rows), from `off_target`; a frame where it is significant."
     fig, ax = _figure(2.2 + .62 * len(columns), 1.6 + .42 * len(rows)); most = max(.1, float(np.abs(shift).max()))
-    sns.heatmap(shift, ax=ax, annot=True, fmt="+.2f", annot_kws={"size": 8}, cmap="PuOr_r", center=0, vmin=-most, vmax=most, xticklabels=columns, yticklabels=rows, cbar_kws={"label": "change of choice rate"})
+    sns.heatmap(shift, ax=ax, annot=True, fmt="+.2f", annot_kws={"size": 8}, cmap="PuOr_r", center=0, vmin=-most, vmax=most,
+                xticklabels=columns, yticklabels=rows, cbar_kws={"label": "change of choice rate"})
     for i, j in zip(*np.where(p <= .05)): ax.add_patch(mpl.patches.Rectangle((j + .04, i + .04), .92, .92, fill=False, lw=1.4, color="#222222"))
-    ax.set(xlabel="behaviour asked for", ylabel="concept transplanted", title="On target and off (framed: p at most .05, Holm)"); ax.tick_params(axis="x", rotation=40); ax.tick_params(axis="y", rotation=0)
+    ax.set(xlabel="behaviour asked for", ylabel="concept transplanted", title="On target and off (framed: p at most .05, Holm)")
+    ax.tick_params(axis="x", rotation=40); ax.tick_params(axis="y", rotation=0)
     for label in ax.get_xticklabels(): label.set_ha("right")
     return fig
 
 # %% ../nbs/07_plots.ipynb #d7d3754a
 def verdict(e: Evidence) -> str:
     "What was found, in one sentence with its interval."
-    a, b, r, (lo, hi) = e.arms["transplanted"], e.arms["base"], e.arms["random"], e.gain_ci; draws = r.get("draws") or []; tested = len(draws) >= 19
-    head = ("The opposite of what was wanted" if hi < 0 else "No effect beyond the controls" if lo <= 0 or (tested and e.p_value > .05) else "An effect" if tested else "An effect, not tested against chance")
-    chance = (f"; random directions of equal damage reach {np.mean(draws):.0%} on average and {max(draws):.0%} at most" + (f" (p = {e.p_value:.3f})" if tested else ", too few for a test") if draws else "; no random directions were asked")
-    return (f"{head}: the transplanted concept moves the share of answers that choose the target by {100 * e.gain:+.0f} points (95% interval {100 * lo:+.0f} to {100 * hi:+.0f}; from {b['choice_rate']:.0%} to {a['choice_rate']:.0%} of {e.n} items) "
+    a, b, r, (lo, hi) = e.arms["transplanted"], e.arms["base"], e.arms["random"], e.gain_ci
+    draws = r.get("draws") or []; tested = len(draws) >= 19
+    head = ("The opposite of what was wanted" if hi < 0
+            else "No effect beyond the controls" if lo <= 0 or (tested and e.p_value > .05)
+            else "An effect" if tested else "An effect, not tested against chance")
+    chance = (f"; random directions of equal damage reach {np.mean(draws):.0%} on average and {max(draws):.0%} at most"
+              + (f" (p = {e.p_value:.3f})" if tested else ", too few for a test") if draws else "; no random directions were asked")
+    return (f"{head}: the transplanted concept moves the share of answers that choose the target by {100 * e.gain:+.0f} points "
+            f"(95% interval {100 * lo:+.0f} to {100 * hi:+.0f}; from {b['choice_rate']:.0%} to {a['choice_rate']:.0%} of {e.n} items) "
             f"at a damage of {a['kl']:.2f} nats a token{chance}.")
 
 def details(e: Evidence) -> list[str]:
     "What else a reader of the verdict should know, a sentence each."
     out = [f"Against the base model p = {e.p_mcnemar:.2g} (McNemar, exact)."]
-    if e.recovery is not None: out.append(f"It recovers {e.recovery:.0%} of the native effect at this layer ({f'interval {e.recovery_ci[0]:.0%} to {e.recovery_ci[1]:.0%}' if e.recovery_ci else 'interval open'}).")
+    if e.recovery is not None:
+        out.append(f"It recovers {e.recovery:.0%} of the native effect at this layer "
+                   f"({f'interval {e.recovery_ci[0]:.0%} to {e.recovery_ci[1]:.0%}' if e.recovery_ci else 'interval open'}).")
     if e.data.get("steerability"): out.append(f"{e.steerability['transplanted']['wrong_way']:.0%} of the items move the wrong way.")
-    if c := e.data.get("capability"): out.append(f"Knowledge: {c['transplanted']['knowledge']:.0%} of {c['base']['knowledge_n']} questions right, {c['base']['knowledge']:.0%} before.")
+    if c := e.data.get("capability"):
+        out.append(f"Knowledge: {c['transplanted']['knowledge']:.0%} of {c['base']['knowledge_n']} questions right, "
+                   f"{c['base']['knowledge']:.0%} before.")
     if rows := e.data.get("off_target"):
         moved = [f"{x['task'].split('/')[-1]} {100 * x['change']['transplanted']:+.0f} points" for x in rows if x["p"]["transplanted"] <= .05]
         out.append(f"Of {len(rows)} other behaviours, {len(moved) or 'none'} moved beyond chance" + (f": {', '.join(moved)}." if moved else "."))
-    if e.smallest_effect: out.append(f"A true difference of {100 * e.smallest_effect:.0f} points would be noticed with so many scenarios four times in five, a smaller one less often.")
-    if e.search: out.append(f"{len({tuple(s['layers']) for s in e.search})} layer pairs were tried on tuning items ({e.texts_read or 'some'} texts read, p of the best {e.search_p or 1:.3f}); the numbers here are from other items.")
+    if e.smallest_effect:
+        out.append(f"A true difference of {100 * e.smallest_effect:.0f} points would be noticed with so many scenarios four times in five, "
+                   "a smaller one less often.")
+    if e.search:
+        out.append(f"{len({tuple(s['layers']) for s in e.search})} layer pairs were tried on tuning items ({e.texts_read or 'some'} texts read, "
+                   f"p of the best {e.search_p or 1:.3f}); the numbers here are from other items.")
     return out
 
 _CSS = """:root{color-scheme:light dark}body{font:16px/1.5 system-ui,sans-serif;max-width:46rem;margin:2rem auto;padding:0 1rem}h1{font-size:1.5rem}h2{font-size:1.15rem;margin-top:2rem}
@@ -152,10 +180,12 @@ def _rows(head: Sequence[str], rows) -> str:
     return "<div class=wide><table><tr>" + "".join(f"<th>{h}" for h in head) + "".join("<tr>" + "".join(f"<td>{x}" for x in r) for r in rows) + "</table></div>"
 
 def _table(e):
-    span = lambda ci: "" if ci is None else f" <small>{ci[0]:.2f} to {ci[1]:.2f}</small>"; rows, ran = [], {k: a for k, a in e.arms.items() if not a.get("reason")}
+    span = lambda ci: "" if ci is None else f" <small>{ci[0]:.2f} to {ci[1]:.2f}</small>"
+    rows, ran = [], {k: a for k, a in e.arms.items() if not a.get("reason")}
     for name, a in e.arms.items():
         if name not in ran: rows.append((LOOK[name][2], f"<small>not run: {html.escape(a['reason'])}</small>", *[""] * 6)); continue
-        rows.append((LOOK[name][2], _show(a["choice_rate"], ".2f") + span(a["ci"]), _show(a["target_rate"], ".2f"), _show(a["logit_shift"], ".2f"), _show(a["kl"], ".2f") + span(a["kl_ci"]), _show(a["kl_p95"], ".2f"), _show(a["perplexity_ratio"], ".2f"), _show(a["dose"])))
+        rows.append((LOOK[name][2], _show(a["choice_rate"], ".2f") + span(a["ci"]), _show(a["target_rate"], ".2f"), _show(a["logit_shift"], ".2f"),
+                     _show(a["kl"], ".2f") + span(a["kl_ci"]), _show(a["kl_p95"], ".2f"), _show(a["perplexity_ratio"], ".2f"), _show(a["dose"])))
     out = _rows("arm,chosen,first token,logit shift,KL,worst 5%,perplexity,dose".split(","), rows)
     if same := {k: a["same_norm"] for k, a in ran.items() if a.get("same_norm")}:
         out += _rows(("at the dose of the transplant", "chosen", "KL"), [(LOOK[k][2], f"{v['choice_rate']:.2f}", f"{v['kl']:.2f}") for k, v in same.items()])
@@ -166,9 +196,14 @@ def _table(e):
 def _more(e):
     "What a model still knows, how it repeats itself, and what it writes."
     if not (c := e.data.get("capability")): return ""
-    known = _rows(("arm", "knowledge", "repetition"), [(LOOK[k][2], f"{v['knowledge']:.2f} <small>{v['knowledge_ci'][0]:.2f} to {v['knowledge_ci'][1]:.2f}</small>", f"{v['repetition']:.2f}") for k, v in c.items()])
-    texts = _rows(("prompt", *(LOOK[k][2] for k in c)), [(html.escape(p), *(html.escape(v["texts"][i].strip()) for v in c.values())) for i, p in enumerate(STARTS[:3])]).replace("<table>", "<table class=text>")
-    return (f"<h2>What else breaks</h2>{known}<p><small>Knowledge: share of {c['base']['knowledge_n']} four-way questions right. Repetition: share of repeated 4-grams in greedy text.</small></p>"
+    known = _rows(("arm", "knowledge", "repetition"), [
+        (LOOK[k][2], f"{v['knowledge']:.2f} <small>{v['knowledge_ci'][0]:.2f} to {v['knowledge_ci'][1]:.2f}</small>", f"{v['repetition']:.2f}")
+        for k, v in c.items()])
+    texts = _rows(("prompt", *(LOOK[k][2] for k in c)), [
+        (html.escape(p), *(html.escape(v["texts"][i].strip()) for v in c.values())) for i, p in enumerate(STARTS[:3])
+    ]).replace("<table>", "<table class=text>")
+    return (f"<h2>What else breaks</h2>{known}<p><small>Knowledge: share of {c['base']['knowledge_n']} four-way questions right. "
+            "Repetition: share of repeated 4-grams in greedy text.</small></p>"
             f"<h2>Side by side, greedy, at strength 1</h2>{texts}")
 
 # %% ../nbs/07_plots.ipynb #e1106d01
@@ -178,14 +213,19 @@ def figures(e: Evidence) -> dict[str, mpl.figure.Figure]:
     if e.data.get("curve"): out |= {"Dose": plot_dose(e.curve, e, e.data.get("native_curve")), "Cost": plot_frontier(e)}
     if rows := e.data.get("off_target"):
         arms = list(rows[0]["change"]); matrix = lambda k: np.array([[r[k][a] for r in rows] for a in arms])
-        out["Off target"] = plot_matrix(matrix("change"), matrix("p"), [f"{e.transplant}, {LOOK[a][2]}" for a in arms], [r["task"].split("/")[-1] for r in rows])
+        out["Off target"] = plot_matrix(matrix("change"), matrix("p"), [f"{e.transplant}, {LOOK[a][2]}" for a in arms],
+                                        [r["task"].split("/")[-1] for r in rows])
     return out
 
 def _body(e: Evidence, pictures: dict) -> str:
-    part = [f"<h1>{html.escape(e.transplant)}: {html.escape((e.source or 'native').split(' (')[0])} to {html.escape(e.target.split(' (')[0])}</h1><p class=verdict>{html.escape(verdict(e))}</p><p>{html.escape(' '.join(details(e)))}</p>"]
+    part = [f"<h1>{html.escape(e.transplant)}: {html.escape((e.source or 'native').split(' (')[0])} to {html.escape(e.target.split(' (')[0])}</h1>"
+            f"<p class=verdict>{html.escape(verdict(e))}</p><p>{html.escape(' '.join(details(e)))}</p>"]
     part += [f"<h2>{html.escape(k)}</h2><img alt='{html.escape(k)}' src='data:image/png;base64,{_png(f)}'>" for k, f in pictures.items()]
-    return "".join(part) + (f"<h2>All arms at equal damage</h2>{_table(e)}<p><small>Chosen: the target is the likeliest of the choices. First token: the likeliest next token of all starts the target. KL: nats a token, mean "
-                            f"over the last tokens of neutral sentences that did not set the dose. Perplexity: ratio to the base model. Small: 95% intervals, bootstrap over scenarios, for KL over texts. A prompt does what damage it does.</small></p>{_more(e)}")
+    return "".join(part) + (
+        f"<h2>All arms at equal damage</h2>{_table(e)}<p><small>Chosen: the target is the likeliest of the choices. "
+        "First token: the likeliest next token of all starts the target. KL: nats a token, mean "
+        "over the last tokens of neutral sentences that did not set the dose. Perplexity: ratio to the base model. "
+        f"Small: 95% intervals, bootstrap over scenarios, for KL over texts. A prompt does what damage it does.</small></p>{_more(e)}")
 
 Evidence._repr_html_ = lambda self: _body(self, {"Effect": plot_arms(self)})
 
@@ -197,11 +237,15 @@ def write_report(
 ):
     "A self-contained HTML report."
     part = [_body(e, pictures)]
-    part.append("<h2>What this does not show</h2><p>One task, one pair of models, one language. The share of chosen answers says nothing about long texts. Damage is measured as a change of "
+    part.append("<h2>What this does not show</h2><p>One task, one pair of models, one language. "
+                "The share of chosen answers says nothing about long texts. Damage is measured as a change of "
                 "next-token distributions on short neutral sentences and on a few easy questions; reasoning is hardly tested.</p>")
-    known = dict(target=e.target, source=e.source, layers=f"{e.layers[0]}:{e.layers[1]}", positions=e.positions, task=f"{e.task} ({e.task_hash})", neutral=e.neutral_hash, concept=e.concept["data"], map=f"{e.map['method']} ({e.map['map']})", seed=e.seed, **e.versions)
+    known = dict(target=e.target, source=e.source, layers=f"{e.layers[0]}:{e.layers[1]}", positions=e.positions, task=f"{e.task} ({e.task_hash})",
+                 neutral=e.neutral_hash, concept=e.concept["data"], map=f"{e.map['method']} ({e.map['map']})", seed=e.seed, **e.versions)
     part.append("<h2>Provenance</h2><p><small>" + "; ".join(f"{k}: {html.escape(str(v))}" for k, v in known.items()) + "</small></p>")
-    with whole_file(path) as tmp: tmp.write_text(f"<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'><title>{html.escape(e.transplant)}</title><style>{_CSS}</style>{''.join(part)}</html>", encoding="utf-8")
+    with whole_file(path) as tmp:
+        tmp.write_text("<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>"
+                       f"<title>{html.escape(e.transplant)}</title><style>{_CSS}</style>{''.join(part)}</html>", encoding="utf-8")
 
 # %% ../nbs/07_plots.ipynb #f589a867
 Evidence.show = plot_arms

@@ -23,13 +23,16 @@ def offline_scores(
     maps: LayerGrid,
     target=None, pairs: ContrastPairs | None = None,   # the model, and contrast texts for it to read
 ) -> list[tuple[float, tuple[int, int]]]:
-    "Score and layer pair, best first: (source AUC above chance) x (held-out R2 of the map), or with `pairs` the AUC of the mapped direction above chance."
+    ("Score and layer pair, best first: (source AUC above chance) x (held-out R2 of the map), "
+     "or with `pairs` the AUC of the mapped direction above chance.")
     if pairs is not None:
         area = downstream(maps, concept, target, pairs)[0]
-        return sorted(((float(area[i, j]) - .5, (s, t)) for i, s in enumerate(maps.source_layers) for j, t in enumerate(maps.target_layers)), key=lambda x: -x[0])
+        return sorted(((float(area[i, j]) - .5, (s, t)) for i, s in enumerate(maps.source_layers) for j, t in enumerate(maps.target_layers)),
+                      key=lambda x: -x[0])
     gain = {k: max(0., a - .5) if np.isfinite(a) else 0. for k, a in zip(concept.layers, concept.auc)}
     scored = [(gain[s] * max(0., maps[s, t].r2), (s, t)) for s, t in maps.pairs if s in gain]
-    if not scored: raise ValueError(f"concept {concept.name!r} has layers {list(concept.layers)}, the maps start from {list(maps.source_layers)}: none in common.")
+    if not scored:
+        raise ValueError(f"concept {concept.name!r} has layers {list(concept.layers)}, the maps start from {list(maps.source_layers)}: none in common.")
     return sorted(scored, key=lambda x: -x[0])
 
 # %% ../nbs/06_selection.ipynb #46270f76
@@ -69,12 +72,16 @@ def choose(
     texts = (neutral or load_corpus("neutral")).texts[:32]; search, read, norms = [], 0, {}
     arms = [(*p, where) for _, p in offline_scores(concept, maps, target, pairs)[:candidates] for where in positions]
     for k, share in enumerate(tqdm(SHARES, desc="choosing", disable=None, leave=False)):
-        items = task.take(max(8, round(len(task) * share))); tried, more = _round(concept, maps, target, items, texts, damage, arms, norms); read += more
+        items = task.take(max(8, round(len(task) * share)))
+        tried, more = _round(concept, maps, target, items, texts, damage, arms, norms); read += more
         if k == 0: p = _search_p([g for g, _, _ in tried], [i.group for i in items.items])
         tried.sort(key=lambda x: -x[0].mean()); arms = [(g.source_layer, g.layer, g.positions) for _, _, g in tried[:max(1, (len(tried) + 1) // 2)]]
-        search += [dict(layers=[g.source_layer, g.layer], positions=g.positions, round=k, margin=float(m.mean()), choice_rate=c, dose=g.dose, kl=g.notes["kl"]) for m, c, g in tried]
+        search += [dict(layers=[g.source_layer, g.layer], positions=g.positions, round=k, margin=float(m.mean()), choice_rate=c, dose=g.dose,
+                        kl=g.notes["kl"]) for m, c, g in tried]
     best = tried[0][2]
-    return replace(best, notes={**best.notes, "search": search, "search_p": p, "texts_read": read, "tuning": task.hash, "tuning_items": [_item_key(i) for i in task.items], "map": maps.data, "method": maps.method})
+    return replace(best, notes={
+        **best.notes, "search": search, "search_p": p, "texts_read": read, "tuning": task.hash,
+        "tuning_items": [_item_key(i) for i in task.items], "map": maps.data, "method": maps.method})
 
 # %% ../nbs/06_selection.ipynb #f4c2437a
 def transplant(
