@@ -306,8 +306,7 @@ STARTS = ("Today I met my neighbour and", "When the letter arrived, she", "The r
           "In the morning, the harbour", "My grandfather always said that", "The experiment showed that")
 
 def capability(arms: dict[str, Transplant | None], model, layer: int, knowledge: MultipleChoice | None = None, tokens: int = 30) -> dict:
-    ("For each arm, None being the base model: knowledge (share of four-way items right, Wilson interval) "
-     "and repetition (share of repeated 4-grams in greedy text).")
+    "For each arm (None: the base model) the share of four-way items that are right, and of repeated 4-grams in greedy text."
     probe, out = ChoiceProbe(model, knowledge or load_knowledge(), layer), {}
     for name, t in arms.items():
         texts = t.generate(STARTS, 1., tokens) if t else generate(model, STARTS, tokens)
@@ -466,8 +465,7 @@ def _follows(a: dict, base: dict, data, draws) -> dict:
 
 # %% ../nbs/05_evaluation.ipynb #4b83b56f
 def summarise(data: dict, draws: int = 2000) -> dict:
-    ("Everything that follows from what an evidence file says was measured: rates, damage, intervals, recovery, tests. "
-     "`evaluate` itself uses it, so it can be repeated by anybody.")
+    "Rates, damage, intervals, recovery, tests: all that follows from what an evidence file holds. `evaluate` uses it, anybody can repeat it."
     ran = {k: a for k, a in data["arms"].items() if not a.get("reason")}
     rows = {k: np.array(a["items"], float) for k, a in ran.items()}          # (draws of the arm, n)
     boot = dict(zip(rows, bootstrap(np.array([r.mean(0) for r in rows.values()]), data["groups"], draws, data["seed"]).T))
@@ -551,8 +549,8 @@ def evaluate(
     off: Sequence[ChoiceTask] | None = None,  # what else may move; default: some items of every built-in behaviour
     path: str | Path | None = None,         # file that keeps the arms that are done; a rerun goes on from there
 ) -> Evidence:
-    ("All arms on one task at equal damage and at equal norm, at the layer of `t`; a prompt does what damage it does. "
-     "Doses are set on one part of the neutral text, damage is reported on another.")
+    """All arms on one task at equal damage and at equal norm, at the layer of `t`; a prompt does what damage it does.
+    Doses are set on one part of the neutral text, damage is reported on another."""
     if random < 0: raise ValueError(f"random={random}: give the number of random directions, 0 for none.")
     budget = t.notes.get("damage_budget", .1) if damage is None else damage
     if not budget > 0: raise ValueError(f"damage {damage}: give a positive KL in nats a token, such as 0.1.")

@@ -23,8 +23,7 @@ def offline_scores(
     maps: LayerGrid,
     target=None, pairs: ContrastPairs | None = None,   # the model, and contrast texts for it to read
 ) -> list[tuple[float, tuple[int, int]]]:
-    ("Score and layer pair, best first: (source AUC above chance) x (held-out R2 of the map), "
-     "or with `pairs` the AUC of the mapped direction above chance.")
+    "Score and layer pair, best first: source AUC above chance times held-out R2, or with `pairs` AUC above chance of the mapped direction."
     if pairs is not None:
         area = downstream(maps, concept, target, pairs)[0]
         return sorted(((float(area[i, j]) - .5, (s, t)) for i, s in enumerate(maps.source_layers) for j, t in enumerate(maps.target_layers)),
