@@ -36,7 +36,7 @@ def plot_separation(*concepts: Concept) -> mpl.figure.Figure:
     fig, ax = _figure()
     for c, marker in zip(concepts, "osD^vPX*" * 9):
         ax.plot(c.layers, c.auc, marker=marker, ms=4, lw=1.3, label=f"{c.name}, {c.model.name}")
-    ax.axhline(.5, color="#555555", lw=1, ls=":"); ax.text(concepts[0].layers[0], .505, "chance", color="#555555", va="bottom")
+    ax.axhline(.5, color="#555555", lw=1, ls=":"); ax.text(concepts[0].layers[-1], .495, "chance", color="#555555", ha="right", va="top")
     ax.set(xlabel="layer", ylabel="held-out AUC", title="How well a direction tells held-out scenarios apart",
            ylim=(min(.45, min(min(c.auc) for c in concepts)) - .02, 1.01))
     ax.xaxis.set_major_locator(mpl.ticker.MaxNLocator(integer=True)); ax.legend(frameon=False, fontsize=8); return fig
