@@ -186,9 +186,9 @@ def cmd_demo(a):
     say("4/6  layers and dose, on scenarios kept for tuning")
     tune = load_task(name, "tune").take(32)
     t = _kept(graft, [_sum(concept), _sum(grid), tune.hash, neutral.hash, pairs.hash],
-              lambda: choose(joy, maps, target, tune, neutral, candidates=6, pairs=pairs), lambda p: Transplant.load(p, target))
+              lambda: choose(joy, maps, target, tune, neutral, candidates=4, pairs=pairs), lambda p: Transplant.load(p, target))
     say(f"     {t!r}")
-    say("5/6  evidence, on scenarios never used before"); test = load_task(name).take(60)
+    say("5/6  evidence, on scenarios never used before"); test = load_task(name).take(50)
     e = _kept(evidence, [_sum(graft), test.hash, pairs.hash, other.hash, neutral.hash, a.seed],
               lambda: evaluate(t, test, neutral, pairs, other, seed=a.seed, path=out / "arms.jsonl"), lambda p: Evidence(json.loads(p.read_text())))
     (out / "arms.jsonl").unlink(missing_ok=True); say("6/6  report")
