@@ -158,8 +158,8 @@ def _add_rows(m, k, w, X, Y):
         A = Z - m.shift_x[s].to(Z); B = A if even else A * w
         if m.xx is not None: m.xx[k, s] += B.T @ A              # a server leaves them to the source
         if Y is None: continue
-        m.x[k, s] += B.sum(0); m.xy[k, s].flatten(1).add_(B.T @ F)    # (d1, r) @ (r, L2 d2)
-        if h > 1: m.null[s].flatten(1).addmm_(A[some].T.to(other), other)
+        m.x[k, s] += B.sum(0); m.xy[k, s].view(Z.shape[1], -1).add_(B.T @ F)    # (d1, r) @ (r, L2 d2)
+        if h > 1: m.null[s].view(Z.shape[1], -1).addmm_(A[some].T.to(other), other)
 
 Moments.add = _add
 
