@@ -273,12 +273,12 @@ def _sum_chunk(m, X, Y, fold, held, weight):
     "Add a chunk to the sums, where the target runs; gives what travels besides: weights, held-out rows, the first row that is not finite."
     with torch.autocast(Y.device.type, enabled=False):
         bad, Y = torch.nonzero(~torch.isfinite(Y).flatten(1).all(1))[:1, 0], Y.float()
-        X, fold = X.to(Y.device), fold.to(Y.device); fit = fold >= 0
-        own = Y[held.to(Y.device)]; w = X.new_ones(int(fit.sum()))
-        if fit.any() and not len(bad):
-            if weight: w = weight(X[fit], Y[fit])
-            m.shift_x, m.shift_y = (X[fit].mean(0).double(), Y[fit].mean(0).double()) if m.shift_x is None else (m.shift_x.to(Y.device), m.shift_y.to(Y.device))
-            _by_fold(m, fold[fit], w.double(), X[fit].double(), Y[fit].double())
+        X, fold, own = X.to(Y.device), fold.to(Y.device), Y[held.to(Y.device)]
+        fit = fold >= 0; Y = Y[fit]; w = X.new_ones(len(X))          # rows of held-out texts did not come
+        if len(X) and not len(bad):
+            if weight: w = weight(X, Y)
+            m.shift_x, m.shift_y = (X.mean(0).double(), Y.mean(0).double()) if m.shift_x is None else (m.shift_x.to(Y.device), m.shift_y.to(Y.device))
+            _by_fold(m, fold[fit], w.double(), X.double(), Y.double())
     return w, own, bad
 
 def _empty(K, L1, d1, L2, d2, products, device, shift_x, shift_y):
@@ -362,7 +362,7 @@ def _requested(target, made, m, products, weight, notes, bar):
     h = hashlib.sha256(json.dumps([str(m.target), m.source_layers, m.target_layers, len(m.n), products, m.template, str(weight)]).encode())
     for t in (torch.cat([p[2] for p in parts]), *(c[0] for c in chunks), *shift): h.update(b"" if t is None else t.numpy().tobytes())
     if got := _taken_up(target, notes.ids.get(key := h.hexdigest()[:16]), bar): return present, key, got
-    sent = [(X, torch.where(fold < 0, fold, torch.searchsorted(present, fold)), *rest) for X, fold, *rest in chunks]
+    sent = [(X[fold >= 0], torch.where(fold < 0, fold, torch.searchsorted(present, fold)), *rest) for X, fold, *rest in chunks]
     job = _summing(target, sent, list(m.target_layers), (len(present), *m.xy.shape[1:]), products, shift, weight, bar); notes.write(**{key: job.job_id})
     return present, key, job
 
