@@ -1,6 +1,6 @@
 """Moments of a target on an NDIF server on this machine, as ratios: bytes of all its states over bytes on the wire, seconds over those of a local target.
 
-    python benchmarks/remote.py [--json] [--texts 1500] [--rounds 1] [--tiny 0]
+    python benchmarks/remote.py [--json] [--texts 1000] [--rounds 1] [--tiny 0]
 
 The server is that of tests/remote (`make test-remote` installs it). Without one, requests are packed, unpacked and run here, and their packed size is counted.
 """
@@ -43,7 +43,7 @@ def hosted(folder, limits):
         yield load_model(folder, remote=remote.Remote(**limits)), since
 
 def main():
-    a = arguments(texts=1500, rounds=1, tiny=0); corpus = Corpus("general", load_corpus("general").texts[:a.texts])
+    a = arguments(texts=1000, rounds=1, tiny=0); corpus = Corpus("general", load_corpus("general").texts[:a.texts])
     with tempfile.TemporaryDirectory() as tmp:
         if a.tiny:
             source, m, folder = tiny_model("llama", hidden_size=48, max_position_embeddings=1024), tiny_model("gpt2", n_embd=96, n_layer=16, n_positions=1024), tmp
