@@ -151,7 +151,7 @@ def summing(
     start, add, end,         # device -> sums; (sums, states (r, L, d), extra) -> what comes back of the chunk; sums -> dict of tensors
     bar=None,                # shows the status of the job
 ):                           # job; its `result()` has `extra`, an entry a chunk, and `kept`, what `end` gave
-    "Send one request that sums states up; the states stay there."
+    "Send one request that sums states up; of them only what `add` and `end` give comes back."
     job, order = backend(model, False, bar), sorted(set(layers))
     with torch.no_grad(), model.session(backend=job):
         sums, extra = None, save([])

@@ -269,11 +269,17 @@ def _take(m: Moments, X, Y, of, part, held_out, most_rows, weight):
     _keep(m, X[held], Y[held], of, keys, held)
 
 # %% ../nbs/02a_moments.ipynb #4c2b1f21
+def _planes(Z):
+    "Float32 numbers as bytes (4, ...), those of equal weight together."
+    return Z.float().contiguous().view(torch.uint8).view(*Z.shape, 4).movedim(-1, 0).contiguous()
+
+def _whole(P): return P.movedim(0, -1).contiguous().view(torch.float32)[..., 0]
+
 def _sum_chunk(m, X, Y, fold, held, weight):
     "Add a chunk to the sums, where the target runs; gives what travels besides: weights, held-out rows, the first row that is not finite."
     with torch.autocast(Y.device.type, enabled=False):
         bad, Y = torch.nonzero(~torch.isfinite(Y).flatten(1).all(1))[:1, 0], Y.float()
-        X, fold, own = X.to(Y.device), fold.to(Y.device), Y[held.to(Y.device)]
+        X, fold, own = _whole(X.to(Y.device)), fold.to(Y.device), _planes(Y[held.to(Y.device)])
         fit = fold >= 0; Y = Y[fit]; w = X.new_ones(len(X))          # rows of held-out texts did not come
         if len(X) and not len(bad):
             if weight: w = weight(X, Y)
@@ -293,23 +299,24 @@ def _summing(target, chunks, layers, shape, products, shift, weight, bar):
     "Send one request for the sums of several chunks [(X, fold, held, batches, place)]."
     start = lambda device: _empty(*shape, products, device, *shift)
     add = lambda sums, Y, rows: _sum_chunk(sums, rows[0], Y, *rows[1:], weight)
-    end = lambda sums: {k: v.float() if k in ("xy", "yy", "null") else v for k, v in vars(sums).items() if v is not None}
+    end = lambda sums: {k: _planes(v) if k in ("xy", "yy", "null") else v for k, v in vars(sums).items() if v is not None}
     return summing(target, [(batches, place, rows) for *rows, batches, place in chunks], layers, start, add, end, bar)
 
 # %% ../nbs/02a_moments.ipynb #832d8826
-def _merge_answer(m: Moments, got, made, present):
-    "Add a request's sums. Raises ValueError, naming the text, for rows that are not finite; then nothing is added."
+def _merge_answer(m: Moments, got, made, present, take):
+    "Add a request's sums, or its rows where those came. Raises ValueError, naming the text, for rows that are not finite; then nothing is added."
     parts, chunks = zip(*made)
-    for (X, *_), (w, own, bad), (part, of, keys, *_) in zip(chunks, got["extra"], parts):
+    for (w, own, bad), (part, of, *_) in zip(got["extra"], parts):
         if len(bad): raise ValueError(f"{part[of[int(bad[0])]][:60]!r} gives states that are not finite. Remove it, or use a model in float32.")
-    sums = got["kept"]
+    sums = {k: _whole(v) if v.dtype == torch.uint8 else v for k, v in got["kept"].items()}
     if "shift_x" in sums:
         if not m.n.any(): m.shift_x, m.shift_y = sums["shift_x"], sums["shift_y"]
         for k in ("n", "x", "y", "xy", "yy"): getattr(m, k)[present] += sums[k]
         m.null += sums["null"]; m.n_null += sums["n_null"]
     for (X, fold, held, *_), (w, own, _), (part, of, keys, fold_of) in zip(chunks, got["extra"], parts):
+        if take: take(m, X, _whole(own), of, part); continue
         fit = fold_of >= 0
-        _by_fold(m, fold_of[fit], w.float(), X[fit]); _keep(m, X[held], own, of, keys, held)
+        _by_fold(m, fold_of[fit], w.float(), X[fit]); _keep(m, X[held], _whole(own), of, keys, held)
 
 # %% ../nbs/02a_moments.ipynb #84e2bd32
 class _Noted:
@@ -331,19 +338,20 @@ def _taken_up(model, job_id, bar):
     except (OSError, RuntimeError, ValueError): return None
 
 # %% ../nbs/02a_moments.ipynb #803e6817
-def _collect_far(source, target, groups, m, held_out, most_rows, template, positions, weight, products, notes, bar):
-    "What adds each group of chunks, its sums made where the target runs."
+def _collect_far(source, target, groups, m, held_out, most_rows, template, positions, weight, products, bring, notes, bar):
+    "What adds each group of chunks: its sums made where the target runs, or its rows brought."
+    take = (lambda *rows: _take(*rows, held_out, most_rows, weight)) if bring else None
     room, far_ = most_rows - len(m.held_x), far(target)
     def starts(some):
         nonlocal room
         for group in some:
             made = []
             for part in group: made.append(_prepared(source, target, part, m, held_out, room, template, positions)); room -= len(made[-1][1][2])
-            yield made, lambda made=made: _requested(target, made, m, products, weight, notes, bar)
+            yield made, lambda made=made: _requested(target, made, m, products, weight, bring, notes, bar)
     while alone := list(itertools.islice(groups, 1)):
         for made, (present, key, job) in in_flight(starts(itertools.chain(alone, groups) if m.n.any() else alone), far_.flight):
             got = job if isinstance(job, dict) else job.result()
-            yield lambda: _merge_answer(m, got, made, present) or notes.done.append(key) or sum(len(of_chunk[0][0]) for of_chunk in made)
+            yield lambda: _merge_answer(m, got, made, present, take) or notes.done.append(key) or sum(len(of_chunk[0][0]) for of_chunk in made)
 
 # %% ../nbs/02a_moments.ipynb #94f7d0d7
 def _prepared(source, target, part, m, held_out, room, template, positions):
@@ -355,15 +363,17 @@ def _prepared(source, target, part, m, held_out, room, template, positions):
     return (part, of, keys, fold), (X, fold, held, [(*pad(target, [ids2[i] for i in rows]), _flat(at2, rows)) for rows in batches], order.argsort())
 
 # %% ../nbs/02a_moments.ipynb #2594a4c4
-def _requested(target, made, m, products, weight, notes, bar):
+def _requested(target, made, m, products, weight, bring, notes, bar):
     "Folds that a request holds, its name, and its job or, of an earlier run, its result."
     parts, chunks = zip(*made); present = torch.cat([c[1] for c in chunks]).unique(); present = present[present >= 0]
-    shift = (m.shift_x, m.shift_y) if m.n.any() else (None, None)
-    h = hashlib.sha256(json.dumps([str(m.target), m.source_layers, m.target_layers, len(m.n), products, m.template, str(weight)]).encode())
+    shift = (m.shift_x, m.shift_y) if m.n.any() and not bring else (None, None)
+    h = hashlib.sha256(json.dumps([str(m.target), m.source_layers, m.target_layers, len(m.n), products, bring, m.template, str(weight)]).encode())
     for t in (torch.cat([p[2] for p in parts]), *(c[0] for c in chunks), *shift): h.update(b"" if t is None else t.numpy().tobytes())
     if got := _taken_up(target, notes.ids.get(key := h.hexdigest()[:16]), bar): return present, key, got
-    sent = [(X[fold >= 0], torch.where(fold < 0, fold, torch.searchsorted(present, fold)), *rest) for X, fold, *rest in chunks]
-    job = _summing(target, sent, list(m.target_layers), (len(present), *m.xy.shape[1:]), products, shift, weight, bar); notes.write(**{key: job.job_id})
+    sent = [(_planes(X[[]] if bring else X[fold >= 0]), torch.where(fold < 0, fold, torch.searchsorted(present, fold)),
+             torch.arange(len(X)) if bring else held, *rest) for X, fold, held, *rest in chunks]
+    shape = (0, 0, *m.xy.shape[2:]) if bring else (len(present), *m.xy.shape[1:])
+    job = _summing(target, sent, list(m.target_layers), shape, products, shift, weight, bar); notes.write(**{key: job.job_id})
     return present, key, job
 
 # %% ../nbs/02a_moments.ipynb #b3e591ed
@@ -372,12 +382,22 @@ def spread_layers(model, most: int = 8) -> list[int]:
     n = len(model.layers)
     return sorted(set(np.linspace(n / 3, max(n / 3, n - 2), most).round().astype(int).clip(0, n - 1).tolist()))
 
-def _groups(source, target, todo, m, held_out):
-    "Chunks that are read together: one by one here, as many as a job holds on a server."
-    remote, characters, row = far(target) or far(source), 4, 4 * m.x.shape[1] * m.x.shape[2]
-    if remote and 4 * m.xy.numel() > 1 << 28: todo = sorted(todo, key=lambda t: _part(_key(t), len(m.n), held_out))    # sums of one fold a job
-    chunks = _chunks(todo); tokens = lambda part: sum(map(len, part)) // characters
-    return iter(bundled(chunks, remote, tokens, lambda part: row * tokens(part)) if remote else [[c] for c in chunks])
+def _row(model, layers):
+    "Bytes of a token's states on the wire."
+    return len(layers) * model_info(model).width * (2 if _precision(model) in ("bfloat16", "float16") else 4)
+
+def _groups(source, target, todo, m, held_out, products):
+    "Chunks that are read together, one by one here, as many as a job holds on a server; and whether it gives rows or sums, whichever is less."
+    remote, K, tokens = far(target) or far(source), len(m.n), lambda part: sum(map(len, part)) // 4     # four characters each
+    if not remote: return ([c] for c in _chunks(todo)), False
+    one = 4 * m.xy[0].numel(); by_fold = K * one > 1 << 28                                            # then sums of one fold a job
+    chunks = _chunks(sorted(todo, key=lambda t: _part(_key(t), K, held_out)) if by_fold else todo)
+    jobs = lambda row: bundled(chunks, remote, tokens, lambda part: row * tokens(part))
+    x, y = _row(source, m.source_layers), _row(target, m.target_layers); sums = jobs(x); R = len(sums)
+    if not far(target): return iter(sums), False
+    answers = (max(K, R) if by_fold else K * R) * (one + products * 4 * m.y[0].numel() * m.y.shape[-1]) + R * one
+    if sum(map(tokens, chunks)) * (y - x) <= answers: return iter(jobs(y)), True
+    return iter(sums), False
 
 def _collect_here(source, target, groups, m, held_out, most_rows, template, positions, weight):
     "What adds each chunk, read here or brought here."
@@ -432,10 +452,10 @@ def collect(
     if far(target) and not products: m.yy = m.squares.clone()
     m = _resumed(path, m); todo = [t for t in dict.fromkeys(corpus.texts) if _key(t) not in m.seen]
     with tqdm(total=len(todo), desc="moments", unit="text", disable=None, leave=False) as bar:
-        groups, notes = _groups(source, target, todo, m, held_out), _Noted(path)
+        (groups, bring), notes = _groups(source, target, todo, m, held_out, products), _Noted(path)
         how = (source, target, groups, m, held_out, most_rows, template, positions, weight)
         with fast_matmul(target):
-            _kept(_collect_far(*how, products, notes, bar) if far(target) else _collect_here(*how), m, path if todo else None, every, bar, notes)
+            _kept(_collect_far(*how, products, bring, notes, bar) if far(target) else _collect_here(*how), m, path if todo else None, every, bar, notes)
     if (m.n > 0).sum() < 2 or len(m.held_x) < 2:
         raise ValueError(f"{len(m.seen)} texts are too few for {folds} folds and a held-out part; use more or longer texts, better hundreds.")
     return m

@@ -1,5 +1,5 @@
 "Every stage through requests that are packed and unpacked as for a server (nnsight's remote='local'), against the same without."
-import contextlib, json, threading, time
+import contextlib, io, json, threading, time
 from dataclasses import replace
 from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -7,15 +7,17 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import nnsight
 import pytest
 import torch
+import zstandard
+from nnsight.schema.request import RequestModel
 
-from concept_transfer import evaluation, remote
+from concept_transfer import evaluation, moments, remote
 from concept_transfer.alignment import fit_maps
 from concept_transfer.data import EMOTIONS, Corpus, load_corpus, load_pairs, load_task
 from concept_transfer.evaluation import ChoiceProbe, DamageProbe, at_damage, capability, evaluate, evaluate_text, off_target
 from concept_transfer.extraction import activations, extract_concept
 from concept_transfer.injection import Transplant, _adder, generate, graft
 from concept_transfer.models import _remote_hash, load_model, model_info, tiny_model
-from concept_transfer.moments import Moments, collect
+from concept_transfer.moments import Moments, collect, robust_weight
 from concept_transfer.remote import Job, Remote, far, hosted
 from concept_transfer.selection import transplant
 from concept_transfer.tasks import GenerationTask, load_knowledge
@@ -135,6 +137,24 @@ def test_an_interrupted_collection_goes_on(near, distant, tmp_path, monkeypatch)
     assert torch.equal(again.n, whole.n)
     cov = lambda m: m.xy[0, 0] / m.n[0] - torch.einsum("a,lb->alb", m.x[0, 0], m.y[0]) / m.n[0] ** 2
     close(cov(again), cov(whole), 1e-4)
+
+
+@pytest.mark.parametrize("layers, texts, rows", [(([1], [2]), 900, True), (([1], [0, 2, 3]), 900, False), (([1, 2], [2]), 900, True), (([1, 2], [1, 2, 3]), 40, True)])
+def test_rows_or_sums_come_back_whichever_is_less(near, distant, layers, texts, rows, monkeypatch):
+    "And both give what a model gives that runs here."
+    corpus, moved = Corpus("scenes", [x for e in EMOTIONS for x in load_pairs(f"emotions/{e}").texts][:texts]), {True: 0, False: 0}
+    class Counted(remote.Simulated):
+        def __call__(self, tracer=None): moved[way] += len(RequestModel.serialize(tracer, True)); super().__call__(tracer)
+        def result(self):
+            got = super().result(); assert (got["kept"]["xy"].numel() == 0) == way; torch.save({k: got[k] for k in ("kept", "extra")}, packed := io.BytesIO())
+            moved[way] += len(zstandard.compress(packed.getvalue())); return got
+    monkeypatch.setattr(remote, "Simulated", Counted); real, want = moments._groups, collect(near[0], near[1], corpus, *layers, weight=robust_weight)
+    for way in (rows, not rows):
+        if way is not rows: monkeypatch.setattr(moments, "_groups", lambda *a: (real(*a)[0], way))
+        got = collect(near[0], distant[1], corpus, *layers, weight=robust_weight)
+        assert got.seen == want.seen and torch.equal(got.held_of, want.held_of)
+        for k in ("n", "x", "y", "xx", "xy", "squares", "null", "held_x", "held_y"): close(getattr(got, k), getattr(want, k))
+    assert moved[rows] < moved[not rows]
 
 
 def test_a_model_on_a_server_is_itself(near):

@@ -30,7 +30,7 @@ def close(a, b, eps=1e-5): assert float((a - b).abs().max()) <= eps * max(1., fl
 def transplant(server, source, target):
     "The same script; only `remote=` differs."
     source, target = (load_model(str(server.folders[f]), remote=r) for f, r in (("llama", source), ("gpt2", target)))
-    joy = extract_concept(source, load_pairs("emotions/happiness")); maps = fit_maps(source, target, SCENES, [1, 2], [2])
+    joy = extract_concept(source, load_pairs("emotions/happiness")); maps = fit_maps(source, target, SCENES, [1], [2, 4])
     t = graft(joy, target, map=maps[1, 2], dose=.5)
     found = evaluate(t, load_task("emotions/happiness").take(8), load_corpus("neutral").take(12), random=1, strengths=(-1., 0., 1.), knowledge=False)
     return t, found, t.generate(["The cat", "It rained all day and"], max_new_tokens=6), (joy, maps)
@@ -186,9 +186,9 @@ TOLD = [x for e in EMOTIONS for x in load_pairs(f"emotions/{e}").texts]
 LIMITS = dict(connect=2, tokens=1500, batch=1500, flight=1)
 
 def stage(what, source, target, path):
-    "Reading or summing, kept at `path`; five jobs or more, one after the other."
+    "Reading states, summing there, or bringing rows that are summed here, kept at `path`; five jobs or more, one after the other."
     if what == "reading": return activations(target, TOLD[:200], [2], path=path)
-    m = collect(source, target, Corpus("told", TOLD), [1], [2], path=path)
+    m = collect(source, target, Corpus("told", TOLD), [1] if what == "summing" else [0, 1], [2], path=path)
     return m.xy[0, 0] / m.n[0] - torch.einsum("a,lb->alb", m.x[0, 0], m.y[0]) / m.n[0] ** 2
 
 WHOLE = {}
@@ -198,7 +198,7 @@ def whole(server, near, distant):
     "The source; what should come out, and in how many requests."
     if not WHOLE:
         source, far_ = load_model(str(server.folders["llama"])), load_model(str(server.folders["gpt2"]), remote=Remote(total=60, **LIMITS)); WHOLE["source"] = source
-        for w in ("reading", "summing"):
+        for w in ("reading", "summing", "bringing"):
             server.api.reset_counts(); close(stage(w, source, far_, None), here := stage(w, source, near, None)); WHOLE[w] = here, server.api.paths["/request"][0]
     return WHOLE
 
@@ -216,7 +216,7 @@ def fault(name, server, monkeypatch, gone):
             "server restarted": (lambda: server.stack.stop("api"), ConnectionError, server.stack.start_api),
             "other version": (lambda: monkeypatch.setattr(remote, "version", lambda p: "0.7.0"), ValueError, monkeypatch.undo)}[name]
 
-@pytest.mark.parametrize("what", ["reading", "summing"])
+@pytest.mark.parametrize("what", ["reading", "summing", "bringing"])
 @pytest.mark.parametrize("name", ["server down", "wrong key", "not hosted", "long queue", "job lost", "cut", "time-out", "server restarted", "other version"])
 def test_no_fault_loses_what_is_finished(server, whole, distant, name, what, tmp_path):
     "Two jobs are done, then comes the fault; put right, a rerun does only the rest."
