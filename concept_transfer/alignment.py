@@ -26,6 +26,7 @@ def _scale(variance, mean):
     "Standard deviations; infinite for a dimension that only rounding moves."
     return variance.clamp_min(0).sqrt().where(variance > (1e-6 * mean) ** 2, torch.ones(()).double() * torch.inf)
 
+# %% ../nbs/03_alignment.ipynb #55a61d7a
 @dataclass
 class _Layer:
     "One source layer with all target layers, in units of standard deviations about the overall means."
@@ -99,6 +100,7 @@ def _solved(u: _Layer, G: list[torch.Tensor], at, S, n, scale=1.) -> torch.Tenso
     W = out[0] if len(G) == 1 else torch.cat(out, 1)[:, at.argsort(stable=True).argsort()]
     return (W if u.sy.isfinite().all() else W * u.sy.isfinite()).transpose(0, 1)
 
+# %% ../nbs/03_alignment.ipynb #a7320ea5
 def ridge(
     m: Moments, s: int, lambdas: Sequence[float] = LAMBDAS, u: _Layer | None = None,
 ):  # -> (L2, d1, d2), shuffled control (L2, d1, d2), lambda (L2,), cross-validated R2 (L2,)
@@ -161,6 +163,7 @@ def _choose_ranks(u, lam) -> list[int]:
             for i, r in enumerate(ranks): err[t, i] += (V[:, :r].T @ G @ V[:, :r]).trace() - 2 * gain[r - 1]
     return [ranks[int(e.argmin())] for e in err]
 
+# %% ../nbs/03_alignment.ipynb #0d651dd6
 def _solve_layer(m, s, u, method):
     "Maps from source layer `s` to all target layers (L2, d1, d2), their shuffled controls, lambda."
     W, null, lam, _ = ridge(m, s, u=u)

@@ -33,6 +33,7 @@ class Batch(NamedTuple):
     asked: torch.Tensor          # (b, t) positions after which something is asked: those that decoding would steer one by one
     keep: int                    # so many last positions hold them all
 
+# %% ../nbs/05_evaluation.ipynb #2ffcbb32
 class Prefix:
     "Texts read once up to a layer, from where each direction goes on."
     def __init__(
@@ -90,6 +91,7 @@ class Answers:
     logp: tuple          # n arrays: log-probability of each choice
     lengths: tuple       # n arrays: its tokens
 
+# %% ../nbs/05_evaluation.ipynb #b1353771
 class ChoiceProbe:
     "A task made ready for one layer of one model: choices are scored by the log-probability of all their tokens."
     def __init__(self, model, task: ChoiceTask | MultipleChoice, layer: int, instruction: str = ""):
@@ -138,6 +140,7 @@ def _ask(self: ChoiceProbe, change: Callable | Transplant | None = None) -> Answ
         parts.append(got)
     return self._judged(parts)
 
+# %% ../nbs/05_evaluation.ipynb #160d26fe
 def _judged(self: ChoiceProbe, parts) -> Answers:
     "Answers from (log-probabilities of the tokens that are asked for, arg-max after the prompt) of each row of each batch."
     items = self.task.items; logp, lengths, first = ([np.zeros(len(it.choices), t) for it in items] for t in (float, int, bool))
@@ -254,6 +257,7 @@ def at_damages(
     return [replace(t, dose=float(np.exp(x)), notes={**t.notes, "kl": float(budget * np.exp(y)), "damage_budget": budget})
             for t, (_, x, y) in zip(ts, best.values())]
 
+# %% ../nbs/05_evaluation.ipynb #b7484cfa
 def at_damage(t: Transplant, probe: DamageProbe, budget: float = .1, **search) -> Transplant:
     "The dose at which a direction does a given damage, see `at_damages`."
     return at_damages([t], probe, budget, **search)[0]
@@ -282,6 +286,7 @@ def dose_curve(
     asked = dict(zip(some, zip(probe.many(steered), hurt.tokens(steered))))
     return [curve_point(dict(strength=float(s), dose=float(s * t.dose), **_raw(*asked.get(s, (base, (none, none))))), base) for s in strengths]
 
+# %% ../nbs/05_evaluation.ipynb #97a2a48e
 def _raw(a: Answers, tokens=None) -> dict:
     "What was measured, as plain numbers: everything else follows from these."
     flat = lambda x: None if x is None else [[round(float(v), 5) for v in r] for r in x]
@@ -332,6 +337,7 @@ def _random_arms(t: Transplant, n: int, seed: int) -> list[Transplant]:
     g = torch.Generator().manual_seed(seed)
     return [replace(t, name=f"random {i}", direction=torch.randn(len(t.direction), generator=g), notes={}) for i in range(n)]
 
+# %% ../nbs/05_evaluation.ipynb #6c3df173
 def _arms(t: Transplant, pairs, other, n_random, seed):
     "Steered arms, and the reason of each that has no input."
     position, reducer = t.notes.get("position", "last"), {"pca": pca, "logistic": logistic}.get(t.notes.get("reducer"), mean_difference)
@@ -443,6 +449,7 @@ def _arm(runs: list[dict]) -> dict:
     if "scores" in runs[0]: out["scores"] = {k: np.mean([r["scores"][k] for r in runs], 0).round(6).tolist() for k in runs[0]["scores"]}          # by item
     return out
 
+# %% ../nbs/05_evaluation.ipynb #4cbf51f2
 def _follows(a: dict, base: dict, data, draws) -> dict:
     "Effect and damage of one arm, means over its draws."
     shift = np.mean(np.subtract(a["margins"], base["margins"]), 0); hurt = [k for k in a["kl_tokens"] if k is not None]
@@ -489,6 +496,7 @@ def summarise(data: dict, draws: int = 2000) -> dict:
     if data.get("off_target"): out["off_target"] = moved(data["off_target"])
     return dict(arms=arms, **out)
 
+# %% ../nbs/05_evaluation.ipynb #82e2f167
 def _smallest(n, discordant):
     "Smallest difference that this many scenarios would show four times in five; None where they are too few."
     try: return smallest_effect(n, discordant)

@@ -513,6 +513,7 @@ EMBEDDED = {
                              "Gemma 3 270M by Google is provided under and subject to the Gemma Terms of Use, ai.google.dev/gemma/terms."),
 }
 
+# %% ../nbs/01_models.ipynb #5c0060af
 def cache_dir() -> Path:
     "Where converted models are kept: the CONCEPT_TRANSFER_CACHE variable, or the user's cache folder. It may be deleted at any time."
     return Path(os.environ.get("CONCEPT_TRANSFER_CACHE") or platformdirs.user_cache_dir("concept_transfer")).expanduser()

@@ -252,6 +252,7 @@ def _resumed(path, fresh: Moments) -> Moments:
                          "Give another path, or delete it.")
     return kept
 
+# %% ../nbs/02a_moments.ipynb #51316671
 def _sorted(part, of, folds, held_out, room):
     "Keys of the texts of a chunk; fold and held-out ones of its rows, `room` of these at most."
     keys = torch.tensor([_key(t) for t in part]); fold = torch.tensor([_part(int(k), folds, held_out) for k in keys])[of]
@@ -391,14 +392,14 @@ def _groups(source, target, todo, m, held_out, products):
     remote, K, tokens = far(target) or far(source), len(m.n), lambda part: sum(map(len, part)) // 4     # four characters each
     if not remote: return ([c] for c in _chunks(todo)), False
     one = 4 * m.xy[0].numel(); by_fold = K * one > 1 << 28                                            # then sums of one fold a job
-    chunks = _chunks(sorted(todo, key=lambda t: _part(_key(t), K, held_out)) if by_fold else todo)
-    jobs = lambda row: bundled(chunks, remote, tokens, lambda part: row * tokens(part))
-    x, y = _row(source, m.source_layers), _row(target, m.target_layers); sums = jobs(x); R = len(sums)
-    if not far(target): return iter(sums), False
+    if by_fold: todo = sorted(todo, key=lambda t: _part(_key(t), K, held_out))
+    jobs = lambda row, most: bundled(_chunks(todo, most), remote, tokens, lambda part: row * tokens(part))   # characters of a chunk
+    x, y = _row(source, m.source_layers), _row(target, m.target_layers); sums = jobs(x, 16_000); R = len(sums)
     answers = (max(K, R) if by_fold else K * R) * (one + products * 4 * m.y[0].numel() * m.y.shape[-1]) + R * one
-    if sum(map(tokens, chunks)) * (y - x) <= answers: return iter(jobs(y)), True
-    return iter(sums), False
+    bring = bool(far(target)) and tokens(todo) * (y - x) <= answers
+    return iter(jobs(y, min(16_000, 4 * remote.size // y)) if bring else sums), bring
 
+# %% ../nbs/02a_moments.ipynb #80200043
 def _collect_here(source, target, groups, m, held_out, most_rows, template, positions, weight):
     "What adds each chunk, read here or brought here."
     for group in groups:

@@ -41,6 +41,7 @@ def plot_separation(*concepts: Concept) -> mpl.figure.Figure:
            ylim=(min(.45, min(min(c.auc) for c in concepts)) - .02, 1.01))
     ax.xaxis.set_major_locator(mpl.ticker.MaxNLocator(integer=True)); ax.legend(frameon=False, fontsize=8); return fig
 
+# %% ../nbs/07_plots.ipynb #6ef16e5b
 def plot_grid(
     maps: LayerGrid,
     values="r2",       # "r2", "cosine", or an array (L1, L2) such as those of `downstream`
@@ -144,6 +145,7 @@ def verdict(e: Evidence) -> str:
             f"(95% interval {100 * lo:+.0f} to {100 * hi:+.0f}; from {b['choice_rate']:.0%} to {a['choice_rate']:.0%} of {e.n} items) "
             f"at a damage of {a['kl']:.2f} nats a token{chance}.")
 
+# %% ../nbs/07_plots.ipynb #2cbf5560
 def details(e: Evidence) -> list[str]:
     "What else a reader of the verdict should know, a sentence each."
     out = [f"Against the base model p = {e.p_mcnemar:.2g} (McNemar, exact)."]
@@ -165,6 +167,7 @@ def details(e: Evidence) -> list[str]:
                    f"p of the best {e.search_p or 1:.3f}); the numbers here are from other items.")
     return out
 
+# %% ../nbs/07_plots.ipynb #f289a72e
 _CSS = """:root{color-scheme:light dark}body{font:16px/1.5 system-ui,sans-serif;max-width:46rem;margin:2rem auto;padding:0 1rem}h1{font-size:1.5rem}h2{font-size:1.15rem;margin-top:2rem}
 .verdict{border-left:4px solid #0072b2;padding:.3rem 1rem;font-size:1.1rem}img{max-width:100%;background:#fff;border-radius:4px}.wide{overflow-x:auto;margin-bottom:1rem}table{border-collapse:collapse;font-size:.9rem}
 td,th{padding:.25rem .5rem;text-align:right;border-bottom:1px solid #8884;vertical-align:top}td{white-space:nowrap}td:first-child,th:first-child,.text *{text-align:left;white-space:normal}small{opacity:.75}@media print{body{margin:0;max-width:none}h2{break-after:avoid}img,.wide{break-inside:avoid}}"""
@@ -193,6 +196,7 @@ def _table(e):
         out += _rows(["arm", *scored["base"]], [(LOOK[k][2], *(f"{v['mean']:.3f}{span(v['ci'])}" for v in m.values())) for k, m in scored.items()])
     return out
 
+# %% ../nbs/07_plots.ipynb #3de1b620
 def _more(e):
     "What a model still knows, how it repeats itself, and what it writes."
     if not (c := e.data.get("capability")): return ""

@@ -100,6 +100,7 @@ def _asked_pause(r) -> float:
     try: return float(said) if said.isdigit() else parsedate_to_datetime(said).timestamp() - time.time()
     except (TypeError, ValueError): return 0.
 
+# %% ../nbs/00a_remote.ipynb #5ff7198a
 def _refusal(r) -> Exception:
     "What an answer of 300 to 499 means; keys are not repeated."
     if r.status_code < 400:
@@ -236,6 +237,7 @@ def _fetch(self: Job, url: str | None) -> dict | None:
         raise ConnectionError(f"{self.host}: the result of job {self.job_id} cannot be fetched: "
                               f"{type(e).__name__} ({self.missed} attempts). Run again.") from None
 
+# %% ../nbs/00a_remote.ipynb #06142cbb
 def _failed(self: Job, text: str):
     "Ask again for what the server lost; raise for what the block did."
     last = (text.strip().splitlines() or ["no reason given"])[-1]

@@ -157,6 +157,16 @@ def test_rows_or_sums_come_back_whichever_is_less(near, distant, layers, texts, 
     assert moved[rows] < moved[not rows]
 
 
+def test_a_job_of_rows_keeps_to_its_bytes(near, monkeypatch):
+    "Also where a chunk as large as those for sums would be too much."
+    m, sizes, real, corpus = load_model(near[1], remote=Remote(simulated=True, size=50_000)), [], remote.Simulated.result, Corpus("scenes", [x for e in EMOTIONS[:2] for x in load_pairs(f"emotions/{e}").texts])
+    def counted(self):
+        got = real(self); sizes.append(sum(own.numel() for _, own, _ in got["extra"])); return got
+    monkeypatch.setattr(remote.Simulated, "result", counted); got, want = (collect(near[0], t, corpus, [1, 2], [2]) for t in (m, near[1]))
+    assert max(sizes) < 100_000 < sum(sizes) / 10                # a token is four characters by rule of thumb only
+    assert got.seen == want.seen and got.n.sum() == want.n.sum(); close(got.held_y, want.held_y)
+
+
 def test_a_model_on_a_server_is_itself(near):
     there = dict(repo_id="org/m", revision=None, dtype="bfloat16", config='{"hidden_size": 48, "dtype": "x"}'); mark = _remote_hash(there, near[1]._module)
     a = replace(model_info(near[1]), name="org/m", weights=mark); half = replace(a, weights=_remote_hash(there | {"dtype": "float32"}, near[1]._module))
