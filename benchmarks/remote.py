@@ -1,16 +1,18 @@
-"""Moments of a target on an NDIF server on this machine, as ratios: bytes of all its states over bytes on the wire, seconds over those of a local target.
+"""Moments of a target on an NDIF server on this machine, as ratios: bytes and seconds of fetching all its states over those of the moments, and seconds over those of a local target.
 
     python benchmarks/remote.py [--json] [--texts 1000] [--rounds 1] [--tiny 0]
 
 The server is that of tests/remote (`make test-remote` installs it). Without one, requests are packed, unpacked and run here, and their packed size is counted.
 """
 import contextlib, io, sys, tempfile
+from functools import partial
 from pathlib import Path
 import torch, zstandard
 from nnsight import CONFIG
 from nnsight.schema.request import RequestModel
 from concept_transfer import remote
 from concept_transfer.data import Corpus, load_corpus
+from concept_transfer.extraction import stream
 from concept_transfer.models import encode, fetch, load_model, model_info, tiny_model
 from concept_transfer.moments import collect
 from shared import NAMES, arguments, interleave, ratio, report
@@ -26,7 +28,7 @@ class Counted(remote.Simulated):
     def __call__(self, tracer=None):
         Counted.bytes += len(RequestModel.serialize(tracer, True)); super().__call__(tracer)
     def result(self):
-        out = super().result(); buffer = io.BytesIO(); torch.save({k: out[k] for k in ("kept", "extra") if k in out}, buffer)
+        out = super().result(); buffer = io.BytesIO(); torch.save({k: v for k, v in out.items() if k in ("kept", "extra", "got")}, buffer)
         Counted.bytes += len(zstandard.ZstdCompressor(level=6).compress(buffer.getvalue())); return out
 
 @contextlib.contextmanager
@@ -51,13 +53,14 @@ def main():
         else: source, folder = load_model(NAMES[0]), str(fetch(NAMES[1]))
         near, ls, lt = load_model(folder), [2 * len(source.layers) // 3], None; lt = [2 * len(near.layers) // 3]
         with hosted(folder, dict(tokens=1 << 16)) as (far, since):
-            since(); moved = []
+            since(); moved, ids = {}, encode(near, corpus.texts)
+            def counted(name, fn): out = fn(); moved[name] = since(); return out
             def check(got):
-                moved.append(since())
                 if not (got["remote"].xy - got["local"].xy).abs().max() < 1e-5 * got["local"].xy.abs().max(): raise SystemExit("the moments differ: the comparison is void")
-            times = interleave({"remote": lambda: collect(source, far, corpus, ls, lt), "local": lambda: collect(source, near, corpus, ls, lt)}, a.rounds, check, warm=False)
-        states = 4 * sum(map(len, encode(near, corpus.texts))) * len(near.layers) * model_info(near).width
-    report("Remote", times, {"bytes_vs_states": states / moved[-1], "overhead_vs_local": ratio(times, "remote", "local")}, a.json,
-           [f"{len(corpus.texts)} texts, one layer pair, {'loopback server' if not missing() else 'no server, requests packed and unpacked here'}: {moved[-1] / 1e6:.2f} MB on the wire, all states of the target are {states / 1e6:.1f} MB."])
+            jobs = {"remote": lambda: collect(source, far, corpus, ls, lt), "all states": lambda: sum(len(rows) for rows, _ in stream(far, ids, range(len(far.layers)), at=[range(len(x)) for x in ids])), "local": lambda: collect(source, near, corpus, ls, lt)}
+            times = interleave({k: partial(counted, k, fn) for k, fn in jobs.items()}, a.rounds, check, warm=False)
+        states = 4 * sum(map(len, ids)) * len(near.layers) * model_info(near).width
+    report("Remote", times, {"bytes_vs_states": moved["all states"] / moved["remote"], "seconds_vs_states": ratio(times, "all states", "remote"), "overhead_vs_local": ratio(times, "remote", "local")}, a.json,
+           [f"{len(corpus.texts)} texts, one layer pair, {'loopback server' if not missing() else 'no server, requests packed and unpacked here'}: {moved['remote'] / 1e6:.2f} MB on the wire; all states of the target {moved['all states'] / 1e6:.1f} MB, {states / 1e6:.1f} MB before packing."])
 
 if __name__ == "__main__": main()
