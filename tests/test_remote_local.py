@@ -151,10 +151,18 @@ def test_rows_or_sums_come_back_whichever_is_less(near, distant, layers, texts, 
     monkeypatch.setattr(remote, "Simulated", Counted); real, want = moments._groups, collect(near[0], near[1], corpus, *layers, weight=robust_weight)
     for way in (rows, not rows):
         if way is not rows: monkeypatch.setattr(moments, "_groups", lambda *a: (real(*a)[0], way))
-        got = collect(near[0], distant[1], corpus, *layers, weight=robust_weight)
+        got = collect(near[0], distant[1], corpus, *layers, weight=robust_weight, products=True)
         assert got.seen == want.seen and torch.equal(got.held_of, want.held_of)
-        for k in ("n", "x", "y", "xx", "xy", "squares", "null", "held_x", "held_y"): close(getattr(got, k), getattr(want, k))
+        for k in ("n", "x", "y", "xx", "xy", "yy", "null", "held_x", "held_y"): close(getattr(got, k), getattr(want, k))
     assert moved[rows] < moved[not rows]
+
+
+@pytest.mark.parametrize("shape", [(300, 2, 48), (1, 1, 1), (0, 3, 5)])
+def test_bytes_by_weight(shape):
+    "Nothing is lost, and of a model in half precision only its own half travels."
+    Z = torch.randn(shape, generator=torch.Generator().manual_seed(0)); Z.view(-1)[:2] = torch.tensor([float("inf"), -0.])[:Z.numel()]; size = lambda X: len(zstandard.compress(moments._planes(X).numpy().tobytes()))
+    for X in (Z, Z.bfloat16(), Z.half()): assert torch.equal(moments._whole(moments._planes(X)), X.float())
+    assert len(Z) < 300 or size(Z.bfloat16()) < .55 * size(Z) < .55 * len(zstandard.compress(Z.numpy().tobytes()))
 
 
 def test_a_job_of_rows_keeps_to_its_bytes(near, monkeypatch):
