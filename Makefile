@@ -3,10 +3,14 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install -c constraints.txt
 REMOTE ?= remote
+COVERAGE ?=
 PACKAGE := settings.ini setup.py pyproject.toml constraints.txt
+WRITTEN := nbs tests tools benchmarks setup.py
+NOTEBOOKS := OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2 --do_print
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadgroup
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-remote prepare readme studies benchmarks docs clean
+.PHONY: help demo test test-fast test-remote check prepare readme studies benchmarks docs clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 12
@@ -14,17 +18,29 @@ help: ## this list
 demo: .venv/.runtime ## the whole flow on two small embedded models, result in demo/
 	$(BIN)/concept-transfer demo --out demo
 
-test: .venv/.dev ## notebooks, then pytest
-	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2 --do_print --skip_folder_re '^([_.]|studies$$)'
+test: .venv/.dev ## notebooks, then pytest; with COVERAGE=1 also which lines pytest ran
+	$(NOTEBOOKS) --skip_folder_re '^([_.]|studies$$)'
 	@echo "notebook cells skipped: $$(cat nbs/*.ipynb | grep -cE '#\| *(eval: *false|notest)|skip_exec: *true')"
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadgroup
+	$(PYTEST) $(if $(COVERAGE),--cov --cov-report=term)
+
+test-fast: .venv/.dev ## what needs no real weights, study, browser or server: at most two minutes
+	$(NOTEBOOKS) --file_re '^[0-9]+_' --skip_folder_re '^([_.]|studies$$)'
+	$(PYTEST) -m "not real and not study and not slow and not remote"
 
 test-remote: .venv/.dev ## against a real NDIF server on this machine (needs redis-server; installs 1.7 GB into .venv-server)
 	$(BIN)/python tests/remote/stack.py install .venv-server
 	CT_NDIF_VENV=$(CURDIR)/.venv-server OMP_NUM_THREADS=1 $(BIN)/pytest -m "$(REMOTE)" tests/remote
 
-prepare: .venv/.dev ## before every commit: export modules, clean notebooks, render README
+check: .venv/.dev ## lint and types, nothing is changed
+	$(BIN)/ruff check $(WRITTEN) concept_transfer
+	$(BIN)/ruff format --check $(WRITTEN) concept_transfer
+	$(BIN)/python tools/typecheck.py
+
+prepare: .venv/.dev ## before every commit: format, lint, export modules, clean notebooks, render README
+	$(BIN)/ruff check --fix $(WRITTEN)
+	$(BIN)/ruff format $(WRITTEN)
 	$(BIN)/nbdev_export
+	$(BIN)/ruff format concept_transfer
 	$(BIN)/nbdev_clean
 	$(BIN)/python tools/docs.py readme
 
@@ -46,7 +62,7 @@ docs: .venv/.dev ## the site in _docs/: with Quarto if installed, else as a prev
 	$(BIN)/python tools/docs.py site
 
 clean: ## remove what was built, keep .venv
-	rm -rf demo _proc _docs build dist *.egg-info .pytest_cache
+	rm -rf demo _proc _docs build dist *.egg-info .coverage .coverage.* .pytest_cache .mypy_cache .ruff_cache
 	find nbs concept_transfer tests tools -name __pycache__ -o -name .ipynb_checkpoints | xargs rm -rf
 
 .venv/.dev: .venv/.runtime

@@ -1,4 +1,5 @@
 "The package as settings.ini describes it; nbdev reads the same file."
+
 from configparser import ConfigParser
 from pathlib import Path
 

@@ -6,51 +6,96 @@ loop: every text of every arm alone through the whole model with all its logits,
 ours: the same answers and the same damage from shared states, in batches, with the logits that are needed
 seconds: the full evidence for one concept: all arms (20 random directions), dose curves, knowledge
 """
-import time
-import numpy as np, torch
-from concept_transfer.data import load_corpus, load_pairs, load_task
-from concept_transfer.evaluation import ChoiceProbe, DamageProbe, evaluate
-from concept_transfer.extraction import extract_concept
-from concept_transfer.injection import graft
-from concept_transfer.models import encode, load_model
-from shared import NAMES, arguments, interleave, ratio, report
+
+from functools import partial
+
+import numpy as np
+import torch
+from shared import NAMES, arguments, interleave, ratio, report, seconds
+
+from concept_transfer.concepts import extract_concept
+from concept_transfer.data import Corpus, load_corpus, load_pairs
+from concept_transfer.engine import encode
+from concept_transfer.evidence import evaluate
+from concept_transfer.measure import Bench
+from concept_transfer.models import load_model
+from concept_transfer.steering import adding, place
+from concept_transfer.tasks import load_task
 
 LAYER, KEEP = 12, 4
 
 
+def logp(model, text, v):
+    "Log-probabilities (t, V) after every token of a text, steered by a forward hook."
+
+    def add(block, inputs, output):
+        return output if v is None else output + v
+
+    hook = model.layers[LAYER]._module.register_forward_hook(add)
+    with torch.no_grad():
+        out = model._module(input_ids=torch.tensor(encode(model, [text]))).logits[0].log_softmax(-1)
+    hook.remove()
+    return out
+
+
+def first_tokens(model, item):
+    "The token that each choice starts with."
+    n = len(encode(model, [item.prompt])[0])
+    return [encode(model, [item.prompt + c])[0][n] for c in item.choices]
+
+
 def loop(model, task, texts, vectors):
     "Chosen answers and mean KL for every vector, the plain way."
-    module, out, base = model._module, [], {}
-    def logp(text, v):
-        hook = model.layers[LAYER]._module.register_forward_hook(lambda m, i, o: o + v if v is not None else o)
-        with torch.no_grad(): lp = module(input_ids=torch.tensor(encode(model, [text]))).logits[0].log_softmax(-1)
-        hook.remove(); return lp
-    first = [[encode(model, [i.prompt + c])[0][len(encode(model, [i.prompt])[0])] for c in i.choices] for i in task.items]
+    first, base, out = [first_tokens(model, i) for i in task.items], {}, []
     for v in (None, *vectors):
-        chosen = [int(logp(i.prompt, v)[-1][ids].argmax()) == i.target for i, ids in zip(task.items, first)]; kl = []
+        chosen, kl = [], []
+        for item, ids in zip(task.items, first, strict=True):
+            chosen.append(int(logp(model, item.prompt, v)[-1][ids].argmax()) == item.target)
         for n, text in enumerate(texts):
-            q = logp(text, v)[-KEEP - 1:-1]
-            if v is None: base[n] = q
-            kl.append(torch.nn.functional.kl_div(q, base[n], reduction="none", log_target=True).sum(-1).mean().item())
+            q = logp(model, text, v)[-KEEP - 1 : -1]
+            base.setdefault(n, q)
+            lost = torch.nn.functional.kl_div(q, base[n], reduction="none", log_target=True)
+            kl.append(lost.sum(-1).mean().item())
         out.append((np.array(chosen), float(np.mean(kl))))
     return out
 
+
 def ours(model, task, texts, vectors):
-    probe, hurt = ChoiceProbe(model, task, LAYER), DamageProbe(model, texts, LAYER, KEEP)
-    fns = [None, *((lambda h, v=v: h + v) for v in vectors)]
-    return [(probe(fn).chosen, hurt(fn)[0]) for fn in fns]
+    bench = Bench(model, LAYER, task, Corpus("neutral", texts))
+    changes = [None, *(adding(v) for v in vectors)]
+    answers, damages = bench.ask(changes), bench.hurt(changes)
+    return [(a.chosen, float(d.kl[:, -KEEP:].mean())) for a, d in zip(answers, damages, strict=True)]
+
+
+def check(got):
+    for (c1, k1), (c2, k2) in zip(got["loop"], got["ours"], strict=True):
+        if (c1 != c2).mean() > 0.05 or abs(k1 - k2) > 1e-3 + 0.01 * k1:
+            wrong = f"{(c1 != c2).sum()} items, KL {k1:.4f} and {k2:.4f}"
+            raise SystemExit(f"answers differ ({wrong}): the comparison is void")
+
 
 def main():
-    a = arguments(items=24, arms=6, rounds=2); source, target = (load_model(n) for n in NAMES)
-    task, texts = load_task("emotions/happiness").take(a.items), load_corpus("neutral").texts[:16]
-    joy = graft(extract_concept(target, load_pairs("emotions/happiness"), [LAYER]), target, LAYER, dose=.05)
-    vectors = [joy.vector(s) for s in np.linspace(.5, 2, a.arms)]
-    def check(got):
-        for (c1, k1), (c2, k2) in zip(got["loop"], got["ours"]):
-            if (c1 != c2).mean() > .05 or abs(k1 - k2) > 1e-3 + .01 * k1: raise SystemExit(f"answers differ ({(c1 != c2).sum()} items, KL {k1:.4f} and {k2:.4f}): the comparison is void")
-    times = interleave({"loop": lambda: loop(target, task, texts, vectors), "ours": lambda: ours(target, task, texts, vectors)}, a.rounds, check, warm=False)
-    start = time.perf_counter(); evaluate(joy, load_task("emotions/happiness"), pairs=load_pairs("emotions/happiness"), other=load_pairs("emotions/sadness")); seconds = time.perf_counter() - start
-    times["full evidence"] = [seconds]
-    report("Evidence", times, {"vs_loop": ratio(times, "loop", "ours"), "seconds": seconds}, a.json, [f"{a.items} items, {len(texts)} neutral texts, {a.arms} directions and the base model; the same answers both ways."])
+    a = arguments(items=24, arms=6, rounds=2)
+    _, target = (load_model(n) for n in NAMES)
+    task, texts = load_task("emotions/happiness").take(a.items), load_corpus("neutral").texts[:32]
+    pairs, other = load_pairs("emotions/happiness"), load_pairs("emotions/sadness")
+    joy = place(extract_concept(target, pairs, [LAYER]), target, LAYER, dose=0.05)
+    vectors = [joy.vector(s) for s in np.linspace(0.5, 2, a.arms)]
+    # a bench reports damage on the second half of its texts
+    jobs = {
+        "loop": partial(loop, target, task, texts[16:], vectors),
+        "ours": partial(ours, target, task, texts, vectors),
+    }
+    times = interleave(jobs, a.rounds, check, warm=False)
+    whole = seconds(partial(evaluate, joy, load_task("emotions/happiness"), pairs=pairs, other=other))
+    times["full evidence"] = [whole]
+    ratios = {"vs_loop": ratio(times, "loop", "ours"), "seconds": whole}
+    note = (
+        f"{a.items} items, {len(texts) // 2} neutral texts, {a.arms} directions and the base model; "
+        "the same answers both ways."
+    )
+    report("Evidence", times, ratios, a.json, [note])
 
-if __name__ == "__main__": main()
+
+if __name__ == "__main__":
+    main()

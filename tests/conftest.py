@@ -1,11 +1,22 @@
-"Fixtures for tests on real weights; each worker loads a model once."
+"Fixtures for tests on real weights, each loaded once by a worker; and the mark of the tests that use them."
+
 import pytest
+
+REAL = {"smol", "gemma"}
+
+
+@pytest.hookimpl(tryfirst=True)  # before `-m` selects
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if REAL & set(getattr(item, "fixturenames", ())):
+            item.add_marker("real")
 
 
 @pytest.fixture(scope="session")
 def smol():
     "SmolLM2-135M-Instruct: Llama family, small, aligned."
     from concept_transfer.models import load_model
+
     return load_model("smollm2-135m-instruct")
 
 
@@ -13,4 +24,5 @@ def smol():
 def gemma():
     "Gemma-3-270m base: another family, wider, not aligned."
     from concept_transfer.models import load_model
+
     return load_model("gemma-3-270m")

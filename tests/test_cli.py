@@ -1,222 +1,449 @@
 """The command line as another process sees it: files, JSON, exit codes, one-line errors."""
-import contextlib, csv, json, os, re, subprocess, sys
-from functools import partial
-from pathlib import Path
-import pytest
-from concept_transfer import cli, moments
-from concept_transfer.alignment import LayerGrid, fit_maps
-from concept_transfer.data import EMOTIONS, Corpus, choice_task, load_corpus, load_pairs, load_task
-from concept_transfer.extraction import Concept
-from concept_transfer.injection import Transplant
-from concept_transfer.models import EMBEDDED, _download, model_info, tiny_model
-from concept_transfer.tasks import load_behaviour, load_truthfulness
 
-EVIDENCE = {"transplant", "task", "n", "damage_budget", "layers", "arms", "recovery", "p_value", "versions", "seed"}
+import contextlib
+import csv
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from concept_transfer import cli, moments
+from concept_transfer.concepts import Concept
+from concept_transfer.data import EMOTIONS, Corpus, load_corpus, load_pairs, texts_hash
+from concept_transfer.maps import MAP_METHODS, LayerGrid, fit_maps
+from concept_transfer.models import model_info, tiny_model
+from concept_transfer.steering import Transplant
+from concept_transfer.tasks import TASKS, choice_task, load_task
+from concept_transfer.toys import tiny_module
+from concept_transfer.zoo import EMBEDDED, download
+
+EVIDENCE = set("transplant task n damage_budget layers arms recovery p_value versions seed".split())
 ARM = {"dose", "target_rate", "choice_rate", "logit_shift", "ci", "kl", "perplexity_ratio"}
+ARMS = {"base", "transplanted", "native", "random", "shuffled_map", "other_concept", "prompt"}
+TO_LARGE = ["align", "--source", "./small", "--target", "./large"]
+
+
+def pairs_of(joy):
+    return {"positive": joy.positive, "negative": joy.negative}
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     "A folder with two tiny models, pairs, a corpus and a task."
-    d = tmp_path_factory.mktemp("cli")
-    for name, family, context in (("small", "llama", "max_position_embeddings"), ("large", "gpt2", "n_positions")):
-        m = tiny_model(family, **{context: 512}); m._module.save_pretrained(d / name); m.tokenizer.save_pretrained(d / name)
+    folder = tmp_path_factory.mktemp("cli")
+    models = {"small": ("llama", "max_position_embeddings"), "large": ("gpt2", "n_positions")}
+    for name, (family, context) in models.items():
+        for part in tiny_module(family, **{context: 512}):
+            part.save_pretrained(folder / name)
     joy, sad = (load_pairs(f"emotions/{e}") for e in EMOTIONS[:2])
-    (d / "joy.json").write_text(json.dumps({"pos": joy.positive, "neg": joy.negative}))
-    (d / "sad.jsonl").write_text("".join(json.dumps({"positive": p, "negative": n}) + "\n" for p, n in zip(sad.positive, sad.negative)))
-    (d / "corpus.txt").write_text("\n".join(t for e in EMOTIONS[2:5] for t in load_pairs(f"emotions/{e}").texts))
-    (d / "short.txt").write_text("\n".join(load_pairs("emotions/fear").texts[:60]))
-    items = [dict(prompt=i.prompt, choices=i.choices, target=i.target, group=i.group) for i in load_task("emotions/happiness").items[:12]]
-    (d / "task.json").write_text(json.dumps({"name": "joy", "instruction": "Everybody is happy. ", "items": items}))
-    return d
+    (folder / "joy.json").write_text(json.dumps({"pos": joy.positive, "neg": joy.negative}))
+    rows = [{"positive": p, "negative": n} for p, n in zip(sad.positive, sad.negative, strict=True)]
+    (folder / "sad.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    corpus = [t for e in EMOTIONS[2:5] for t in load_pairs(f"emotions/{e}").texts]
+    (folder / "corpus.txt").write_text("\n".join(corpus))
+    (folder / "short.txt").write_text("\n".join(load_pairs("emotions/fear").texts[:60]))
+    scenes = load_task("emotions/happiness").items[:12]
+    items = [dict(prompt=i.prompt, choices=i.choices, target=i.target, group=i.group) for i in scenes]
+    task = {"name": "joy", "instruction": "Everybody is happy. ", "items": items}
+    (folder / "task.json").write_text(json.dumps(task))
+    return folder
+
 
 def run(place, *argv):
-    done = subprocess.run([os.path.join(os.path.dirname(sys.executable), "concept-transfer"), *map(str, argv)],
-                          cwd=place, capture_output=True, text=True)
+    "Exit code, standard output and standard error of the command in a process of its own."
+    command = [os.path.join(os.path.dirname(sys.executable), "concept-transfer"), *map(str, argv)]
+    done = subprocess.run(command, cwd=place, capture_output=True, text=True)
     return done.returncode, done.stdout, done.stderr
 
-def test_the_whole_flow(place):
-    for argv in (["extract", "--model", "./small", "--pairs", "joy.json", "--out", "joy.safetensors"],
-                 ["align", "--source", "./small", "--target", "./large", "--corpus", "corpus.txt", "--out", "map.safetensors"],
-                 ["transplant", "--concept", "joy.safetensors", "--map", "map.safetensors", "--out", "graft.safetensors", "--task", "task.json", "--damage", ".3"],
-                 ["generate", "--transplant", "graft.safetensors", "--prompt", "It rained and", "--max-new-tokens", "5", "--compare"],
-                 ["evaluate", "--transplant", "graft.safetensors", "--task", "task.json", "--neutral", "short.txt", "--out", "evidence", "--pairs", "joy.json", "--other", "sad.jsonl", "--random", "3"],
-                 ["info", "map.safetensors"]):
-        code, out, err = run(place, *argv, "--json")
-        assert code == 0, err
-        facts = json.loads(out); assert isinstance(facts, dict) and out.count("\n") == 1
-        if argv[0] == "generate": assert {"prompt", "text", "base", "strength"} <= facts.keys()
-    evidence = json.loads((place / "evidence" / "evidence.json").read_text())
-    assert EVIDENCE <= evidence.keys() and set(evidence["arms"]) == {"base", "transplanted", "native", "random", "shuffled_map", "other_concept", "prompt"}
-    assert all(ARM <= a.keys() and a["choice_rate"] is not None for a in evidence["arms"].values()) and evidence["n"] == 12
-    page = (place / "evidence" / "report.html").read_text()
-    assert "data:image/png" in page and "http" not in page and "not run" not in page
 
-def test_strength_zero_is_the_base_model(place):
-    if not (place / "graft.safetensors").exists(): test_the_whole_flow(place)
-    code, out, _ = run(place, "generate", "--transplant", "graft.safetensors", "--prompt", "It rained and", "--strength", "0", "--compare", "--json", "--max-new-tokens", "8")
-    facts = json.loads(out); assert code == 0 and facts["text"] == facts["base"]
+def main(*argv):
+    "The exit code of the command in this very process."
+    return cli.main(list(map(str, argv)))
 
-def test_arms_without_input_are_null_with_a_reason(place):
-    if not (place / "graft.safetensors").exists(): test_the_whole_flow(place)
-    code, out, err = run(place, "evaluate", "--transplant", "graft.safetensors", "--task", "task.json", "--neutral", "short.txt", "--out", "bare", "--random", "0", "--json")
-    arms = json.loads(out)["arms"]; assert code == 0, err
-    for name in ("native", "random", "other_concept"): assert arms[name]["choice_rate"] is None and arms[name]["reason"]
 
 @pytest.fixture
 def here(place, monkeypatch):
     "The folder as the working directory of this very process."
-    monkeypatch.chdir(place); return place
+    monkeypatch.chdir(place)
+    return place
 
-def main(*argv): return cli.main(list(map(str, argv)))
 
 @pytest.fixture(scope="module")
 def made(place):
     "A concept of the small model and maps into the large one."
     with contextlib.chdir(place):
-        assert main("extract", "--model", "./small", "--pairs", "joy.json", "--out", "made.safetensors") == 0
-        assert main("align", "--source", "./small", "--target", "./large", "--corpus", "short.txt", "--out", "grid.safetensors") == 0
+        pairs = ["--pairs", "joy.json", "--out", "made.safetensors"]
+        assert main("extract", "--model", "./small", *pairs) == 0
+        assert main(*TO_LARGE, "--corpus", "short.txt", "--out", "grid.safetensors") == 0
     return ["transplant", "--concept", "made.safetensors", "--map", "grid.safetensors"]
 
+
+@pytest.fixture(scope="module")
+def graft(place, made):
+    "A transplant, chosen on the task."
+    with contextlib.chdir(place):
+        assert main(*made, "--out", "graft.safetensors", "--task", "task.json", "--damage", ".3") == 0
+    return ["--transplant", "graft.safetensors"]
+
+
+@pytest.mark.slow
+def test_the_whole_flow(place):
+    graft = ["--transplant", "flow.safetensors"]
+    judged = ["--task", "task.json", "--neutral", "short.txt", "--out", "evidence"]
+    for argv in (
+        ["extract", "--model", "./small", "--pairs", "joy.json", "--out", "joy.safetensors"],
+        [*TO_LARGE, "--corpus", "corpus.txt", "--out", "map.safetensors"],
+        [
+            "transplant",
+            "--concept",
+            "joy.safetensors",
+            "--map",
+            "map.safetensors",
+            "--out",
+            "flow.safetensors",
+        ]
+        + ["--task", "task.json", "--damage", ".3"],
+        ["generate", *graft, "--prompt", "It rained and", "--max-new-tokens", "5", "--compare"],
+        ["evaluate", *graft, *judged, "--pairs", "joy.json", "--other", "sad.jsonl", "--random", "3"],
+        ["info", "map.safetensors"],
+    ):
+        code, out, err = run(place, *argv, "--json")
+        assert code == 0, err
+        facts = json.loads(out)
+        assert isinstance(facts, dict) and out.count("\n") == 1
+        if argv[0] == "generate":
+            assert {"prompt", "text", "base", "strength"} <= facts.keys()
+    evidence = json.loads((place / "evidence" / "evidence.json").read_text())
+    assert evidence.keys() >= EVIDENCE and set(evidence["arms"]) >= ARMS and evidence["n"] == 12
+    arms = [evidence["arms"][name] for name in ARMS]
+    assert all(a.keys() >= ARM and a["choice_rate"] is not None for a in arms)
+    page = (place / "evidence" / "report.html").read_text()
+    assert "data:image/png" in page and "http" not in page and "not run" not in page
+
+
+def test_strength_zero_is_the_base_model(here, graft, capsys):
+    more = ["--prompt", "It rained and", "--strength", "0", "--compare", "--max-new-tokens", "8"]
+    capsys.readouterr()
+    assert main("generate", *graft, *more, "--json") == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["text"] == facts["base"]
+
+
+def test_arms_without_input_are_null_with_a_reason(here, graft, capsys):
+    judged = ["--task", "task.json", "--neutral", "short.txt", "--out", "bare", "--random", "0"]
+    capsys.readouterr()
+    assert main("evaluate", *graft, *judged, "--json") == 0
+    arms = json.loads(capsys.readouterr().out)["arms"]
+    for name in ("native", "random", "other_concept"):
+        assert arms[name]["choice_rate"] is None and arms[name]["reason"]
+
+
 def test_an_interrupted_align_goes_on_and_another_corpus_starts_anew(here, monkeypatch):
-    texts = load_corpus("general").texts; reads, real = [], moments.paired_states
-    for name, part in (("one.txt", texts[:400]), ("two.txt", texts[300:700])): (here / name).write_text("\n".join(part))
+    texts, reads, real = load_corpus("general").texts, [], moments.paired_tokens
+    for name, part in (("one.txt", texts[:400]), ("two.txt", texts[300:700])):
+        (here / name).write_text("\n".join(part))
+
     def counted(source, target, texts, *rest):
-        if reads and reads[-1] == "stop": raise KeyboardInterrupt
-        reads.append(len(texts)); return real(source, target, texts, *rest)
-    monkeypatch.setattr(moments, "paired_states", counted)
-    def align(corpus, out): reads.clear(); return main("align", "--source", "./small", "--target", "./large", "--corpus", corpus, "--out", out)
-    assert align("one.txt", "clean.safetensors") == 0; whole = sum(reads); assert whole == 400 and len(reads) > 2
-    def interrupted(*a): out = counted(*a); reads.append("stop"); return out
-    monkeypatch.setattr(moments, "paired_states", interrupted); assert align("one.txt", "again.safetensors") == 1 and not (here / "again.safetensors").exists()
-    monkeypatch.setattr(moments, "paired_states", counted)
-    assert len(list(here.glob("again.*.part"))) == 1                       # and a run over other texts leaves it alone
+        if reads and reads[-1] == "stop":
+            raise KeyboardInterrupt
+        reads.append(len(texts))
+        return real(source, target, texts, *rest)
+
+    def interrupted(*args):
+        out = counted(*args)
+        reads.append("stop")
+        return out
+
+    def align(corpus, out):
+        reads.clear()
+        return main(*TO_LARGE, "--corpus", corpus, "--out", out)
+
+    monkeypatch.setattr(moments, "paired_tokens", counted)
+    assert align("one.txt", "clean.safetensors") == 0
+    whole = sum(reads)
+    assert whole == 400 and len(reads) > 2
+    monkeypatch.setattr(moments, "paired_tokens", interrupted)
+    assert align("one.txt", "again.safetensors") == 1 and not (here / "again.safetensors").exists()
+    monkeypatch.setattr(moments, "paired_tokens", counted)
+    assert len(list(here.glob("again.*.part"))) == 1  # and a run over other texts leaves it alone
     assert align("two.txt", "again.safetensors") == 0 and sum(reads) == 400
-    assert LayerGrid.load("again.safetensors").data == moments.texts_hash(texts[300:700])
+    assert LayerGrid.load("again.safetensors").texts_hash == texts_hash(texts[300:700])
     assert align("one.txt", "again.safetensors") == 0 and 0 < sum(reads) < whole
     clean, again = map(LayerGrid.load, ("clean.safetensors", "again.safetensors"))
-    assert (again.data, again.texts, again.rows) == (clean.data, clean.texts, clean.rows) and (again.W - clean.W).abs().max() < 1e-4 * clean.W.abs().max()
+    assert (again.texts_hash, again.texts, again.rows) == (clean.texts_hash, clean.texts, clean.rows)
+    assert (again.W - clean.W).abs().max() < 1e-4 * clean.W.abs().max()
     assert not list(here.glob("*.part*"))
+
 
 def test_a_corpus_may_be_jsonl(here):
     lines = (here / "short.txt").read_text().split("\n")
     (here / "short.jsonl").write_text("".join(json.dumps(dict(text=t)) + "\n" for t in lines))
-    for suffix in ("txt", "jsonl"): assert main("align", "--source", "./small", "--target", "./large", "--corpus", f"short.{suffix}", "--out", f"{suffix}.safetensors") == 0
-    assert LayerGrid.load("jsonl.safetensors").data == LayerGrid.load("txt.safetensors").data
+    for suffix in ("txt", "jsonl"):
+        assert main(*TO_LARGE, "--corpus", f"short.{suffix}", "--out", f"{suffix}.safetensors") == 0
+    assert LayerGrid.load("jsonl.safetensors").texts_hash == LayerGrid.load("txt.safetensors").texts_hash
+
+
+@pytest.mark.parametrize("method", MAP_METHODS)
+def test_every_map_method_is_a_choice(here, method):
+    assert main(*TO_LARGE, "--corpus", "short.txt", "--out", "any.safetensors", "--method", method) == 0
+    assert LayerGrid.load("any.safetensors").method == method and not list(here.glob("any.*.part"))
+
 
 def test_a_built_in_task_by_name(here, made, capsys):
     assert main(*made, "--out", "named.safetensors", "--task", "behaviours/brevity") == 0
-    assert Transplant.load("named.safetensors").notes["tuning"] == load_behaviour("brevity", "tune").hash
-    assert main("evaluate", "--transplant", "named.safetensors", "--task", "truthfulness", "--neutral", "short.txt", "--out", "named", "--random", "0", "--json") == 0
-    facts = json.loads(capsys.readouterr().out.splitlines()[-1]); assert facts["task_hash"] == load_truthfulness().hash and {"mc1", "mc2"} <= facts["arms"]["base"]["score_means"].keys()
+    tuning = load_task("behaviours/brevity", "tune").hash
+    assert Transplant.load("named.safetensors").notes["tuning"] == tuning
+    judged = ["--task", "truthfulness", "--neutral", "short.txt", "--out", "named", "--random", "0"]
+    assert main("evaluate", "--transplant", "named.safetensors", *judged, "--json") == 0
+    facts = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert facts["task_hash"] == load_task("truthfulness").hash
+    assert {"mc1", "mc2"} <= facts["arms"]["base"]["score_means"].keys()
+
 
 def test_every_task_that_the_error_names_is_one(here, made, capsys):
     assert main(*made, "--out", "t.safetensors", "--task", "gravity") == 1
     names = capsys.readouterr().err.split("Built in: ")[1].rstrip(".\n").split(", ")
-    assert {"behaviours/honesty", "truthfulness", "emotions/fear"} <= set(names) and not {"general", "honesty"} & set(names)
-    for name in names: assert len(cli._TASKS[name]("tune"))
+    assert {"behaviours/honesty", "truthfulness", "emotions/fear"} <= set(names) == set(TASKS)
+    assert not {"general", "honesty"} & set(names)
+
 
 @pytest.mark.parametrize("kind", ["json", "jsonl", "csv"])
 def test_pairs_with_choices_are_a_task(here, made, kind):
-    joy = load_pairs("emotions/happiness"); negative = joy.negative[:10]; file = here / f"scenes.{kind}"
-    if kind == "json": file.write_text(json.dumps(dict(pos=joy.positive[:10], neg=negative)))
-    if kind == "jsonl": file.write_text("".join(json.dumps(dict(text=t, label=l)) + "\n" for l, side in (("pos", joy.positive[:10]), ("neg", negative)) for t in side))
+    joy, file = load_pairs("emotions/happiness"), here / f"scenes.{kind}"
+    positive, negative = joy.positive[:10], joy.negative[:10]
+    if kind == "json":
+        file.write_text(json.dumps(dict(pos=positive, neg=negative)))
+    if kind == "jsonl":
+        rows = [dict(text=t, label=s) for s, side in (("pos", positive), ("neg", negative)) for t in side]
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     if kind == "csv":
-        with open(file, "w", newline="") as f: csv.writer(f).writerows([("positive", "negative"), *zip(joy.positive[:10], negative)])
-    assert main(*made, "--out", f"{kind}.safetensors", "--task", file, "--choices", "happiness, fear,anger", "--target", "happiness") == 0
-    assert Transplant.load(f"{kind}.safetensors").notes["tuning"] == choice_task(negative, ["happiness", "fear", "anger"], "happiness").hash
+        with open(file, "w", newline="") as f:
+            csv.writer(f).writerows([("positive", "negative"), *zip(positive, negative, strict=True)])
+    choose = ["--task", file, "--choices", "happiness, fear,anger", "--target", "happiness"]
+    assert main(*made, "--out", f"{kind}.safetensors", *choose) == 0
+    same = choice_task(negative, ["happiness", "fear", "anger"], "happiness")
+    assert Transplant.load(f"{kind}.safetensors").notes["tuning"] == same.hash
 
-@pytest.mark.parametrize("task, more, says", [("joy.json", [], "--choices"), ("sad.jsonl", [], "--choices"), ("joy.json", ["--choices", "a,b"], "belong together"),
-                                              ("joy.json", ["--choices", "a,b", "--target", "c"], "not among the choices"), ("task.json", ["--choices", "a,b", "--target", "a"], "positive")])
+
+@pytest.mark.parametrize(
+    "task, more, says",
+    [
+        ("joy.json", [], "--choices"),
+        ("sad.jsonl", [], "--choices"),
+        ("joy.json", ["--choices", "a,b"], "belong together"),
+        ("joy.json", ["--choices", "a,b", "--target", "c"], "not among the choices"),
+        ("task.json", ["--choices", "a,b", "--target", "a"], "positive"),
+    ],
+)
 def test_pairs_that_are_no_task_say_so(here, made, task, more, says, capsys):
-    assert main(*made, "--out", "t.safetensors", "--task", task, *more) == 1 and says in capsys.readouterr().err and not Path("t.safetensors").exists()
+    assert main(*made, "--out", "t.safetensors", "--task", task, *more) == 1
+    assert says in capsys.readouterr().err and not Path("t.safetensors").exists()
+
 
 def test_a_task_beside_layers_is_not_used_and_says_so(here, made, capsys):
     assert main(*made, "--out", "fixed.safetensors", "--task", "task.json", "--layers", "1:2") == 0
-    assert "warning: --task is not used" in capsys.readouterr().err and Transplant.load("fixed.safetensors").notes.get("tuning") is None
+    assert "warning: --task is not used" in capsys.readouterr().err
+    assert Transplant.load("fixed.safetensors").notes.get("tuning") is None
+
 
 def test_truthfulqa_csv(here, made, capsys):
     file = Path(__file__).parents[2] / "shared" / "data" / "TruthfulQA.csv"
-    if not file.is_file(): pytest.skip("TruthfulQA.csv is not beside the project")
-    with open(file, encoding="utf-8", newline="") as f: rows = list(csv.reader(f))
+    if not file.is_file():
+        pytest.skip("TruthfulQA.csv is not beside the project")
+    with open(file, encoding="utf-8", newline="") as f:
+        rows = list(csv.reader(f))
     for name, part in (("tune.csv", rows[1:11]), ("test.csv", rows[11:31])):
-        with open(here / name, "w", encoding="utf-8", newline="") as f: csv.writer(f).writerows([rows[0], *part])
+        with open(here / name, "w", encoding="utf-8", newline="") as f:
+            csv.writer(f).writerows([rows[0], *part])
     assert main(*made, "--out", "truth.safetensors", "--task", "tune.csv") == 0
-    assert main("evaluate", "--transplant", "truth.safetensors", "--task", "test.csv", "--neutral", "short.txt", "--out", "truth", "--random", "0", "--json") == 0
-    facts = json.loads(capsys.readouterr().out.splitlines()[-1]); assert facts["n"] == 20 and {"mc1", "mc2"} <= facts["arms"]["base"]["score_means"].keys()
+    judged = ["--task", "test.csv", "--neutral", "short.txt", "--out", "truth", "--random", "0"]
+    assert main("evaluate", "--transplant", "truth.safetensors", *judged, "--json") == 0
+    facts = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert facts["n"] == 20 and {"mc1", "mc2"} <= facts["arms"]["base"]["score_means"].keys()
 
-@pytest.mark.parametrize("out, says", [("/proc/nowhere/x", "cannot write"), ("corpus.txt", "is a file"), ("corpus.txt/x", "is a file")])
+
+@pytest.mark.parametrize(
+    "out, says",
+    [("/proc/nowhere/x", "cannot write"), ("corpus.txt", "is a file"), ("corpus.txt/x", "is a file")],
+)
 def test_an_unwritable_folder_is_found_before_the_work(here, out, says, capsys, monkeypatch):
     monkeypatch.setattr(cli, "evaluate", lambda *a, **k: pytest.fail("worked first"))
-    assert main("evaluate", "--transplant", "none.safetensors", "--task", "task.json", "--neutral", "corpus.txt", "--out", out) == 1
-    err = capsys.readouterr().err; assert says in err and err.count("\n") == 1
+    judged = ["--task", "task.json", "--neutral", "corpus.txt", "--out", out]
+    assert main("evaluate", "--transplant", "none.safetensors", *judged) == 1
+    err = capsys.readouterr().err
+    assert says in err and err.count("\n") == 1
 
+
+@pytest.mark.slow
 def test_a_full_disk_is_one_line(place):
     code = """
 import resource, signal, sys
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (500, 500))
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (500, 500))
 from concept_transfer.cli import main
 sys.exit(main(sys.argv[1:]))
 """
-    argv = ["extract", "--model", "./small", "--pairs", "joy.json", "--out", "full.safetensors"]; before = set(place.rglob("*"))
-    done = subprocess.run([sys.executable, "-c", code, *argv], cwd=place, capture_output=True, text=True)
-    lines = [l for l in done.stderr.splitlines() if not l.startswith("warning:")]
+    argv = ["extract", "--model", "./small", "--pairs", "joy.json", "--out", "full.safetensors"]
+    before = set(place.rglob("*"))
+    command, alone = (
+        [sys.executable, "-c", code, *argv],
+        {k: v for k, v in os.environ.items() if "COV" not in k},
+    )
+    done = subprocess.run(command, cwd=place, env=alone, capture_output=True, text=True)
+    lines = [line for line in done.stderr.splitlines() if not line.startswith("warning:")]
     assert done.returncode == 1 and len(lines) == 1 and "File too large" in lines[0] and done.stdout == ""
     assert set(place.rglob("*")) == before
 
-@pytest.mark.parametrize("argv, says", [
-    (["extract", "--model", "./nowhere", "--pairs", "honesty", "--out", "c.safetensors"], "no folder './nowhere'"),
-    (["extract", "--model", "./small", "--pairs", "missing.json", "--out", "c.safetensors"], "neither a file nor a built-in set"),
-    (["extract", "--model", "./small", "--pairs", "honesty", "--out", "no/such/c.safetensors"], "Create it first"),
-    (["extract", "--model", "./small", "--pairs", "empty.json", "--out", "c.safetensors"], "negative side is empty"),
-    (["extract", "--model", "./small", "--pairs", "broken.json", "--out", "c.safetensors"], "not valid JSON"),
+
+@pytest.fixture
+def broken(here):
+    "Files that nothing can be made of."
+    (here / "empty.json").write_text('{"positive": ["a b"], "negative": []}')
+    (here / "broken.json").write_text("{")
+    (here / "two.txt").write_text("One line.\nTwo lines.\n")
+    return here
+
+
+EXTRACT = ["extract", "--out", "c.safetensors", "--model", "./small", "--pairs"]
+ERRORS = [
+    (
+        ["extract", "--model", "./nowhere", "--pairs", "honesty", "--out", "c.safetensors"],
+        "no folder './nowhere'",
+    ),
+    ([*EXTRACT, "missing.json"], "neither a file nor a built-in set"),
+    (
+        ["extract", "--model", "./small", "--pairs", "honesty", "--out", "no/such/c.safetensors"],
+        "Create it first",
+    ),
+    ([*EXTRACT, "empty.json"], "negative side is empty"),
+    ([*EXTRACT, "broken.json"], "not valid JSON"),
     (["info", "corpus.txt"], "damaged or of another kind"),
     (["info", "nothing.safetensors"], "no file"),
-    (["transplant", "--concept", "corpus.txt", "--map", "corpus.txt", "--out", "t.safetensors"], "damaged or of another kind"),
-    (["align", "--source", "./small", "--target", "./large", "--corpus", "two.txt", "--out", "m.safetensors"], "too few"),
-])
-def test_errors_are_one_line_and_leave_nothing(place, argv, says):
-    (place / "empty.json").write_text('{"positive": ["a b"], "negative": []}'); (place / "broken.json").write_text("{"); (place / "two.txt").write_text("One line.\nTwo lines.\n")
-    before = set(place.rglob("*")); code, out, err = run(place, *argv, "--json")
-    lines = [l for l in err.splitlines() if not l.startswith("warning:")]
-    assert code == 1 and out == "" and len(lines) == 1 and says in err and "Traceback" not in err
-    assert set(place.rglob("*")) == before
-    assert "Traceback" in run(place, *argv, "--debug")[2]
+    (
+        ["transplant", "--concept", "corpus.txt", "--map", "corpus.txt", "--out", "t.safetensors"],
+        "damaged or of",
+    ),
+    ([*TO_LARGE, "--corpus", "two.txt", "--out", "m.safetensors"], "too few"),
+]
 
-@pytest.mark.parametrize("argv", [[], ["fly"], ["align", "--source", "a"], ["align", "--source", "a", "--target", "b", "--corpus", "c", "--out", "d", "--method", "magic"],
-                                  ["transplant", "--concept", "a", "--map", "b", "--out", "c", "--layers", "deep"]])
-def test_usage_errors_exit_with_2(place, argv): assert run(place, *argv)[0] == 2
+
+@pytest.mark.parametrize("argv, says", ERRORS)
+def test_errors_are_one_line_and_leave_nothing(broken, argv, says, capsys):
+    before = set(broken.rglob("*"))
+    assert main(*argv, "--json") == 1
+    out, err = capsys.readouterr()
+    lines = [line for line in err.splitlines() if not line.startswith("warning:")]
+    assert (
+        out == "" and len(lines) == 1 and says in err and lines[0].startswith(f"concept-transfer {argv[0]}: ")
+    )
+    assert set(broken.rglob("*")) == before
+    with pytest.raises((ValueError, OSError)):
+        main(*argv, "--debug")
+
+
+@pytest.mark.slow
+def test_an_error_as_another_process_sees_it(broken):
+    code, out, err = run(broken, "info", "nothing.safetensors", "--json")
+    assert (code, out, err.count("\n")) == (1, "", 1) and "Traceback" not in err
+    assert "Traceback" in run(broken, "info", "nothing.safetensors", "--debug")[2]
+    assert run(broken, "fly")[0] == 2
+
+
+ALL = ["align", "--source", "a", "--target", "b", "--corpus", "c", "--out", "d"]
+USAGE = [
+    ([], "Missing command"),
+    (["fly"], "fly"),
+    (["--json", "info", "map.safetensors"], "--json"),
+    (["align", "--source", "a"], "--target"),
+    ([*ALL, "--method", "magic"], "ridge"),
+    (["transplant", "--concept", "a", "--map", "b", "--out", "c", "--layers", "deep"], "LS:LT"),
+    (
+        ["evaluate", "--transplant", "a", "--task", "b", "--neutral", "c", "--out", "d", "--random", "-1"],
+        "--random",
+    ),
+]
+
+
+@pytest.mark.parametrize("argv, says", USAGE)
+def test_usage_errors_exit_with_2(argv, says, capsys):
+    assert main(*argv) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and says in err
+
+
+@pytest.mark.parametrize("name", "demo extract align transplant generate evaluate info".split())
+def test_help_is_plain_and_names_every_option(name, capsys):
+    assert main(name, "--help") == 0
+    text = capsys.readouterr().out
+    assert {"--json", "--debug"} <= set(re.findall(r"--[a-z-]+", text))
+    assert text.isascii() and "--no-" not in text and "None" not in text
 
 
 @pytest.fixture
 def demo(tmp_path, monkeypatch):
     "The demo on tiny models and less text; what each step worked on."
-    tiny = {"smollm2-135m-instruct": tiny_model("qwen2", 0), "gemma-3-270m": tiny_model("gemma3_text", 1)}; steps = []
-    monkeypatch.setattr(cli, "load_model", tiny.__getitem__); monkeypatch.setattr(cli, "load_corpus", lambda name: load_corpus(name).take(60))
-    monkeypatch.setattr(cli, "load_task", lambda *a: load_task(*a).take(8)); monkeypatch.setattr(cli, "evaluate", partial(cli.evaluate, random=1, off=(), draws=50, strengths=(0., 1.)))
-    for f in ("extract_concept", "fit_maps", "choose", "evaluate"):
-        monkeypatch.setattr(cli, f, (lambda f, real: lambda *a, **k: steps.append(f) or real(*a, **k))(f, getattr(cli, f)))
-    def go(*argv): steps.clear(); assert main("demo", "--out", tmp_path / "demo", *argv) == 0; return list(steps)
-    go.out, go.tiny, go.patch = tmp_path / "demo", tiny, monkeypatch; return go
+    tiny = {"smollm2-135m-instruct": tiny_model("qwen2", 0), "gemma-3-270m": tiny_model("gemma3_text", 1)}
+    small, steps = cli.Settings, []
+    monkeypatch.setattr(cli, "load_model", tiny.__getitem__)
+    monkeypatch.setattr(cli, "load_corpus", lambda name: load_corpus(name).take(60))
+    monkeypatch.setattr(cli, "load_task", lambda *a: load_task(*a).take(8))
+    quick = dict(random=1, off=(), bootstrap=50, strengths=(0.0, 1.0))
+    monkeypatch.setattr(cli, "Settings", lambda **given: small(**quick | given))
+
+    def counted(name, real):
+        def step(*args, **given):
+            steps.append(name)
+            return real(*args, **given)
+
+        return step
+
+    for name in ("extract_concept", "fit_maps", "choose", "evaluate"):
+        monkeypatch.setattr(cli, name, counted(name, getattr(cli, name)))
+
+    def go(*argv):
+        steps.clear()
+        assert main("demo", "--out", tmp_path / "demo", *argv) == 0
+        return list(steps)
+
+    go.out, go.patch = tmp_path / "demo", monkeypatch
+    return go
+
 
 def test_the_demo_is_whole_and_reuses_what_fits(demo):
     assert demo() == ["extract_concept", "fit_maps", "choose", "evaluate"]
-    page = (demo.out / "report.html").read_text(); assert "data:image/png" in page and not re.search(r"https?://|src=.?[^'\"d ]", page) and "at strength 1" in page
+    page = (demo.out / "report.html").read_text()
+    assert "data:image/png" in page and "at strength 1" in page
+    assert not re.search(r"https?://|src=.?[^'\"d ]", page)
     assert demo() == [] and (demo.out / "report.html").exists()
     assert demo("--seed", "3") == ["evaluate"]
-    (demo.out / "transplant.safetensors").write_bytes(b"damaged"); assert demo("--seed", "3")[:1] == ["choose"]
+    (demo.out / "transplant.safetensors").write_bytes(b"damaged")
+    assert demo("--seed", "3")[:1] == ["choose"]
+
 
 def test_the_demo_makes_anew_what_other_maps_texts_or_versions_made(demo):
     with demo.patch.context() as m:
-        m.setattr(cli, "fit_maps", lambda *a, template: fit_maps(*a, template="{} So")); demo()
-    (demo.out / "map.safetensors").unlink(); assert demo() == ["fit_maps", "choose", "evaluate"]       # the same texts, inside other words
-    neutral = load_corpus("neutral").texts[60:120]
-    demo.patch.setattr(cli, "load_corpus", lambda name: Corpus(name, neutral) if name == "neutral" else load_corpus(name).take(60)); assert demo() == ["choose", "evaluate"]
-    demo.patch.setattr(cli, "package_version", lambda: "0.0.0"); assert demo() == ["extract_concept", "fit_maps", "choose", "evaluate"]
+        m.setattr(cli, "fit_maps", lambda *a, template: fit_maps(*a, template="{} So"))
+        demo()
+    (demo.out / "map.safetensors").unlink()
+    assert demo() == ["fit_maps", "choose", "evaluate"]  # the same texts, inside other words
+    neutral = Corpus("neutral", load_corpus("neutral").texts[60:120])
+    other = {"neutral": neutral, "general": load_corpus("general").take(60)}
+    demo.patch.setattr(cli, "load_corpus", other.__getitem__)
+    assert demo() == ["choose", "evaluate"]
+    demo.patch.setattr(cli, "versions", lambda: {"concept_transfer": "0.0.0"})
+    assert demo() == ["extract_concept", "fit_maps", "choose", "evaluate"]
+
 
 def test_a_gguf_file_of_the_users_own(tmp_path, smol, monkeypatch):
-    file = _download(EMBEDDED["smollm2-135m-instruct"], tmp_path).rename(tmp_path / "mine.gguf")
-    monkeypatch.setenv("CONCEPT_TRANSFER_CACHE", str(tmp_path / "cache")); monkeypatch.chdir(tmp_path)
-    pairs = load_pairs("honesty"); (tmp_path / "few.json").write_text(json.dumps(dict(positive=pairs.positive[:8], negative=pairs.negative[:8])))
+    file = download(EMBEDDED["smollm2-135m-instruct"], tmp_path).rename(tmp_path / "mine.gguf")
+    monkeypatch.setenv("CONCEPT_TRANSFER_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    pairs = load_pairs("honesty")
+    few = dict(positive=pairs.positive[:8], negative=pairs.negative[:8])
+    (tmp_path / "few.json").write_text(json.dumps(few))
     assert main("extract", "--model", file, "--pairs", "few.json", "--out", "c.safetensors") == 0
     assert Concept.load("c.safetensors").model.weights == model_info(smol).weights

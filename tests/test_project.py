@@ -1,5 +1,13 @@
-"What holds for the package as a whole: versions, shipped files, requirements, and the direction of imports."
-import ast, json, re, shutil, subprocess, sys, zipfile
+"What holds for the project as a whole: versions, shipped files, requirements, what `make` and the tools do."
+
+import ast
+import importlib.util
+import json
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
 from configparser import ConfigParser
 from importlib.metadata import packages_distributions, requires, version
 from pathlib import Path
@@ -9,72 +17,64 @@ import pytest
 import concept_transfer
 
 ROOT = Path(__file__).parents[1]
-LIB = ROOT/"concept_transfer"
-ORDER = "data remote models extraction moments alignment injection tasks inference evaluation selection plots cli all".split()
+LIB = ROOT / "concept_transfer"
 MODULES = sorted(p.stem for p in LIB.glob("[!_]*.py"))
+needs_make = pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
 
 
 def settings():
     cfg = ConfigParser(interpolation=None)
-    cfg.read(ROOT/"settings.ini", encoding="utf-8")
+    cfg.read(ROOT / "settings.ini", encoding="utf-8")
     return cfg["DEFAULT"]
 
 
-def imports(body):
-    "Names of the modules that the statements of `body` import, without what is inside functions; our own as `.name`."
-    def own(name): return re.sub(r"^concept_transfer\.?", ".", name)
-    for node in body:
-        if isinstance(node, ast.Import):
-            yield from (own(alias.name) for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            name = f".{node.module or ''}" if node.level else own(node.module)
-            yield from [f".{alias.name}" for alias in node.names] if name == "." else [name]
-        elif not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
-            yield from imports(ast.iter_child_nodes(node))
-
-
 def test_versions_agree():
-    changes = (ROOT/"CHANGELOG.md").read_text(encoding="utf-8")
+    changes = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    citation = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
     newest = re.search(r"^## (\S+)", changes, re.M)[1]
-    assert settings()["version"] == concept_transfer.__version__ == version("concept_transfer") == newest
+    cited = re.search(r"^version: (\S+)", citation, re.M)[1]
+    ours = settings()["version"]
+    assert ours == concept_transfer.__version__ == version("concept_transfer") == newest == cited
 
 
+@pytest.mark.slow
 def test_wheel_holds_every_module_and_data_file(tmp_path):
-    source = tmp_path/"source"                                             # a copy: building leaves files behind
-    shutil.copytree(LIB, source/LIB.name)
-    for name in "settings.ini setup.py pyproject.toml MANIFEST.in README.md LICENSE".split(): shutil.copy(ROOT/name, source)
-    subprocess.run([sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", tmp_path, source], check=True)
-    wheel, = tmp_path.glob("*.whl")
+    source = tmp_path / "source"  # a copy: building leaves files behind
+    shutil.copytree(LIB, source / LIB.name)
+    for name in "settings.ini setup.py pyproject.toml MANIFEST.in README.md LICENSE".split():
+        shutil.copy(ROOT / name, source)
+    build = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation"]
+    subprocess.run([*build, "-w", tmp_path, source], check=True)
+    (wheel,) = tmp_path.glob("*.whl")
     inside = set(zipfile.ZipFile(wheel).namelist())
-    data = {p for p in (LIB/"sets").rglob("*") if p.is_file()}
-    assert data, "no data files in concept_transfer/sets"
-    missing = {p.relative_to(ROOT).as_posix() for p in data | set(LIB.glob("*.py"))} - inside
+    files = {p for p in LIB.rglob("*") if p.is_file() and "__pycache__" not in p.parts}
+    assert {".jsonl", ".html", ".typed"} <= {p.suffix for p in files} | {
+        ".typed" for p in files if p.name == "py.typed"
+    }
+    missing = {p.relative_to(ROOT).as_posix() for p in files} - inside
     assert not missing, f"not in the wheel, see package_data in settings.ini: {missing}"
 
 
 def test_import_needs_no_development_tools():
-    code = "import sys, concept_transfer.all; print(*sorted({'nbdev', 'execnb', 'fastcore'} & set(sys.modules)))"
+    code = "import sys, concept_transfer.all; print(*sorted({'nbdev', 'execnb'} & set(sys.modules)))"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert not out.split()
 
 
 @pytest.mark.parametrize("name", MODULES)
-def test_imports_point_down_the_house(name):
-    assert name in ORDER, f"give {name} its place in ORDER"
-    tree = ast.parse((LIB/f"{name}.py").read_text(encoding="utf-8"))
-    ours = {i.split(".")[1] for i in imports(tree.body) if i.startswith(".")}
-    above = {i for i in ours if i in ORDER[ORDER.index(name):]}
-    assert not above, f"{name} imports {above}, which come later"
-
-
-@pytest.mark.parametrize("name", MODULES)
 def test_every_import_is_a_declared_requirement(name):
-    declared = {re.match(r"[\w.-]+", r)[0].lower().replace("_", "-") for r in requires("concept_transfer") if "extra ==" not in r}
-    tree = ast.parse((LIB/f"{name}.py").read_text(encoding="utf-8"))
-    tops = {i.split(".")[0] for node in ast.walk(tree) for i in imports([node]) if not i.startswith(".")}
+    wanted = [r for r in requires("concept_transfer") if "extra ==" not in r]
+    declared = {re.match(r"[\w.-]+", r)[0].lower().replace("_", "-") for r in wanted}
+    tops = set()
+    for node in ast.walk(ast.parse((LIB / f"{name}.py").read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            tops |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            tops.add(node.module.split(".")[0])
     dists = packages_distributions()
-    foreign = {t: {d.lower().replace("_", "-") for d in dists.get(t, [])} for t in tops - set(sys.stdlib_module_names)}
-    assert not {t for t, names in foreign.items() if not names & declared}
+    foreign = tops - set(sys.stdlib_module_names) - {"concept_transfer"}
+    offered = {t: {d.lower().replace("_", "-") for d in dists.get(t, [])} for t in foreign}
+    assert not {t for t, names in offered.items() if not names & declared}
 
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob("nbs/*.ipynb")), ids=lambda p: p.stem)
@@ -83,47 +83,166 @@ def test_cells_with_imports_hold_nothing_else(path):
     mixed = []
     for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
         code = "".join(cell["source"])
-        if cell["cell_type"] != "code" or re.search(r"^#\| *(exports?|exporti|exec_doc|eval: *false)\b", code, re.M): continue
+        exempt = re.search(r"^#\| *(exports?|exporti|exec_doc|eval: *false)\b", code, re.M)
+        if cell["cell_type"] != "code" or exempt:
+            continue
         nodes = list(ast.walk(ast.parse(re.sub(r"^\s*[%!].*$", "", code, flags=re.M))))
-        if any(isinstance(n, (ast.Import, ast.ImportFrom)) for n in nodes) and any(isinstance(n, (ast.Expr, ast.Assign)) for n in nodes):
+        imports = any(isinstance(n, (ast.Import, ast.ImportFrom)) for n in nodes)
+        if imports and any(isinstance(n, (ast.Expr, ast.Assign)) for n in nodes):
             mixed.append(code[:80])
     assert not mixed
 
 
+def set_up(folder, *names):
+    "A copy of some files of the project, which `make` finds set up already."
+    for name in ("Makefile", "settings.ini", "setup.py", "pyproject.toml", "constraints.txt", *names):
+        here = ROOT / name
+        if here.is_dir():
+            leave = shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints")
+            shutil.copytree(here, folder / name, symlinks=True, ignore=leave)
+        else:
+            shutil.copy(here, folder)
+    (folder / ".venv").mkdir()
+    (folder / ".venv" / "bin").symlink_to(Path(sys.executable).parent)
+    for name in (".runtime", ".dev"):
+        (folder / ".venv" / name).touch()
+    return folder
+
+
+def make(folder, target):
+    return subprocess.run(["make", target], cwd=folder, capture_output=True, text=True)
+
+
+@needs_make
+@pytest.mark.slow
+def test_prepare_formats_and_then_changes_nothing(tmp_path):
+    "A formatter and nbdev's export must not undo each other's work."
+    made = ["README.md", "_quarto.yml", "nbs", "tests", "tools", "benchmarks", "concept_transfer"]
+    folder = set_up(tmp_path, *made)
+    notebook, module = folder / "nbs" / "00_cards.ipynb", folder / "concept_transfer" / "cards.py"
+    content = json.loads(notebook.read_text())
+    last = [c for c in content["cells"] if re.match(r"#\| *export", "".join(c["source"]))][-1]
+    last["source"] = "".join(last["source"]) + "\n\ndef spoilt( a,b ) :\n  return {'a':a,\n 'b' : b }"
+    notebook.write_text(json.dumps(content))
+
+    def files():
+        kept = [p for p in folder.rglob("*") if p.is_file() and ".venv" not in p.parts]
+        return {p: p.read_bytes() for p in kept if not {"__pycache__", "_proc", ".ruff_cache"} & set(p.parts)}
+
+    done = make(folder, "prepare")
+    assert done.returncode == 0, done.stdout + done.stderr
+    formatted = 'def spoilt(a, b):\n    return {"a": a, "b": b}'
+    assert (
+        formatted in module.read_text() and json.dumps(formatted.split("\n")[1])[1:-1] in notebook.read_text()
+    )
+    before = files()
+    assert make(folder, "prepare").returncode == 0
+    after = files()
+    assert {str(p) for p in before.keys() | after.keys() if before.get(p) != after.get(p)} == set()
+
+
 @pytest.fixture
 def project(tmp_path):
-    "A project of one study and one benchmark, which `make` finds set up already."
-    (tmp_path/"nbs"/"studies").mkdir(parents=True); (tmp_path/"benchmarks").mkdir(); (tmp_path/".venv").mkdir()
-    for name in "Makefile settings.ini setup.py pyproject.toml constraints.txt".split(): shutil.copy(ROOT/name, tmp_path)
-    (tmp_path/".venv"/"bin").symlink_to(Path(sys.executable).parent)
-    for name in (".runtime", ".dev"): (tmp_path/".venv"/name).touch()
+    "A project of one study and one benchmark."
+    (tmp_path / "nbs" / "studies").mkdir(parents=True)
+    (tmp_path / "benchmarks").mkdir()
+    kernel = {"display_name": "python3", "language": "python", "name": "python3"}
+
     def write(path, *code):
-        cells = [dict(cell_type="code", id=f"c{i}", metadata={}, execution_count=None, outputs=[], source=c) for i, c in enumerate(code)]
-        path.write_text(json.dumps(dict(cells=cells, metadata={"kernelspec": {"display_name": "python3", "language": "python", "name": "python3"}}, nbformat=4, nbformat_minor=5), indent=1) + "\n")
+        cell = dict(cell_type="code", metadata={}, execution_count=None, outputs=[])
+        cells = [cell | dict(id=f"c{i}", source=c) for i, c in enumerate(code)]
+        book = dict(cells=cells, metadata={"kernelspec": kernel}, nbformat=4, nbformat_minor=5)
+        path.write_text(json.dumps(book, indent=1) + "\n")
         return path
-    return tmp_path, write
+
+    return set_up(tmp_path), write
 
 
-def make(folder, target): return subprocess.run(["make", target], cwd=folder, capture_output=True, text=True)
-
-
-@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+@needs_make
+@pytest.mark.slow
 def test_a_failing_study_keeps_its_stored_outputs(project):
-    folder, write = project; study = write(folder/"nbs"/"studies"/"one.ipynb", "print('evidence')", "1 / 0"); before = study.read_text()
+    folder, write = project
+    study = write(folder / "nbs" / "studies" / "one.ipynb", "print('evidence')", "1 / 0")
+    before = study.read_text()
     done = make(folder, "studies")
     assert done.returncode and "ZeroDivisionError" in done.stderr and study.read_text() == before
     write(study, "print('evidence')")
     done = make(folder, "studies")
-    assert done.returncode == 0 and "evidence" in json.dumps(json.loads(study.read_text())["cells"][0]["outputs"]), done.stderr
+    assert done.returncode == 0, done.stderr
+    assert "evidence" in json.dumps(json.loads(study.read_text())["cells"][0]["outputs"])
     assert "papermill" not in study.read_text() and [p.name for p in study.parent.iterdir()] == [study.name]
 
 
-@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+@needs_make
+@pytest.mark.slow
 def test_a_failing_benchmark_keeps_the_last_tables(project):
-    folder, write = project; page = folder/"nbs"/"benchmarks.ipynb"; shutil.copy(ROOT/"nbs"/"benchmarks.ipynb", page)
-    scripts, results = sorted(p.stem for p in (ROOT/"benchmarks").glob("*.py") if p.stem != "shared"), folder/"benchmarks"/"RESULTS.md"
-    for s in scripts: (folder/"benchmarks"/f"{s}.py").write_text(f"print('## table of {s}')")
-    assert make(folder, "benchmarks").returncode == 0 and sorted(l.split()[-1] for l in results.read_text().splitlines()) == scripts
-    assert all(f"table of {s}" in page.read_text() for s in scripts)
-    before = results.read_text(); (folder/"benchmarks"/f"{scripts[-1]}.py").write_text("1 / 0")
+    folder, _ = project
+    page, results = folder / "nbs" / "benchmarks.ipynb", folder / "benchmarks" / "RESULTS.md"
+    shutil.copy(ROOT / "nbs" / "benchmarks.ipynb", page)
+    names = sorted(p.stem for p in (ROOT / "benchmarks").glob("*.py") if p.stem != "shared")
+    scripts = [folder / "benchmarks" / f"{name}.py" for name in names]
+    for script in scripts:
+        script.write_text(f"print('## table of {script.stem}')")
+    assert make(folder, "benchmarks").returncode == 0
+    assert sorted(line.split()[-1] for line in results.read_text().splitlines()) == names
+    assert all(f"table of {name}" in page.read_text() for name in names)
+    before = results.read_text()
+    scripts[-1].write_text("1 / 0")
     assert make(folder, "benchmarks").returncode and results.read_text() == before
+
+
+PATCHED = '''"A module."
+from fastcore.basics import patch
+
+
+class Sum:
+    "Grows by a method a cell."
+
+    n: int = 0
+
+
+@patch
+def add(self: Sum, n: int) -> "Sum":  # kept
+    """Two
+    lines."""
+    self.n += n
+    return self
+
+
+@patch(as_prop=True)
+def half(self: Sum) -> float:
+    return self.n / 2
+
+
+@patch(cls_method=True)
+def of(cls: Sum, n: int) -> "Sum":
+    return cls().add(n)
+
+
+print(Sum.of(3).half)
+'''
+
+
+def test_the_type_checker_sees_patched_methods_in_their_class():
+    spec = importlib.util.spec_from_file_location("typecheck", ROOT / "tools" / "typecheck.py")
+    typecheck = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(typecheck)
+    text, numbers = typecheck.gather(PATCHED)
+    cls = next(n for n in ast.parse(text).body if isinstance(n, ast.ClassDef))
+    methods = [n for n in cls.body if isinstance(n, ast.FunctionDef)]
+    kinds = {m.name: [ast.unparse(d) for d in m.decorator_list] for m in methods}
+    assert kinds == {"add": [], "half": ["property"], "of": ["classmethod"]}
+    assert all(m.args.args[0].annotation is None for m in methods) and "@patch" not in text
+    original = PATCHED.splitlines()
+    for number, line in zip(numbers, text.splitlines(), strict=True):
+        assert (
+            line.strip() == original[number - 1].strip()
+            or "patch" in original[number - 1]
+            or "self" in line
+            or "cls" in line
+        )
+    line = original.index("    return cls().add(n)") + 1
+    assert typecheck.place(ast.parse(PATCHED), line) == "Sum.of"
+    scope = {}
+    exec(compile(text, "gathered", "exec"), scope)
+    assert scope["Sum"].of(3).half == 1.5

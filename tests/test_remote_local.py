@@ -1,8 +1,14 @@
-"Every stage through requests that are packed and unpacked as for a server (nnsight's remote='local'), against the same without."
-import contextlib, io, json, threading, time
+"Every stage through requests packed as for a server (nnsight's remote='local'), against the same without."
+
+import contextlib
+import io
+import json
+import threading
+import time
 from dataclasses import replace
 from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
 
 import nnsight
 import pytest
@@ -10,276 +16,523 @@ import torch
 import zstandard
 from nnsight.schema.request import RequestModel
 
-from concept_transfer import evaluation, moments, remote
-from concept_transfer.alignment import fit_maps
-from concept_transfer.data import EMOTIONS, Corpus, load_corpus, load_pairs, load_task
-from concept_transfer.evaluation import ChoiceProbe, DamageProbe, at_damage, capability, evaluate, evaluate_text, off_target
-from concept_transfer.extraction import activations, extract_concept
-from concept_transfer.injection import Transplant, _adder, generate, graft
-from concept_transfer.models import _remote_hash, load_model, model_info, tiny_model
+from concept_transfer import ndif, remote
+from concept_transfer.concepts import activations, extract_concept
+from concept_transfer.data import EMOTIONS, Corpus, load_corpus, load_pairs
+from concept_transfer.engine import engine, wrapped
+from concept_transfer.evidence import Settings, evaluate, evaluate_text, off_target
+from concept_transfer.maps import fit_maps
+from concept_transfer.measure import Bench, choices, neutral_text
+from concept_transfer.models import load_model, model_info, tiny_model
 from concept_transfer.moments import Moments, collect, robust_weight
-from concept_transfer.remote import Job, Remote, far, hosted
+from concept_transfer.ndif import Ndif, planes, served_mark, unplaned
+from concept_transfer.remote import Job, Remote, hosted
 from concept_transfer.selection import transplant
-from concept_transfer.tasks import GenerationTask, load_knowledge
+from concept_transfer.steering import Transplant, adding, generate, place
+from concept_transfer.tasks import GenerationTask, load_task
 
 SMALL = Remote(simulated=True, tokens=1500, batch=300, flight=2)
 
 
 @pytest.fixture(scope="module")
-def near(): return tiny_model("llama", max_position_embeddings=512), tiny_model("gpt2", seed=3, n_positions=512)
+def near():
+    return tiny_model("llama", max_position_embeddings=512), tiny_model("gpt2", seed=3, n_positions=512)
+
 
 @pytest.fixture(scope="module")
-def distant(near): return tuple(load_model(m, remote=SMALL) for m in near)
+def distant(near):
+    return tuple(load_model(m, remote=SMALL) for m in near)
+
+
+def scenes(emotions, n=None):
+    return Corpus("scenes", [x for e in emotions for x in load_pairs(f"emotions/{e}").texts][:n])
+
 
 @pytest.fixture(scope="module")
-def corpus(): return Corpus("scenes", [x for e in ("fear", "anger") for x in load_pairs(f"emotions/{e}").texts][:160])
+def corpus():
+    return scenes(("fear", "anger"), 160)
 
 
-def close(a, b, eps=1e-5): assert float((a - b).abs().max()) <= eps * max(1., float(b.abs().max()))
+def close(a, b, eps=1e-5):
+    assert float((a - b).abs().max()) <= eps * max(1.0, float(b.abs().max()))
+
+
+def covariance(m):
+    return m.xy[0, 0] / m.n[0] - torch.einsum("a,lb->alb", m.x[0, 0], m.y[0]) / m.n[0] ** 2
+
+
+def failing_at(number, calls):
+    "`Simulated.result`, which fails when it is called for this time."
+    real = remote.Simulated.result
+
+    def result(self):
+        calls.append(1)
+        if len(calls) == number:
+            raise ConnectionError("the line is down")
+        return real(self)
+
+    return result
 
 
 @pytest.mark.parametrize("position", ["last", "mean", "all"])
 def test_activations(near, distant, position):
     texts = ["Rain.", "The cat sat on the mat.", "We walked home."] * 9
     a, b = (activations(m, texts, [3, 1], position) for m in (near[1], distant[1]))
-    for x, y in zip(a, b): close(y, x)
+    for x, y in zip(a, b, strict=True):
+        close(y, x)
 
 
 def test_interrupted_reading_goes_on(near, distant, tmp_path, monkeypatch):
-    texts = [f"{x} Number {i}." for i, x in enumerate(load_pairs("emotions/fear").positive)]; want, real, calls = activations(near[1], texts, [3]), remote.Simulated.result, []
-    def failing(self):
-        calls.append(1)
-        if len(calls) == 2: raise ConnectionError("the line is down")
-        return real(self)
-    monkeypatch.setattr(remote.Simulated, "result", failing)
-    with pytest.raises(ConnectionError): activations(distant[1], texts, [3], path=tmp_path)
+    texts = [f"{x} Number {i}." for i, x in enumerate(load_pairs("emotions/fear").positive)]
+    want, calls = activations(near[1], texts, [3]), []
+    monkeypatch.setattr(remote.Simulated, "result", failing_at(2, calls))
+    with pytest.raises(ConnectionError):
+        activations(distant[1], texts, [3], path=tmp_path)
     assert len(list(tmp_path.iterdir())) > 0
-    before = len(calls); close(activations(distant[1], texts, [3], path=tmp_path), want); again = len(calls) - before
-    activations(distant[1], texts, [3]); assert 0 < again < len(calls) - before - again      # fewer jobs than from the start
-    before = len(calls); close(activations(distant[1], texts, [3], path=tmp_path), want); assert len(calls) == before
-    with pytest.raises(ValueError, match="cannot be kept"): activations(near[1], texts, [3], lambda h: h[0], path=tmp_path)
+    before = len(calls)
+    close(activations(distant[1], texts, [3], path=tmp_path), want)
+    again = len(calls) - before
+    activations(distant[1], texts, [3])
+    assert 0 < again < len(calls) - before - again  # fewer jobs than from the start
+    before = len(calls)
+    close(activations(distant[1], texts, [3], path=tmp_path), want)
+    assert len(calls) == before
+    with pytest.raises(ValueError, match="cannot be kept"):
+        activations(near[1], texts, [3], lambda h: h[0], path=tmp_path)
 
 
 def transplant_with(source, target, corpus):
     "The README's lines, with whichever models."
     joy = extract_concept(source, load_pairs("emotions/happiness"))
     maps = fit_maps(source, target, corpus, [1, 2], [2])
-    return graft(joy, target, map=maps[1, 2], dose=.5)
+    return place(joy, target, map=maps[1, 2], dose=0.5)
 
 
 def test_the_same_transplant_wherever_a_model_runs(near, distant, corpus):
-    want = transplant_with(*near, corpus)
+    want, prompts = transplant_with(*near, corpus), ["The cat", "It rained all day and"]
     for source, target in ((near[0], distant[1]), (distant[0], near[1]), distant):
         got = transplant_with(source, target, corpus)
-        close(got.direction, want.direction); close(got.shuffled, want.shuffled); close(got.vector(1), want.vector(1))
-        assert got.generate(["The cat", "It rained all day and"], max_new_tokens=5) == want.generate(["The cat", "It rained all day and"], max_new_tokens=5)
+        close(got.direction, want.direction)
+        close(got.shuffled, want.shuffled)
+        close(got.vector(1), want.vector(1))
+        assert got.generate(prompts, max_new_tokens=5) == want.generate(prompts, max_new_tokens=5)
     assert generate(distant[1], "The cat", 4) == generate(near[1], "The cat", 4)
 
 
 def test_the_readme_with_layers_and_dose_chosen(near, distant, corpus):
-    joy, task = extract_concept(near[0], load_pairs("emotions/happiness")), load_task("emotions/happiness", "tune").take(8); neutral = Corpus("some", load_corpus("neutral").texts[:8])
-    maps = fit_maps(*near, corpus, [1, 2], [1, 2]); a, b = (transplant(joy, maps, m, task, neutral=neutral) for m in (near[1], distant[1]))
-    assert (a.source_layer, a.layer, a.positions) == (b.source_layer, b.layer, b.positions) and a.dose == pytest.approx(b.dose, rel=1e-3); close(b.direction, a.direction)
-    for x, y in zip(a.notes["search"], b.notes["search"], strict=True): assert x.pop("layers") == y.pop("layers") and x.pop("positions") == y.pop("positions") and x == pytest.approx(y, rel=1e-3, abs=1e-5)
-    assert a.notes["texts_read"] <= b.notes["texts_read"]          # here several answers are read in one pass
+    joy = extract_concept(near[0], load_pairs("emotions/happiness"))
+    task = load_task("emotions/happiness", "tune").take(8)
+    neutral = Corpus("some", load_corpus("neutral").texts[:8])
+    maps = fit_maps(*near, corpus, [1, 2], [1, 2])
+    a, b = (transplant(joy, maps, m, task, neutral=neutral) for m in (near[1], distant[1]))
+    assert (a.source_layer, a.layer, a.positions) == (b.source_layer, b.layer, b.positions)
+    assert a.dose == pytest.approx(b.dose, rel=1e-3)
+    close(b.direction, a.direction)
+    for x, y in zip(a.notes["search"], b.notes["search"], strict=True):
+        assert x.pop("layers") == y.pop("layers") and x.pop("positions") == y.pop("positions")
+        assert x == pytest.approx(y, rel=1e-3, abs=1e-5)
+    assert a.notes["texts_read"] <= b.notes["texts_read"]  # here several answers are read in one pass
 
 
 def test_everything_that_is_asked_of_a_transplant(near, distant):
-    v = torch.randn(48, generator=torch.Generator().manual_seed(0)); tests, tune = (load_task("emotions/happiness", s).take(n) for s, n in (("test", 8), ("tune", 4)))
-    talk = GenerationTask("length", ("The cat", "It rained all day and"), lambda x: len(x) / 100); neutral = Corpus("some", load_corpus("neutral").texts[:12]); found = []
+    v = torch.randn(48, generator=torch.Generator().manual_seed(0))
+    tests, tune = (load_task("emotions/happiness", s).take(n) for s, n in (("test", 8), ("tune", 4)))
+    talk = GenerationTask("length", ("The cat", "It rained all day and"), lambda x: len(x) / 100)
+    neutral = Corpus("some", load_corpus("neutral").texts[:12])
+    given = dict(pairs=load_pairs("emotions/happiness"), other=load_pairs("emotions/fear"), source=near[0])
+    experiments, found = ("equal_damage", "equal_norm", "knowledge", "texts"), []
     for m in (near[1], distant[1]):
-        t = graft(v, m, 2, dose=.5); arms = {"base": None, "steered": t}
-        found.append((capability(arms, m, 2, load_knowledge().take(12), tokens=4), off_target([t, replace(t, direction=-v)], [tests, load_task("emotions/fear").take(8)]), evaluate_text(arms, talk, m, 5),
-                      evaluate(t, tests, neutral, load_pairs("emotions/happiness"), load_pairs("emotions/fear"), random=1, examples=tune, source=near[0], strengths=(), knowledge=False)))
-    (cap, (shift, p), text, e), (cap2, (shift2, p2), text2, e2) = found
-    assert cap == cap2 and (shift == shift2).all() and (p == p2).all() and text == text2
-    assert set(e.arms) == set(e2.arms) and {"few_shot", "few_shot_rotated", "source", "native", "other_concept", "prompt"} <= {k for k, a in e.arms.items() if not a.get("reason")}
-    for k, a in e.arms.items(): assert a.get("reason") or (a["items"] == e2.arms[k]["items"] and all(a[x] == pytest.approx(e2.arms[k][x], rel=1e-3, abs=1e-5) for x in ("dose", "logit_shift", "kl", "perplexity_ratio") if a[x] is not None))
+        t = place(v, m, 2, dose=0.5)
+        e = evaluate(t, tests, neutral, None, experiments, Settings(random=1), examples=tune, **given)
+        moved = off_target([t, replace(t, direction=-v)], [tests, load_task("emotions/fear").take(8)])
+        found.append((moved, evaluate_text({"base": None, "steered": t}, talk, m, 5), e))
+    ((shift, p), text, e), ((shift2, p2), text2, e2) = found
+    assert (shift == shift2).all() and (p == p2).all() and text == text2 and e.capability == e2.capability
+    ran = {k for k, a in e.arms.items() if not a.reason}
+    assert set(e.arms) == set(e2.arms) and ran == {k for k, a in e2.arms.items() if not a.reason}
+    assert {"few_shot", "few_shot_rotated", "source", "native", "other_concept", "prompt"} <= ran
+    chosen = [
+        {(r.arm, r.experiment, r.draw): r.answers["chosen"] for r in x.runs if r.answers} for x in (e, e2)
+    ]
+    assert chosen[0] == chosen[1]
+    for k in ran:
+        for name in ("dose", "logit_shift", "kl", "perplexity_ratio"):
+            a, b = getattr(e.arms[k], name), getattr(e2.arms[k], name)
+            assert a is b is None or a == pytest.approx(b, rel=1e-3, abs=1e-5)
 
 
-def test_no_request_is_larger_than_allowed(near, distant, monkeypatch):
+def test_no_request_is_larger_than_allowed(near, monkeypatch):
     "A direction over many texts goes in several requests, and many directions over few texts too."
-    task, fns, sizes = load_task("emotions/happiness").take(60), [_adder(torch.randn(48, generator=torch.Generator().manual_seed(i)), "all") for i in range(3)], []
-    m = load_model(near[1], remote=Remote(simulated=True, tokens=2048)); real = evaluation.asking
-    def counted(model, layer, batches, *a):
-        sizes.append(sum(ids.numel() for passes, _ in batches for ids, *_ in passes)); return real(model, layer, batches, *a)
-    monkeypatch.setattr(evaluation, "asking", counted); (probe, local), (hurt, here) = ((f(m), f(near[1])) for f in (lambda m: ChoiceProbe(m, task, 2), lambda m: DamageProbe(m, load_corpus("neutral").texts[:60], 2)))
+    task, texts = load_task("emotions/happiness").take(60), load_corpus("neutral").texts[:60]
+    draws = [torch.randn(48, generator=torch.Generator().manual_seed(i)) for i in range(3)]
+    fns, sizes, real = [adding(v) for v in draws], [], ndif.asking
+
+    def counted(made, model, layer, batches, reduce):
+        sizes.append(sum((len(fs) + (b.plain is not None)) * b.ids.numel() for b, fs in batches))
+        return real(made, model, layer, batches, reduce)
+
+    monkeypatch.setattr(ndif, "asking", counted)
+    m = load_model(near[1], remote=Remote(simulated=True, tokens=2048))
+    (ask, local), (hurt, here) = (
+        (f(m), f(near[1])) for f in (lambda m: choices(m, 2, task), lambda m: neutral_text(m, 2, texts))
+    )
     for some in (fns[:1], fns):
-        sizes.clear(); got = probe.many(some); assert len(sizes) > 2 and max(sizes) <= 2048
-        for x, y in zip(got, local.many(some)): assert (x.chosen == y.chosen).all() and abs(x.margin - y.margin).max() < 1e-4
-        sizes.clear(); got = hurt.many(some); assert len(sizes) > 1 and max(sizes) <= 2048
-        for x, y in zip(got, here.many(some)): assert x == pytest.approx(y, abs=1e-5)
+        sizes.clear()
+        got = ask(some)
+        assert len(sizes) > 2 and max(sizes) <= 2048
+        for x, y in zip(got, local(some), strict=True):
+            assert (x.chosen == y.chosen).all() and abs(x.margin - y.margin).max() < 1e-4
+        sizes.clear()
+        got = hurt(some)
+        assert len(sizes) > 1 and max(sizes) <= 2048
+        for x, y in zip(got, here(some), strict=True):
+            assert abs(x.kl - y.kl).max() < 1e-5 and abs(x.lost - y.lost).max() < 1e-4
 
 
-def test_probes_and_dose(near, distant):
-    v = torch.randn(48, generator=torch.Generator().manual_seed(0)); task, texts = load_task("emotions/happiness").take(6), load_corpus("neutral").texts[:6]
-    a, b = (graft(v, m, 2, dose=.5) for m in (near[1], distant[1])); fns = [None, _adder(a.vector(1), "all"), replace(a, dose=-a.dose, positions="last")]
-    want, got = ([f for f in map(ChoiceProbe(m, task, 2), fns)] for m in (near[1], distant[1]))
-    for x, y in zip(want + want, got + ChoiceProbe(distant[1], task, 2).many(fns)):
-        assert (x.chosen == y.chosen).all() and (x.first == y.first).all() and abs(x.margin - y.margin).max() < 1e-4
-    one, two = DamageProbe(near[1], texts, 2), DamageProbe(distant[1], texts, 2)
-    for x, y in zip(map(one, fns), two.many(fns)): assert x == pytest.approx(y, abs=1e-5)
-    assert at_damage(b, two, .2).dose == pytest.approx(at_damage(a, one, .2).dose, rel=1e-3)
+def test_benches_and_dose(near, distant):
+    v = torch.randn(48, generator=torch.Generator().manual_seed(0))
+    task, neutral = load_task("emotions/happiness").take(6), load_corpus("neutral").take(12)
+    one, two = (Bench(m, 2, task, neutral, 0.2) for m in (near[1], distant[1]))
+    a, b = (place(v, m, 2, dose=0.5) for m in (near[1], distant[1]))
+    changes = [None, adding(a.vector(1)), replace(a, dose=-a.dose, positions="last")]
+    for x, y in zip(one.ask(changes) * 2, [*map(two.ask, changes), *two.ask(changes)], strict=True):
+        assert (x.chosen == y.chosen).all() and (x.first == y.first).all()
+        assert abs(x.margin - y.margin).max() < 1e-4
+    for x, y in zip(map(one.hurt, changes), two.hurt(changes), strict=True):
+        assert abs(x.kl - y.kl).max() < 1e-5 and abs(x.lost - y.lost).max() < 1e-4
+    assert two.at_damage(b).dose == pytest.approx(one.at_damage(a).dose, rel=1e-3)
 
 
 def test_an_interrupted_collection_goes_on(near, distant, tmp_path, monkeypatch):
-    corpus = Corpus("scenes", [x for e in EMOTIONS for x in load_pairs(f"emotions/{e}").texts])
-    whole, real, calls = collect(near[0], distant[1], corpus, [1], [2]), remote.Simulated.result, []
-    def failing(self):
-        calls.append(1)
-        if len(calls) == 3: raise ConnectionError("the line is down")
-        return real(self)
-    monkeypatch.setattr(remote.Simulated, "result", failing)
-    with pytest.raises(ConnectionError): collect(near[0], distant[1], corpus, [1], [2], path=tmp_path/"m")
-    assert 0 < len(Moments.load(tmp_path/"m").seen) < len(whole.seen)
-    calls.clear(); calls += [1] * 3; again = collect(near[0], distant[1], corpus, [1], [2], path=tmp_path/"m")
+    corpus, path, calls = scenes(EMOTIONS), tmp_path / "m", []
+    whole = collect(near[0], distant[1], corpus, [1], [2])
+    monkeypatch.setattr(remote.Simulated, "result", failing_at(3, calls))
+    with pytest.raises(ConnectionError):
+        collect(near[0], distant[1], corpus, [1], [2], path=path)
+    assert 0 < len(Moments.load(path).seen) < len(whole.seen)
+    again = collect(near[0], distant[1], corpus, [1], [2], path=path)
     assert again.seen == whole.seen and [p.name for p in tmp_path.iterdir()] == ["m"]
     assert torch.equal(again.n, whole.n)
-    cov = lambda m: m.xy[0, 0] / m.n[0] - torch.einsum("a,lb->alb", m.x[0, 0], m.y[0]) / m.n[0] ** 2
-    close(cov(again), cov(whole), 1e-4)
+    close(covariance(again), covariance(whole), 1e-4)
 
 
-@pytest.mark.parametrize("layers, texts, rows", [(([1], [2]), 900, True), (([1], [0, 2, 3]), 900, False), (([1, 2], [2]), 900, True), (([1, 2], [1, 2, 3]), 40, True)])
+@pytest.mark.parametrize(
+    "layers, texts, rows",
+    [
+        (([1], [2]), 900, True),
+        (([1], [0, 2, 3]), 900, False),
+        (([1, 2], [2]), 900, True),
+        (([1, 2], [1, 2, 3]), 40, True),
+    ],
+)
 def test_rows_or_sums_come_back_whichever_is_less(near, distant, layers, texts, rows, monkeypatch):
     "And both give what a model gives that runs here."
-    corpus, moved = Corpus("scenes", [x for e in EMOTIONS for x in load_pairs(f"emotions/{e}").texts][:texts]), {True: 0, False: 0}
+    corpus, moved, real = scenes(EMOTIONS, texts), {True: 0, False: 0}, Ndif.planned
+
     class Counted(remote.Simulated):
-        def __call__(self, tracer=None): moved[way] += len(RequestModel.serialize(tracer, True)); super().__call__(tracer)
+        def __call__(self, tracer=None):
+            moved[way] += len(RequestModel.serialize(tracer, True))
+            super().__call__(tracer)
+
         def result(self):
-            got = super().result(); assert (got["kept"]["xy"].numel() == 0) == way; torch.save({k: got[k] for k in ("kept", "extra")}, packed := io.BytesIO())
-            moved[way] += len(zstandard.compress(packed.getvalue())); return got
-    monkeypatch.setattr(remote, "Simulated", Counted); real, want = moments._groups, collect(near[0], near[1], corpus, *layers, weight=robust_weight)
+            got = super().result()
+            assert (not got["kept"]) == way
+            torch.save({k: got[k] for k in ("kept", "extra")}, packed := io.BytesIO())
+            moved[way] += len(zstandard.compress(packed.getvalue()))
+            return got
+
+    def other_way(self, *how):
+        plan, bring = real(self, *how)
+        return plan, not bring
+
+    monkeypatch.setattr(remote, "Simulated", Counted)
+    want = collect(near[0], near[1], corpus, *layers, weight=robust_weight)
     for way in (rows, not rows):
-        if way is not rows: monkeypatch.setattr(moments, "_groups", lambda *a: (real(*a)[0], way))
+        if way is not rows:
+            monkeypatch.setattr(Ndif, "planned", other_way)
         got = collect(near[0], distant[1], corpus, *layers, weight=robust_weight, products=True)
         assert got.seen == want.seen and torch.equal(got.held_of, want.held_of)
-        for k in ("n", "x", "y", "xx", "xy", "yy", "null", "held_x", "held_y"): close(getattr(got, k), getattr(want, k))
+        for k in ("n", "x", "y", "xx", "xy", "yy", "squares", "shuffled", "held_x", "held_y"):
+            close(getattr(got, k), getattr(want, k))
     assert moved[rows] < moved[not rows]
 
 
 @pytest.mark.parametrize("shape", [(300, 2, 48), (1, 1, 1), (0, 3, 5)])
 def test_bytes_by_weight(shape):
     "Nothing is lost, and of a model in half precision only its own half travels."
-    Z = torch.randn(shape, generator=torch.Generator().manual_seed(0)); Z.view(-1)[:2] = torch.tensor([float("inf"), -0.])[:Z.numel()]; size = lambda X: len(zstandard.compress(moments._planes(X).numpy().tobytes()))
-    for X in (Z, Z.bfloat16(), Z.half()): assert torch.equal(moments._whole(moments._planes(X)), X.float())
-    assert len(Z) < 300 or size(Z.bfloat16()) < .55 * size(Z) < .55 * len(zstandard.compress(Z.numpy().tobytes()))
+
+    def size(t):
+        return len(zstandard.compress(t.numpy().tobytes()))
+
+    Z = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    Z.view(-1)[:2] = torch.tensor([float("inf"), -0.0])[: Z.numel()]
+    for X in (Z, Z.bfloat16(), Z.half()):
+        assert torch.equal(unplaned(planes(X)), X.float())
+    assert len(Z) < 300 or size(planes(Z.bfloat16())) < 0.55 * size(planes(Z)) < 0.55 * size(Z)
 
 
 def test_a_job_of_rows_keeps_to_its_bytes(near, monkeypatch):
     "Also where a chunk as large as those for sums would be too much."
-    m, sizes, real, corpus = load_model(near[1], remote=Remote(simulated=True, size=50_000)), [], remote.Simulated.result, Corpus("scenes", [x for e in EMOTIONS[:2] for x in load_pairs(f"emotions/{e}").texts])
+    m, sizes, real = (
+        load_model(near[1], remote=Remote(simulated=True, size=50_000)),
+        [],
+        remote.Simulated.result,
+    )
+
     def counted(self):
-        got = real(self); sizes.append(sum(own.numel() for _, own, _ in got["extra"])); return got
-    monkeypatch.setattr(remote.Simulated, "result", counted); got, want = (collect(near[0], t, corpus, [1, 2], [2]) for t in (m, near[1]))
-    assert max(sizes) < 100_000 < sum(sizes) / 10                # a token is four characters by rule of thumb only
-    assert got.seen == want.seen and got.n.sum() == want.n.sum(); close(got.held_y, want.held_y)
+        got = real(self)
+        sizes.append(sum(own.numel() for _, own, _ in got["extra"]))
+        return got
+
+    monkeypatch.setattr(remote.Simulated, "result", counted)
+    got, want = (collect(near[0], t, scenes(EMOTIONS[:2]), [1, 2], [2]) for t in (m, near[1]))
+    assert max(sizes) < 100_000 < sum(sizes) / 10  # a token is four characters by rule of thumb only
+    assert got.seen == want.seen and got.n.sum() == want.n.sum()
+    close(got.held_y, want.held_y)
+
+
+@pytest.mark.parametrize("bring", [True, False])
+def test_rows_that_are_not_finite_are_named(bring, monkeypatch):
+    "Whichever way they would go, and nothing of their job is added."
+    a, b = tiny_model("llama"), tiny_model("gpt2", seed=3)
+    token = b.tokenizer("mat").input_ids[-1]
+    b._module.get_input_embeddings().weight.data[token] = float("nan")
+    far = load_model(b, remote=SMALL)
+    texts = [f"{i} cats sat down and it rained all day." for i in range(300)] + [
+        "The cat sat on the mat, and left."
+    ]
+    real = Ndif.planned
+    monkeypatch.setattr(Ndif, "planned", lambda self, *how: (real(self, *how)[0], bring))
+    with pytest.raises(
+        ValueError, match="'The cat sat on the mat, and left.' gives states that are not finite"
+    ):
+        collect(a, far, Corpus("some", texts), [1], [2])
+
+
+def test_what_is_too_much_for_the_server_is_halved(near, monkeypatch):
+    "Batches first, then texts; an error that says something else is an error."
+    texts, m = [f"It rained {i} times." for i in range(40)], load_model(near[1], remote=SMALL)
+    real, asked = ndif.reading, []
+
+    def crowded(made, model, batches, *how):
+        sent = real(made, model, batches, *how)
+        asked.append(sum(len(ids) for ids, *_ in batches))
+        if asked[-1] > 3:
+            full = SimpleNamespace(result=lambda: (_ for _ in ()).throw(RuntimeError("CUDA out of memory.")))
+            return full
+        return sent
+
+    monkeypatch.setattr(ndif, "reading", crowded)
+    close(activations(m, texts, [2]), activations(near[1], texts, [2]))
+    assert max(asked) > 3 >= min(asked)
+    monkeypatch.setattr(ndif, "out_of_memory", lambda e: False)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        activations(m, texts, [2])
 
 
 def test_a_model_on_a_server_is_itself(near):
-    there = dict(repo_id="org/m", revision=None, dtype="bfloat16", config='{"hidden_size": 48, "dtype": "x"}'); mark = _remote_hash(there, near[1]._module)
-    a = replace(model_info(near[1]), name="org/m", weights=mark); half = replace(a, weights=_remote_hash(there | {"dtype": "float32"}, near[1]._module))
-    a.require(half, "it"); a.require(replace(model_info(near[1]), name="org/m"), "it")        # precision is not identity; a local one is known by name and shape
-    for other in (replace(a, weights=_remote_hash(there | {"revision": "x"}, near[1]._module)), replace(model_info(near[1]), name="org/other"), model_info(near[0])):
-        with pytest.raises(ValueError, match="on a server in bfloat16"): a.require(other, "it")
+    module, own = near[1]._module, model_info(near[1])
+    there = dict(repo_id="org/m", revision=None, dtype="bfloat16", config='{"hidden_size": 48, "dtype": "x"}')
+
+    def hosted_as(**other):
+        return replace(own, name="org/m", weights=served_mark(there | other, module))
+
+    a = hosted_as()
+    a.require(hosted_as(dtype="float32"), "it")  # precision is not identity
+    a.require(replace(own, name="org/m"), "it")  # one that runs here is known by name and shape
+    for other in (hosted_as(revision="x"), replace(own, name="org/other"), model_info(near[0])):
+        with pytest.raises(ValueError, match="on a server in bfloat16"):
+            a.require(other, "it")
 
 
 @pytest.fixture
 def site(monkeypatch):
-    "A server on loopback that does what each test wants, at NDIF_HOST and with a key; `heard` has every request's path and headers."
+    """A server on loopback that does what each test wants, at NDIF_HOST and with a key; `heard` has every
+    request's path and headers."""
+
     class Site(BaseHTTPRequestHandler):
-        def do_GET(self): heard.append((self.path, dict(self.headers))); self.answer()
-        def do_POST(self): self.rfile.read(int(self.headers["content-length"])); self.do_GET()
-        def log_message(self, *a): pass
+        def do_GET(self):
+            heard.append((self.path, dict(self.headers)))
+            self.answer()
+
+        def do_POST(self):
+            self.rfile.read(int(self.headers["content-length"]))
+            self.do_GET()
+
+        def log_message(self, *a):
+            pass
+
         def say(self, code, body=b"{}", **headers):
-            self.send_response(code); [self.send_header(k.replace("_", "-"), v) for k, v in ({"content_length": len(body)} | headers).items()]; self.end_headers(); self.wfile.write(body)
+            self.send_response(code)
+            for k, v in ({"content_length": len(body)} | headers).items():
+                self.send_header(k.replace("_", "-"), v)
+            self.end_headers()
+            self.wfile.write(body)
+
     heard = Site.heard = []
     with ThreadingHTTPServer(("127.0.0.1", 0), Site) as s:
-        threading.Thread(target=s.serve_forever, args=(.02,), daemon=True).start(); Site.url = f"http://127.0.0.1:{s.server_port}"
-        monkeypatch.setattr(nnsight.CONFIG.API, "HOST", Site.url); monkeypatch.setattr(nnsight.CONFIG.API, "APIKEY", "secret-key"); yield Site
+        threading.Thread(target=s.serve_forever, args=(0.02,), daemon=True).start()
+        Site.url = f"http://127.0.0.1:{s.server_port}"
+        monkeypatch.setattr(nnsight.CONFIG.API, "HOST", Site.url)
+        monkeypatch.setattr(nnsight.CONFIG.API, "APIKEY", "secret-key")
+        yield Site
         s.shutdown()
 
-def ask(limits=Remote(attempts=3, read=5), end=60):
-    "A job that was sent and is asked about."
-    job = Job.__new__(Job); job.host, job.api_key, job.name, job.remote, job.job_id, job.blob, job.sent, job.end = nnsight.CONFIG.API.HOST, "secret-key", "org/m", limits, "1", b"", 1, time.monotonic() + end
-    return job
 
-def test_the_key_is_never_shown(site):
-    for code, kind in ((400, PermissionError), (401, PermissionError), (403, PermissionError), (422, RuntimeError), (503, ConnectionError)):
-        site.answer = lambda s: s.say(code, b'{"detail": "%s: secret-key"}' % (b"Invalid API key format" if code == 400 else b"odd"))
-        with pytest.raises(kind) as e: ask(Remote(attempts=1))._ask()
-        assert "secret" not in str(e.value) and (kind is not PermissionError or "NDIF_API_KEY" in str(e.value)) and ("***" in str(e.value)) == (kind is not PermissionError)
+@pytest.fixture
+def ask(site, near, tmp_path):
+    "What makes a job that was sent and is asked about."
+    folder = str(tmp_path / "asked")
+    near[1]._module.config.save_pretrained(folder)
+    nnsight.modeling.huggingface._ID_CACHE[folder] = "org/m"  # else nnsight asks the hub for the name
+    model = wrapped(folder, near[1].tokenizer)
 
-def test_the_key_goes_nowhere_else(site):
+    def made(limits=Remote(attempts=3, read=5), end=60):  # noqa: B008
+        job = Job(model, limits, wait=False)
+        job.job_id, job.blob, job.sent, job.end = "1", b"", 1, time.monotonic() + end
+        return job
+
+    return made
+
+
+def test_the_key_is_never_shown(site, ask):
+    refused = {400: PermissionError, 401: PermissionError, 403: PermissionError, 422: RuntimeError}
+    for code, kind in (refused | {503: ConnectionError}).items():
+        why = "Invalid API key format" if code == 400 else "odd"
+        said = json.dumps({"detail": f"{why}: secret-key"}).encode()
+        site.answer = lambda s, code=code, said=said: s.say(code, said)
+        with pytest.raises(kind) as e:
+            ask(Remote(attempts=1)).state()
+        about_key = kind is PermissionError
+        assert "secret" not in str(e.value) and ("NDIF_API_KEY" in str(e.value)) >= about_key
+        assert ("***" in str(e.value)) != about_key
+
+
+def test_the_key_goes_nowhere_else(site, ask):
     other = site.url.replace("127.0.0.1", "localhost")
-    site.answer = lambda s: s.say(200, b"{}") if "elsewhere" in s.path else s.say(307, location=f"{other}/elsewhere")
-    for f in (ask()._ask, hosted):
-        with pytest.raises(ConnectionError, match="elsewhere.*Set NDIF_HOST"): f()
-    assert not any("elsewhere" in p for p, _ in site.heard)
-    job = ask(); job.finalize = lambda b: b; assert job._fetch(f"{site.url}/result") == b"{}" and site.heard[-1][0] == "/elsewhere"      # a result may lie elsewhere: no key goes there
-    assert not any("secret" in str(h) for p, h in site.heard[-2:])
 
-@pytest.mark.parametrize("code, said, least", [(429, {"Retry_After": "7"}, 7), (429, {"Retry_After": "date"}, 25), (429, {}, 0), (408, {}, 0), (503, {"Retry_After": "7"}, 7)])
-def test_a_busy_server_is_asked_again(site, monkeypatch, code, said, least):
-    said, pauses = {k: formatdate(time.time() + 30, usegmt=True) if v == "date" else v for k, v in said.items()}, []
-    site.answer = lambda s: s.say(code, **said) if len(site.heard) < 3 else s.say(200, b'{"deployments": {"x": {"repo_id": "org/m"}}}')
-    monkeypatch.setattr(remote.time, "sleep", pauses.append); assert list(hosted(Remote(attempts=3))) == ["org/m"]
+    def elsewhere(s):
+        s.say(200, b"{}") if "elsewhere" in s.path else s.say(307, location=f"{other}/elsewhere")
+
+    site.answer = elsewhere
+    for f in (ask().state, hosted):
+        with pytest.raises(ConnectionError, match="elsewhere.*Set NDIF_HOST"):
+            f()
+    assert not any("elsewhere" in p for p, _ in site.heard)
+    job = ask()
+    job.finalize = lambda b: b
+    assert job.saved_values(f"{site.url}/result") == b"{}"  # a result may lie elsewhere: no key goes there
+    assert site.heard[-1][0] == "/elsewhere" and not any("secret" in str(h) for p, h in site.heard[-2:])
+
+
+@pytest.mark.parametrize(
+    "code, said, least",
+    [
+        (429, {"Retry_After": "7"}, 7),
+        (429, {"Retry_After": "date"}, 25),
+        (429, {}, 0),
+        (408, {}, 0),
+        (503, {"Retry_After": "7"}, 7),
+    ],
+)
+def test_a_busy_server_is_asked_again(site, ask, monkeypatch, code, said, least):
+    there, pauses = b'{"deployments": {"x": {"repo_id": "org/m"}}}', []
+    when = formatdate(time.time() + 30, usegmt=True)
+    said = {k: when if v == "date" else v for k, v in said.items()}
+    site.answer = lambda s: s.say(code, **said) if len(site.heard) < 3 else s.say(200, there)
+    monkeypatch.setattr(remote.time, "sleep", pauses.append)
+    assert list(hosted(Remote(attempts=3))) == ["org/m"]
     assert len(pauses) == 2 and min(pauses) >= least and max(pauses) < least + 11
-    site.heard.clear(); pauses.clear(); site.answer = lambda s: s.say(code, Retry_After="99999")
-    with pytest.raises(ConnectionError, match=f"{code}.*2 attempts"): ask(Remote(attempts=2), end=5)._ask()
-    assert max(pauses) <= 5                                                                            # not longer than the job may take
+    site.heard.clear()
+    pauses.clear()
+    site.answer = lambda s: s.say(code, Retry_After="99999")
+    with pytest.raises(ConnectionError, match=f"{code}.*2 attempts"):
+        ask(Remote(attempts=2), end=5).state()
+    assert max(pauses) <= 5  # not longer than the job may take
+
 
 @pytest.mark.parametrize("body", [b"<html>Welcome</html>", b"[1]"])
-def test_no_ndif_server_there(site, body):
+def test_no_ndif_server_there(site, ask, body):
     site.answer = lambda s: s.say(200, body)
-    for f in (hosted, ask()._ask):
-        with pytest.raises(ConnectionError, match="no NDIF server is there.*NDIF_HOST"): f()
+    for f in (hosted, ask().state):
+        with pytest.raises(ConnectionError, match="no NDIF server is there.*NDIF_HOST"):
+            f()
 
-def test_what_drips_has_an_end(site):
+
+def test_what_drips_has_an_end(site, ask):
     def drip(s):
+        head = b"X-Long: 1\r\n" * 99 if s.path == "/head" else b"\r\n"
         with contextlib.suppress(OSError):
-            for b in b"HTTP/1.0 200 OK\r\n" + (b"X-Long: 1\r\n" * 99 if s.path == "/head" else b"\r\n") + b" " * 600: s.wfile.write(bytes([b])); time.sleep(.02)
-    site.answer = drip; begin = time.monotonic()
+            for b in b"HTTP/1.0 200 OK\r\n" + head + b" " * 600:
+                s.wfile.write(bytes([b]))
+                time.sleep(0.02)
+
+    site.answer = drip
+    begin = time.monotonic()
     for path in ("head", "body"):
-        with pytest.raises(TimeoutError, match="did not arrive within 1 s"): ask(Remote(total=1), end=1)._fetch(f"{site.url}/{path}")
-    with pytest.raises(ConnectionError, match="1 attempts"): ask(Remote(total=1), end=1)._ask()
+        with pytest.raises(TimeoutError, match="did not arrive within 1 s"):
+            ask(Remote(total=1), end=1).saved_values(f"{site.url}/{path}")
+    with pytest.raises(ConnectionError, match="1 attempts"):
+        ask(Remote(total=1), end=1).state()
     assert time.monotonic() - begin < 15
 
 
 def test_a_transplant_goes_back_to_its_server(site, near, tmp_path):
     "The folder has no weights: loading them here would fail."
-    near[1]._module.config.save_pretrained(tmp_path/"m"); near[1].tokenizer.save_pretrained(tmp_path/"m"); assert not list((tmp_path/"m").glob("*.safetensors"))
-    site.answer = lambda s: s.say(200, ('{"deployments": {"x": {"repo_id": "%s", "dtype": "float32"}}, "packages": {}}' % (tmp_path/"m")).encode())
-    t = graft(torch.ones(48), load_model(tmp_path/"m", remote=True), 2, norm=1.); t.save(tmp_path/"t"); back = Transplant.load(tmp_path/"t")
-    assert far(back.model) is not None and far(t.target.load()) == Remote()
+    folder = tmp_path / "m"
+    near[1]._module.config.save_pretrained(folder)
+    near[1].tokenizer.save_pretrained(folder)
+    assert not list(folder.glob("*.safetensors"))
+    there = {"deployments": {"x": {"repo_id": str(folder), "dtype": "float32"}}, "packages": {}}
+    site.answer = lambda s: s.say(200, json.dumps(there).encode())
+    t = place(torch.ones(48), load_model(folder, remote=True), 2, norm=1.0)
+    t.save(tmp_path / "t")
+    back = Transplant.load(tmp_path / "t")
+    assert isinstance(engine(back.model), Ndif) and engine(t.target.load()).remote == Remote()
+
 
 def test_nothing_is_fetched_for_a_server(site, tmp_path, monkeypatch):
-    (tmp_path/"m.gguf").write_bytes(b"GGUF"); site.answer = lambda s: s.say(200, b'{"deployments": {}, "packages": {}}')
-    monkeypatch.setenv("CONCEPT_TRANSFER_CACHE", str(tmp_path/"cache"))
-    for name in ("gemma-3-270m", tmp_path/"m.gguf"):
-        with pytest.raises(ValueError, match="leave remote= away"): load_model(name, remote=True)
-    assert not (tmp_path/"cache").exists()
-    with pytest.raises(ValueError, match="does not host"): load_model("org/model-that-nobody-made", remote=True)        # asked before the hub is
+    (tmp_path / "m.gguf").write_bytes(b"GGUF")
+    site.answer = lambda s: s.say(200, b'{"deployments": {}, "packages": {}}')
+    monkeypatch.setenv("CONCEPT_TRANSFER_CACHE", str(tmp_path / "cache"))
+    for name in ("gemma-3-270m", tmp_path / "m.gguf"):
+        with pytest.raises(ValueError, match="leave remote= away"):
+            load_model(name, remote=True)
+    assert not (tmp_path / "cache").exists()
+    with pytest.raises(ValueError, match="does not host"):
+        load_model("org/model-that-nobody-made", remote=True)  # asked before the hub is
 
 
-def test_limits_of_waiting(site):
-    with pytest.raises(ConnectionError, match="2 attempts"): remote._call(Remote(attempts=2), 1e12, "GET", "http://127.0.0.1:9/")
-    with pytest.raises(ConnectionError, match="1 attempts"): remote._call(Remote(attempts=9), 0, "GET", "http://127.0.0.1:9/")
+def test_limits_of_waiting(site, monkeypatch):
     site.answer = lambda s: s.say(503 if len(site.heard) < 2 else 200)
-    assert remote._call(Remote(attempts=2), 1e12, "GET", site.url) == {}
+    assert Remote(attempts=2).call("GET", "/", 1e12) == {}
+    monkeypatch.setattr(nnsight.CONFIG.API, "HOST", "http://127.0.0.1:9")
+    with pytest.raises(ConnectionError, match="2 attempts"):
+        Remote(attempts=2).call("GET", "/", 1e12)
+    with pytest.raises(ConnectionError, match="1 attempts"):
+        Remote(attempts=9).call("GET", "/", 1)  # that moment is past
 
 
 def test_versions_are_compared_without_build_marks(site, caplog):
-    there = {"torch": remote.version("torch").split("+")[0] + "+cu999", "nnsight": "0.0.1"}; site.answer = lambda s: s.say(200, json.dumps({"packages": there, "deployments": {"x": {"repo_id": "org/m"}}}).encode())
+    there = {"torch": remote.version("torch").split("+")[0] + "+cu999", "nnsight": "0.0.1"}
+    said = json.dumps({"packages": there, "deployments": {"x": {"repo_id": "org/m"}}}).encode()
+    site.answer = lambda s: s.say(200, said)
     assert remote.other_versions() == {"nnsight": (remote.version("nnsight"), "0.0.1")}
     assert remote.server("m")["repo_id"] == "org/m" and "nnsight 0.0.1 (here" in caplog.text
-    with pytest.raises(ValueError, match="it hosts org/m"): remote.server("org/other")
+    with pytest.raises(ValueError, match="it hosts org/m"):
+        remote.server("org/other")
 
 
-def test_words_of_the_server(monkeypatch):
-    job = ask()
-    sent = []; monkeypatch.setattr(Job, "send", lambda self: sent.append(1)); monkeypatch.setattr(remote.time, "sleep", lambda s: None)
-    job._failed("Error submitting request to model deployment. Please try again later."); assert sent == [1]
-    with pytest.raises(TimeoutError, match="tokens=8192"): job._failed("Your job exceeded the execution timeout of 8.0s.")
-    with pytest.raises(RuntimeError, match="IndexError: 99"): job._failed("Traceback ...\nIndexError: 99")
+def test_words_of_the_server(ask, monkeypatch):
+    job, sent = ask(), []
+    monkeypatch.setattr(Job, "send", lambda self: sent.append(1))
+    monkeypatch.setattr(remote.time, "sleep", lambda s: None)
+    job.failed("Error submitting request to model deployment. Please try again later.")
+    assert sent == [1]
+    with pytest.raises(TimeoutError, match="tokens=8192"):
+        job.failed("Your job exceeded the execution timeout of 8.0s.")
+    with pytest.raises(RuntimeError, match="IndexError: 99"):
+        job.failed("Traceback ...\nIndexError: 99")
     job.sent = 3
-    with pytest.raises(ConnectionError, match="lost job 1 3 times"): job._failed("Replica was evicted while processing your request...")
+    with pytest.raises(ConnectionError, match="lost job 1 3 times"):
+        job.failed("Replica was evicted while processing your request...")

@@ -1,82 +1,217 @@
 "The sets behind the tasks are what their cards say: counts, balance, and nothing that gives the answer away."
-import itertools, json, re
+
+import itertools
+import json
+import re
 from collections import Counter
 from dataclasses import replace
 
 import pytest
 
-from concept_transfer.data import _auc, _builtin, _near, _words
-from concept_transfer.evaluation import evaluate_text
-from concept_transfer.tasks import (RULES, GenerationTask, distinct, follows, instruction_task, language, load_generation_task, load_instructions, load_knowledge, load_truthfulness,
-                                    sentiment, toxicity)
+from concept_transfer.data import builtin_rows, overlap, split_words
+from concept_transfer.stats import auc
+from concept_transfer.tasks import (
+    RULES,
+    SCORERS,
+    TASKS,
+    ChoiceItem,
+    ChoiceTask,
+    GenerationTask,
+    Scorer,
+    distinct,
+    follows,
+    language,
+    load_task,
+    sentiment,
+    toxicity,
+)
 
 NEGATED = re.compile(r"\b(no|not|none|never|nothing|nobody|neither|nowhere|cannot|without)\b", re.I)
+OFFLINE = [name for name in TASKS if name != "truthful_qa"]
 
 
 @pytest.fixture(scope="module", params=["tune", "test"])
-def truth(request): return load_truthfulness(request.param)
+def truth(request):
+    return load_task("truthfulness", request.param)
 
 
 def test_truthfulness_has_its_counts():
-    rows = _builtin("truthfulness")
+    rows = builtin_rows("truthfulness")
     assert Counter(r["split"] for r in rows) == {"tune": 32, "test": 64}
     assert set(Counter(r["topic"] for r in rows).values()) == {8}
     assert all(1 <= len(r["correct"]) <= 3 <= len(r["incorrect"]) <= 4 for r in rows)
 
 
-def test_every_topic_is_in_both_splits(truth): assert len(set(truth.topics)) == 12
+def test_every_topic_is_in_both_splits(truth):
+    assert len(set(truth.topics)) == 12
 
 
-def test_truth_is_not_told_by_length(truth):
-    best, true, false = [t[0] for t in truth.true], [a for t in truth.true for a in t], [a for f in truth.false for a in f]
-    for size, side in itertools.product((len, lambda a: len(_words(a))), (best, true)):
-        assert .35 < _auc(list(map(size, side)), list(map(size, false))) < .65
+@pytest.mark.parametrize("size", [len, lambda answer: len(split_words(answer))], ids=["letters", "words"])
+def test_truth_is_not_told_by_length(truth, size):
+    best, true = [t[0] for t in truth.true], [a for t in truth.true for a in t]
+    false = [size(a) for f in truth.false for a in f]
+    for side in (best, true):
+        assert 0.35 < auc([size(a) for a in side], false) < 0.65
 
 
 def test_truth_is_not_told_by_negation(truth):
     best, false = [t[0] for t in truth.true], [a for f in truth.false for a in f]
     share = [sum(bool(NEGATED.search(a)) for a in side) / len(side) for side in (best, false)]
-    assert abs(share[0] - share[1]) < .15 and all(.4 < s < .6 for s in share)
+    assert abs(share[0] - share[1]) < 0.15 and all(0.4 < s < 0.6 for s in share)
 
 
 def test_answers_are_sentences_and_differ(truth):
-    for answers in (t + f for t, f in zip(truth.true, truth.false)):
-        assert len(set(answers)) == len(answers) and all(a.endswith(".") and a[0].isupper() and len(_words(a)) <= 12 for a in answers)
+    for answers in (t + f for t, f in zip(truth.true, truth.false, strict=True)):
+        assert len(set(answers)) == len(answers)
+        assert all(a.endswith(".") and a[0].isupper() and len(split_words(a)) <= 12 for a in answers)
 
 
-@pytest.mark.parametrize("name, key", [("truthfulness", "question"), ("knowledge", "question"), ("instructions", "prompt")])
+@pytest.mark.parametrize(
+    "name, key", [("truthfulness", "question"), ("knowledge", "question"), ("instructions", "prompt")]
+)
 def test_no_question_is_asked_twice(name, key):
-    texts = [r[key] for r in _builtin(name)]
+    texts = [r[key] for r in builtin_rows(name)]
     assert len({t.lower() for t in texts}) == len(texts)
-    if name != "knowledge": assert not [(a, b) for a, b in itertools.combinations(texts, 2) if _near(a, b) > .5]   # short stems are alike
+    if name != "knowledge":  # short stems are alike
+        assert not [(a, b) for a, b in itertools.combinations(texts, 2) if overlap(a, b) > 0.5]
 
 
 def test_knowledge_is_balanced():
-    rows = _builtin("knowledge")
-    assert set(Counter(r["subject"] for r in rows).values()) == {12} and len({r["subject"] for r in rows}) == 10
+    rows = builtin_rows("knowledge")
+    subjects = Counter(r["subject"] for r in rows)
+    assert set(subjects.values()) == {12} and len(subjects) == 10
     assert Counter(r["answer"] for r in rows) == dict.fromkeys(range(4), 30)
     assert all(len(set(r["choices"])) == 4 and not any(c != c.strip() for c in r["choices"]) for r in rows)
-    task = load_knowledge(); right, wrong = [len(t[0]) for t in task.true], [len(a) for f in task.false for a in f]
-    assert .4 < _auc(right, wrong) < .6
+    task = load_task("knowledge")
+    right, wrong = [len(t[0]) for t in task.true], [len(a) for f in task.false for a in f]
+    assert 0.4 < auc(right, wrong) < 0.6
 
 
 def test_instructions_cover_every_rule():
-    kinds = Counter(r["rule"] for r in load_instructions())
+    kinds = Counter(r["rule"] for r in builtin_rows("instructions"))
     assert set(kinds) == set(RULES) and min(kinds.values()) >= 3
 
 
-def test_instructions_are_a_task_each_prompt_with_its_rule(smol):
-    task = instruction_task(); rows = load_instructions()
-    right = {"one_word": "Oslo", "upper": "STEEP PATH!", "lower": "bees make honey.", "is_json": '{"a": 1}', "question": "Where do you work?", "quoted": '"Rivers of Time"'}
+@pytest.fixture
+def rows():
+    return builtin_rows("instructions")
+
+
+def test_instructions_are_a_task_each_prompt_with_its_rule(rows):
+    right = {
+        "one_word": "Oslo",
+        "upper": "STEEP PATH!",
+        "lower": "bees make honey.",
+        "is_json": '{"a": 1}',
+        "question": "Where do you work?",
+        "quoted": '"Rivers of Time"',
+    }
     texts = [right.get(r["rule"], "") for r in rows]
-    assert task.score(texts) == [float(r["rule"] in right) for r in rows]
-    few = replace(task, prompts=task.prompts[:6], scorer=task.scorer[:6], groups=task.groups[:6]); got = evaluate_text({"base": None}, few, smol, 12)["base"]
-    assert got["scores"] == [float(follows(r, t)) for r, t in zip(rows, got["texts"])]
+    assert load_task("instructions").score(texts) == [float(r["rule"] in right) for r in rows]
 
 
-@pytest.mark.parametrize("scorer, name, high, low", [
-    (sentiment, "sentiment", "What a lovely day, I love it.", "This is terrible, I hate it."), (toxicity, "toxicity", "Shut up, you stupid idiot.", "Thank you for the flowers."),
-    (language, "language", "Nous avons mangé du pain ce matin.", "We had bread this morning."), (distinct, "distinct", "Rain fell on the quiet hills.", "so it goes so it goes so it goes so it goes")])
-def test_off_the_shelf_scorers_are_tasks(scorer, name, high, low, tmp_path):
-    task = GenerationTask(name, ["One:", "Two:"], scorer); a, b = task.score([high, low]); assert a > b + .3
-    (tmp_path/"t.json").write_text(json.dumps(dict(prompts=["One:", "Two:"], scorer=name))); assert load_generation_task(tmp_path/"t.json").score([high, low]) == pytest.approx([a, b])
+def test_a_model_is_scored_by_the_rules(rows, smol):
+    from concept_transfer.evidence import evaluate_text
+
+    task = load_task("instructions")
+    few = replace(task, prompts=task.prompts[:6], scorer=task.scorer[:6], groups=task.groups[:6])
+    got = evaluate_text({"base": None}, few, smol, 12)["base"]
+    assert got["scores"] == [float(follows(r, t)) for r, t in zip(rows, got["texts"], strict=False)]
+
+
+@pytest.mark.parametrize(
+    "scorer, high, low",
+    [
+        (sentiment, "What a lovely day, I love it.", "This is terrible, I hate it."),
+        (toxicity, "Shut up, you stupid idiot.", "Thank you for the flowers."),
+        (language, "Nous avons mangé du pain ce matin.", "We had bread this morning."),
+        (distinct, "Rain fell on the quiet hills.", "so it goes so it goes so it goes so it goes"),
+    ],
+    ids=lambda x: x.name if isinstance(x, Scorer) else "",
+)
+def test_off_the_shelf_scorers_are_tasks(scorer, high, low, tmp_path):
+    task = GenerationTask(scorer.name, ["One:", "Two:"], scorer)
+    a, b = task.score([high, low])
+    assert a > b + 0.3 and scorer.range[0] <= b < a <= scorer.range[1]
+    assert GenerationTask("by name", ["One:", "Two:"], scorer.name).score([high, low]) == pytest.approx(
+        [a, b]
+    )
+    (tmp_path / "t.json").write_text(json.dumps(dict(prompts=["One:", "Two:"], scorer=scorer.name)))
+    assert load_task(tmp_path / "t.json").score([high, low]) == pytest.approx([a, b])
+
+
+def test_a_scorer_of_your_own_is_as_good_as_any(tmp_path, monkeypatch):
+    def shouts(text):
+        return text.count("!")
+
+    mixed = GenerationTask("mixed", ["One:", "Two:", "Three:"], [shouts, "upper", RULES["at_most"].bind(n=1)])
+    assert mixed.score(["Go! Go!", "GO", "Go on"]) == [2, 1, 0]
+    monkeypatch.setitem(SCORERS, "shouts", Scorer("shouts", "exclamation marks", shouts, range=(0, 99)))
+    (tmp_path / "t.json").write_text(json.dumps(dict(prompts=["One:"], scorer="shouts")))
+    assert load_task(tmp_path / "t.json").score(["Stop!"]) == [1]
+
+
+def test_a_missing_package_is_named():
+    def judge(text):
+        import a_package_that_is_not_there  # noqa: F401
+
+    with pytest.raises(ImportError, match="pip install some-judge"):
+        Scorer("judge", "what a judge says", judge, "some-judge")("Some text.")
+
+
+@pytest.mark.parametrize("name", OFFLINE)
+def test_every_task_by_name_can_be_drawn_from_and_shown(name):
+    tune, test = load_task(name, "tune"), load_task(name, "test")
+    assert len(test) and (tune.hash != test.hash or name in ("knowledge", "instructions"))
+    few = test.take(5, seed=1)
+    assert type(few) is type(test) and len(few) == len(few.prompts) == len(few.groups) == 5
+    assert few.hash == test.take(5, seed=1).hash != test.take(5, seed=2).hash
+    assert test.take(10**6).hash == test.hash
+    assert str(len(test)) in repr(test) and test.hash in test._repr_html_()
+
+
+def test_a_task_of_your_own_has_a_name(monkeypatch):
+    rain = ChoiceTask("rain", [ChoiceItem("The street", (" is wet", " is dry"), 0, "street")])
+    monkeypatch.setitem(TASKS, "weather", lambda split: rain)
+    assert load_task("weather") is rain
+    with pytest.raises(FileNotFoundError, match="Did you mean 'weather'"):
+        load_task("wether")
+
+
+def test_fit_scenarios_are_no_task():
+    with pytest.raises(ValueError, match="a task is tune or test"):
+        load_task("emotions/fear", "fit")
+
+
+ITEM = dict(prompt="The street", choices=[" is wet", " is dry"], target=0)
+
+
+@pytest.mark.parametrize(
+    "made, says",
+    [
+        ("[1]", "a task is JSON with 'items'"),
+        (dict(items=[ITEM, {"prompt": "x"}]), "row 2 has no 'choices'"),
+        (dict(items=[ITEM | {"target": "0"}]), "row 1, 'target'"),
+        (dict(items=[ITEM | {"target": 2}]), "not an index into its 2 choices"),
+        (dict(items=[ITEM | {"choices": [" is wet"]}]), "two or more different"),
+        (dict(items=[]), "has no items"),
+        (dict(items=3), "valid list"),
+        (dict(pos=["x"], neg=["y"]), "--choices a,b,c and --target a"),
+        (dict(prompts="x", scorer="upper"), "the list 'prompts'"),
+        (dict(prompts=["x"]), "scorer None is none of sentiment"),
+        (dict(prompts=["x"], scorer="beauty"), "none of sentiment"),
+        (dict(prompts=["x"], scorer="ends"), "do not fit the scorer 'ends'"),
+        (dict(prompts=[""], scorer="upper"), "item 0 is empty"),
+        (dict(prompts=["x"], scorer="upper", groups=["a", "b"]), "2 groups for 1 prompts"),
+    ],
+)
+def test_a_file_that_is_no_task_says_why(tmp_path, made, says):
+    (tmp_path / "t.json").write_text(made if isinstance(made, str) else json.dumps(made))
+    with pytest.raises(ValueError, match=re.escape(says)):
+        load_task(tmp_path / "t.json")
+
+
+def test_a_file_of_items_is_a_task(tmp_path):
+    (tmp_path / "t.json").write_text(json.dumps(dict(name="rain", items=[ITEM, ITEM | {"group": 7}])))
+    task = load_task(tmp_path / "t.json")
+    assert (task.name, task.groups, task.wanted) == ("rain", ["0", "7"], [" is wet", " is wet"])

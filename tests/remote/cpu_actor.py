@@ -1,4 +1,5 @@
 "A model actor that runs without a GPU. The stock one calls CUDA; Ray here only has a logical one."
+
 import gc
 import ray
 from nnsight.modeling.huggingface import HuggingFaceModel
@@ -9,7 +10,9 @@ class CPUModelDeployment(BaseModelDeployment):
     CACHEABLE = False
 
     def load_from_disk(self):
-        model = HuggingFaceModel.from_model_key(self.model_key, dispatch=True, dtype=self.dtype_name, **self.kwargs)
+        model = HuggingFaceModel.from_model_key(
+            self.model_key, dispatch=True, dtype=self.dtype_name, **self.kwargs
+        )
         model._module.requires_grad_(False)
         return model
 
@@ -21,4 +24,5 @@ class CPUModelDeployment(BaseModelDeployment):
 
 
 @ray.remote(num_cpus=1, max_restarts=-1)
-class CPUModelActor(CPUModelDeployment): pass
+class CPUModelActor(CPUModelDeployment):
+    pass

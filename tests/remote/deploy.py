@@ -1,4 +1,5 @@
 "Run with the server's Python: deploy the models named on standard input as {model key: bytes}; with --kill end the actors of one."
+
 import json, sys
 import ray
 from ndif.common.schema.controller import DeploymentConfig
@@ -9,4 +10,5 @@ controller = ray.get_actor("Controller", namespace="NDIF")
 configs = {k: DeploymentConfig(size_bytes=n, dtype="float32", padding_bias=0) for k, n in models.items()}
 answer = ray.get(controller.deploy.remote(configs), timeout=120)
 bad = {k: r.error for k, r in answer.results.items() if r.error}
-if bad: sys.exit(f"not deployed: {bad}")
+if bad:
+    sys.exit(f"not deployed: {bad}")

@@ -1,4 +1,5 @@
 "NDIF's API with its own key check, but the keys from NDIF_TEST_KEYS (comma-separated UUIDs) instead of a Postgres table."
+
 import os
 import anyio._backends._asyncio  # noqa: F401  before nnsight, whose .save on every object breaks this import; without it bodies over 1 MB get a 400
 from ndif.common.providers.postgres import PostgresProvider
@@ -6,7 +7,9 @@ from ndif.common.providers.postgres import PostgresProvider
 KEYS = {k for k in os.environ.get("NDIF_TEST_KEYS", "").split(",") if k}
 
 
-async def fetch(query, key): return [{"user_id": "1", "email": "test@example.com", "user_tag": "trusted"}] if str(key) in KEYS else []
+async def fetch(query, key):
+    return [{"user_id": "1", "email": "test@example.com", "user_tag": "trusted"}] if str(key) in KEYS else []
+
 
 if KEYS:
     PostgresProvider.enabled = classmethod(lambda cls: True)

@@ -1,0 +1,316 @@
+"Steering, doses, what a bench says, and the search: beside plain decoding, texts alone, and at the edges."
+
+from dataclasses import replace
+
+import nnsight
+import numpy as np
+import pytest
+import torch
+
+from concept_transfer.concepts import extract_concept
+from concept_transfer.data import Corpus, load_corpus, load_pairs
+from concept_transfer.engine import encode, engine, pad
+from concept_transfer.maps import fit_maps, random_map
+from concept_transfer.measure import METRICS, Bench, dose_curve, steerability
+from concept_transfer.models import load_model, tiny_model, twin
+from concept_transfer.selection import choose, offline_scores, search_p, transplant
+from concept_transfer.steering import Transplant, adding, generate, place
+from concept_transfer.tasks import ChoiceItem, ChoiceTask, load_task
+from concept_transfer.toys import TINY, planted_module
+
+PAIRS = load_pairs("emotions/happiness")
+SCENES = Corpus(
+    "scenes", [x for e in ("sadness", "fear", "anger") for x in load_pairs(f"emotions/{e}").texts]
+)
+NEUTRAL = Corpus("neutral", load_corpus("neutral").texts[:48])
+
+
+def random_direction(width=48, seed=0):
+    return torch.randn(width, generator=torch.Generator().manual_seed(seed))
+
+
+def next_logits(model, ids, mask):
+    with torch.no_grad(), model.trace(input_ids=ids, attention_mask=mask, logits_to_keep=1):
+        out = model.output.logits.save()
+    return out
+
+
+@pytest.fixture(scope="module")
+def pair():
+    "A planted model, its twin, joy, and maps."
+    source = load_model(*planted_module())
+    target, _ = twin(source)
+    maps = fit_maps(source, target, SCENES, [1, 2], [1, 2], template=PAIRS.template)
+    return source, target, extract_concept(source, PAIRS), maps
+
+
+# answers
+
+
+@pytest.mark.parametrize("family", ["qwen2", "gpt2", "gemma3_text"])
+def test_answers_read_in_one_pass_are_those_of_each_alone(family, monkeypatch):
+    m, task = tiny_model(family), load_task("knowledge").take(12)
+    v = place(torch.ones(48), m, 1, dose=0.4)
+    changes = [None, v, replace(v, positions="last")]
+    together = Bench(m, 1, task)
+    first = together.ask(changes)
+    monkeypatch.setitem(vars(engine(m)), "branching", False)
+    alone = Bench(m, 1, task)
+    second = alone.ask(changes)
+    assert (together.read, alone.read) == (3 * len(task), 3 * 4 * len(task))  # rows, for three changes
+    for a, b in zip(first, second, strict=True):
+        for x, y in zip(a.logp, b.logp, strict=True):
+            np.testing.assert_allclose(x, y, atol=1e-4)
+        assert (a.first == b.first).all() and (a.chosen == b.chosen).all()
+
+
+def test_the_last_position_is_every_step_of_decoding():
+    "A choice of several tokens gets the probability that decoding step by step gives it."
+    m = tiny_model("qwen2")
+    v = place(random_direction(), m, 2, dose=0.6, positions="last")
+    item = ChoiceItem(
+        "The kettle sang and", (" nobody listened to it", " the door opened at last"), 0, "kettle"
+    )
+    got = Bench(m, 2, ChoiceTask("one", (item,))).ask(v)
+    prompt = m.tokenizer(item.prompt).input_ids
+    for choice, score in zip(item.choices, got.logp[0], strict=True):
+        whole, past, want = m.tokenizer(item.prompt + choice).input_ids, None, 0.0
+        assert whole[: len(prompt)] == prompt
+        with torch.no_grad(), v():
+            for j in range(len(prompt) - 1, len(whole) - 1):
+                ids = torch.tensor([whole[: len(prompt)] if past is None else [whole[j]]])
+                mask = torch.ones(1, j + 1, dtype=torch.long)
+                with m.trace(input_ids=ids, attention_mask=mask, past_key_values=past, use_cache=True):
+                    out = nnsight.save(m.output)
+                past = out.past_key_values
+                want += out.logits[0, -1].log_softmax(-1)[whole[j + 1]].item()
+        assert score == pytest.approx(want, abs=1e-3)
+
+
+def test_metrics_fit_the_task(pair):
+    _, target, _, _ = pair
+    emotions, truth = (
+        Bench(target, 2, load_task(k).take(6)).ask() for k in ("emotions/happiness", "truthfulness")
+    )
+    assert [k for k, m in METRICS.items() if m.applies(emotions)] == ["chosen", "first", "margin"]
+    assert all(m.applies(truth) and m.value(truth).shape == (6,) for m in METRICS.values())
+    assert (truth.values("mc1") == truth.chosen).all()
+    assert METRICS["margin"].mean(truth, truth) == 0
+
+
+# doses and damage
+
+
+def test_a_random_map_recovers_nothing(pair):
+    "At a damage so small that every push acts linearly."
+    _, target, joy, maps = pair
+    bench = Bench(target, 2, load_task("emotions/happiness").take(40), NEUTRAL, 0.02)
+    base, W = bench.ask(), maps[2, 2].W
+
+    def shift(W):
+        t = bench.at_damage(bench.place(joy, replace(maps[2, 2], W=W)))
+        return float((bench.ask(t).margin - base.margin).mean())
+
+    native = shift(W)
+    recovery = np.array([shift(random_map(W, seed)) for seed in range(16)]) / native
+    half = 2.13 * recovery.std(ddof=1) / 4  # 95 % interval of the mean of 16
+    assert native > 0 and abs(recovery.mean()) <= half < 0.6, (recovery.mean(), half)
+
+
+def test_several_directions_get_the_doses_that_each_gets_alone(pair):
+    _, target, _, _ = pair
+    bench = Bench(target, 1, None, NEUTRAL, 0.2)
+    some = [bench.place(random_direction(seed=k), dose=d) for k, d in enumerate((0.05, 0.1, 0.5))]
+    together = bench.at_damage(some)
+    for t, found in zip(some, together, strict=True):
+        assert bench.at_damage(t).dose == pytest.approx(found.dose, rel=1e-4)
+        assert found.notes["kl"] == pytest.approx(0.2, rel=0.085) and found.notes["damage_budget"] == 0.2
+        assert bench.dosing(found).mean == pytest.approx(found.notes["kl"], rel=1e-4)
+
+
+def test_a_damage_that_cannot_be_reached_is_said(pair):
+    _, target, _, _ = pair
+    bench = Bench(target, 2, None, NEUTRAL)
+    with pytest.warns(UserWarning, match="a damage of 1e-08 was not reached; KL is"):
+        bench.at_damage(bench.place(random_direction(), name="noise"), damage=1e-8)
+    with pytest.raises(ValueError, match="positive KL"):
+        Bench(target, 2, damage=-1.0)
+    with pytest.raises(ValueError, match="3 neutral texts are too few"):
+        Bench(target, 2, neutral=NEUTRAL.take(3))
+    with pytest.raises(ValueError, match="give whole sentences"):
+        Bench(target, 2, neutral=Corpus("short", ["Oh.", "Ah.", "Eh.", "Hm."])).hurt()
+
+
+def test_damage_is_set_and_reported_on_different_texts(pair):
+    _, target, _, _ = pair
+    bench = Bench(target, 2, None, NEUTRAL)
+    assert len(bench.dosing.texts) == len(bench.hurt.texts) == 24
+    assert not set(bench.dosing.texts) & set(bench.hurt.texts)
+    assert len(Bench(target, 2).dosing.texts) == 32
+
+
+def test_damage_is_that_of_the_whole_model(pair):
+    "KL by hand, from two full passes over each text."
+    _, target, _, _ = pair
+    bench = Bench(target, 1, None, NEUTRAL.take(8))
+    t = bench.place(random_direction(), dose=0.3)
+    got = bench.hurt(t)
+    for text, kl, lost in zip(bench.hurt.texts, got.kl, got.lost, strict=True):
+        (ids,) = encode(target, [text])
+        x = pad(target, [ids])
+        with torch.no_grad(), target.trace(input_ids=x[0], attention_mask=x[1]):
+            p = target.output.logits.log_softmax(-1)[0, -5:-1].save()
+        with torch.no_grad(), t(), target.trace(input_ids=x[0], attention_mask=x[1]):
+            q = target.output.logits.log_softmax(-1)[0, -5:-1].save()
+        np.testing.assert_allclose(kl, (p.exp() * (p - q)).sum(-1), atol=1e-4)
+        np.testing.assert_allclose(lost, (p - q)[range(4), ids[-4:]], atol=1e-4)
+
+
+def test_words_move_answers_and_cost_what_they_cost(pair):
+    _, target, _, _ = pair
+    bench = Bench(target, 2, load_task("emotions/happiness").take(6), NEUTRAL)
+    answers, hurt = bench.words("Say that you are glad.\n\n")
+    assert (
+        hurt.mean > 0 and hurt.kl.shape == (24, 4) and not np.array_equal(answers.margin, bench.ask().margin)
+    )
+
+
+def test_a_curve_goes_through_nothing_and_turns_with_its_sign(pair):
+    _, target, joy, maps = pair
+    bench = Bench(target, 2, load_task("emotions/happiness").take(20), NEUTRAL, 0.2)
+    t = bench.at_damage(bench.place(joy, maps[2, 2]))
+    curve = dose_curve(t, bench, (-1.0, 0.0, 1.0))
+    shift = [p.mean("margin") for p in curve]
+    assert shift[0] < 0 == shift[1] < shift[2]
+    assert curve[1].damage.mean == 0 and curve[1].damage.perplexity_ratio == 1 and curve[2].dose == t.dose
+    found = steerability([(p.strength, p.answers.margin) for p in curve])
+    assert found["slope"] > 0 and found["wrong_way"] < 0.5
+    with pytest.raises(ValueError, match="two different"):
+        steerability([(0.0, curve[1].answers.margin)])
+
+
+def test_another_layer_or_map_is_refused(pair):
+    _, target, joy, maps = pair
+    bench = Bench(target, 2, None, NEUTRAL)
+    with pytest.raises(ValueError, match="stands at layer 1"):
+        bench.hurt(place(random_direction(), target, 1))
+    with pytest.raises(ValueError, match="ends at layer 1"):
+        bench.place(joy, maps[2, 1])
+    with pytest.raises(ValueError, match="no task"):
+        bench.ask()
+
+
+# the search
+
+
+def test_the_same_search_finds_the_same(pair):
+    _, target, joy, maps = pair
+    task = load_task("emotions/happiness", "tune").take(16)
+    a, b = (choose(joy, maps, target, task, NEUTRAL, 0.5) for _ in range(2))
+    assert a.notes == b.notes and torch.equal(a.direction, b.direction) and a.dose == b.dose
+    keys = {"search", "search_p", "texts_read", "tuning", "tuning_items", "map", "method"}
+    assert keys < set(a.notes) and 0 < a.notes["search_p"] <= 1 and a.notes["texts_read"] > 0
+    assert len(a.notes["tuning_items"]) == 16
+    line = {"layers", "positions", "round", "margin", "choice_rate", "dose", "kl"}
+    assert all(set(s) == line for s in a.notes["search"])
+
+
+def test_the_search_takes_the_candidates_it_is_given(pair):
+    _, target, joy, maps = pair
+    task = load_task("emotions/happiness", "tune").take(8)
+    t = choose(joy, maps, target, task, NEUTRAL, 0.5, [(2, 1)], ("all", "last"))
+    assert (t.source_layer, t.layer) == (2, 1)
+    assert {s["positions"] for s in t.notes["search"]} == {"all", "last"}
+    best = offline_scores(joy, maps)[0][1]
+    fixed = transplant(joy, maps, target, neutral=NEUTRAL)
+    assert (fixed.source_layer, fixed.layer) == best and "search" not in fixed.notes
+    with pytest.raises(ValueError, match="positive KL"):
+        transplant(joy, maps, target, task, damage=0.0)
+
+
+def test_a_search_through_noise_is_rarely_taken_for_an_effect():
+    "And an effect of one standard deviation in one of twelve candidates is seen."
+    rng = np.random.default_rng(0)
+    groups = [str(i) for i in range(24)]
+    draws = [rng.normal(0, 1, (12, 24)) for _ in range(100)]
+    assert sum(search_p(list(g), groups, 200) <= 0.05 for g in draws) <= 10
+    assert np.mean([search_p([*g[:11], g[11] + 1], groups, 200) <= 0.05 for g in draws]) > 0.9
+
+
+# steering at the edges
+
+
+def test_tied_layers_are_steered_at_each_place():
+    m = tiny_model("llama")
+    layers = m._module.model.layers
+    for k in (2, 3):
+        layers[k].mlp = layers[1].mlp
+    tied = load_model(m._module, m.tokenizer)
+    x = pad(tied, encode(tied, ["It rained."]), left=True)
+    base, seen = next_logits(tied, *x), []
+    for k in (1, 2):
+        with place(torch.ones(48), tied, k, dose=0.5)():
+            seen.append(next_logits(tied, *x))
+    assert not torch.equal(*seen) and not torch.equal(seen[0], base)
+    assert torch.equal(next_logits(tied, *x), base)
+
+
+@pytest.mark.parametrize("family", list(TINY))
+@pytest.mark.parametrize("text", ["😀🎉 ok", "مرحبا بالعالم", "שלום, what a day", "é\u0301clair naïve", "a"])
+def test_emoji_and_right_to_left_text_are_continued(family, text):
+    assert isinstance(generate(tiny_model(family), text, 3), str)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("family", list(TINY))
+def test_prompts_together_are_continued_as_each_alone(family, side):
+    m = tiny_model(family)
+    m.tokenizer.padding_side = side
+    texts = ["Rain.", "The cat sat on the mat and looked at me."]
+    assert generate(m, texts, 4) == [generate(m, t, 4) for t in texts]
+
+
+def test_nothing_to_go_on_from_is_said():
+    for prompts, what in (("", "empty"), ([], "at least one")):
+        with pytest.raises(ValueError, match=what):
+            generate(tiny_model("gpt2"), prompts)
+    assert isinstance(generate(tiny_model("llama"), "", 3), str)  # from nothing but the start token
+
+
+@pytest.mark.parametrize("d1, d2", [(48, 48), (48, 96), (96, 48)])
+def test_equal_wider_and_narrower_targets(d1, d2):
+    a, b = tiny_model("llama", hidden_size=d1), tiny_model("mistral", hidden_size=d2)
+    maps = fit_maps(a, b, SCENES.take(40), [1], [2])
+    joy = extract_concept(a, load_pairs("honesty"), [1])
+    assert place(joy, b, map=maps[1, 2]).vector().shape == (d2,)
+
+
+def test_the_wrong_models_and_directions_are_refused():
+    a, b, c = tiny_model("llama"), tiny_model("gpt2"), tiny_model("opt")
+    maps = fit_maps(a, b, SCENES.take(30), [1], [1], template=PAIRS.template)
+    joy = extract_concept(a, PAIRS)
+    with pytest.raises(ValueError, match="belongs to tiny-gpt2-0"):
+        place(joy, c, map=maps[1, 1])
+    with pytest.raises(ValueError, match="used without a map"):
+        place(joy, b, 1)
+    with pytest.raises(ValueError, match="does not fit a residual stream 48 wide"):
+        place(torch.ones(47), b, 1)
+    with pytest.raises(ValueError, match="not finite"):
+        place(torch.full((48,), torch.nan), b, 1)
+    with pytest.raises(ValueError, match="out of range"):
+        place(torch.ones(48), b, 7)
+
+
+def test_files_hold_a_rule_by_its_name(tmp_path):
+    m = tiny_model("gpt2")
+    t = place(torch.ones(48), m, -1, positions="last")
+    t.save(tmp_path / "t.safetensors")
+    again = Transplant.load(tmp_path / "t.safetensors", m)
+    assert (again.positions, again.layer, again.dose) == ("last", 3, t.dose)
+    with pytest.raises(ValueError, match="cannot be saved"):
+        replace(t, positions=lambda h: torch.ones(h.shape[:2])).save(tmp_path / "u.safetensors")
+    with pytest.raises(ValueError, match="mean"):
+        adding(torch.ones(48), "mean")
+    with pytest.raises(ValueError, match="has no model"), replace(t, model=None)():
+        pass
+    assert [p.name for p in tmp_path.iterdir()] == ["t.safetensors"]

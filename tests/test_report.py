@@ -1,0 +1,245 @@
+"Pictures and reports: the same file gives the same page, and the verdict says what was found."
+
+import base64
+import io
+import re
+from dataclasses import replace
+
+import matplotlib.image
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+import torch
+
+from concept_transfer.concepts import extract_concept
+from concept_transfer.data import EMOTIONS, Corpus, load_corpus, load_pairs
+from concept_transfer.evidence import (
+    ARMS,
+    Arm,
+    Evidence,
+    Settings,
+    evaluate,
+    provenance,
+    recorded,
+    summarise,
+)
+from concept_transfer.maps import fit_maps
+from concept_transfer.measure import Bench
+from concept_transfer.models import load_model, twin
+from concept_transfer.plots import curves, figures, look, plot_grid, plot_separation
+from concept_transfer.report import details, verdict, write_report
+from concept_transfer.steering import place
+from concept_transfer.tasks import ChoiceItem, ChoiceTask, load_task
+from concept_transfer.toys import planted_module
+
+PAIRS = load_pairs("emotions/happiness")
+SCENES = Corpus("scenes", [x for e in EMOTIONS[1:4] for x in load_pairs(f"emotions/{e}").texts])
+NEUTRAL = Corpus("neutral", load_corpus("neutral").texts[:48])
+
+
+@pytest.fixture(scope="module")
+def pair():
+    "A model that answers with emotions, its twin, joy, and maps."
+    source = load_model(*planted_module(max_position_embeddings=256))
+    target, _ = twin(source)
+    return source, target, extract_concept(source, PAIRS), fit_maps(source, target, SCENES, [1, 2], [1, 2])
+
+
+@pytest.fixture(scope="module")
+def joy(pair):
+    _, target, concept, maps = pair
+    return place(concept, target, map=maps[2, 2], dose=0.3)
+
+
+@pytest.fixture(scope="module")
+def evidence(joy):
+    off = [load_task(f"emotions/{e}").take(12) for e in EMOTIONS[1:3]]
+    settings = Settings(random=19, damage=0.1, strengths=(-1, 0, 1, 2), bootstrap=500, off=off)
+    return evaluate(joy, load_task("emotions/happiness").take(16), NEUTRAL, settings=settings, pairs=PAIRS)
+
+
+def short(joy, settings, task=None, arms=None, **given):
+    task = task or load_task("emotions/happiness").take(16)
+    return evaluate(joy, task, NEUTRAL, arms, ["equal_damage"], replace(settings, bootstrap=200), **given)
+
+
+# the page
+
+
+def test_the_same_evidence_gives_the_same_page(evidence, tmp_path):
+    "Also after it was saved and read: all that is shown is in the file."
+    evidence.save(tmp_path / "e.json")
+    for name, e in (("a", evidence), ("b", Evidence.load(tmp_path / "e.json"))):
+        write_report(e, tmp_path / f"{name}.html", figures(e))
+    assert (tmp_path / "a.html").read_bytes() == (tmp_path / "b.html").read_bytes()
+
+
+def test_a_page_holds_all_that_it_shows(evidence, tmp_path):
+    write_report(evidence, tmp_path / "a.html")
+    page = (tmp_path / "a.html").read_text(encoding="utf-8")
+    assert "http" not in page and not re.search(r"<(script|link)\b", page)
+    sources = re.findall(r'src="([^"]*)"', page)
+    assert len(sources) == len(figures(evidence)) and all(
+        s.startswith("data:image/png;base64,") for s in sources
+    )
+    for s in sources:
+        assert matplotlib.image.imread(io.BytesIO(base64.b64decode(s.split(",")[1]))).std() > 0
+    of = evidence.provenance
+    for words in (of.task_hash, of.neutral_hash, of.target, of.versions["torch"], of.notes["texts_hash"]):
+        assert words in page
+    headings = re.findall(r"<h2>(.*)</h2>", page)
+    assert headings == [
+        "Effect",
+        "Dose",
+        "Cost",
+        "Off target",
+        "All arms at equal damage",
+        "What else breaks",
+        "Side by side, greedy, at strength 1",
+        "What this does not show",
+        "Provenance",
+    ]
+    for name, a in evidence.arms.items():
+        assert ARMS[name].words in page and (not a.reason or a.reason in page)
+
+
+def test_texts_are_escaped(evidence, tmp_path):
+    "Names and texts of others may hold anything."
+    name = "<script>alert(1)</script> & more"
+    e = replace(evidence, provenance=replace(evidence.provenance, transplant=name))
+    texts = ["</td><b>bold</b>"] * 8
+    e = replace(e, capability={k: replace(c, texts=texts) for k, c in e.capability.items()})
+    write_report(e, tmp_path / "a.html")
+    page = (tmp_path / "a.html").read_text(encoding="utf-8")
+    assert "<script" not in page and "<b>" not in page and "&lt;script&gt;" in page
+
+
+def test_scores_of_several_true_answers_are_in_the_page(joy, tmp_path):
+    e = short(joy, Settings(random=0, damage=0.1), load_task("truthfulness").take(8))
+    write_report(e, tmp_path / "a.html")
+    page = (tmp_path / "a.html").read_text(encoding="utf-8")
+    assert all(f">{k}<" in page for k in ("mc1", "mc2", "mc1_norm", "mc2_norm"))
+
+
+def test_a_report_is_whole_or_not_there(evidence, tmp_path):
+    with pytest.raises(AttributeError):
+        write_report(evidence, tmp_path / "a.html", {"Effect": "no picture"})
+    assert not list(tmp_path.iterdir())
+
+
+# the verdict
+
+
+def test_the_verdict_names_an_effect(evidence):
+    said = verdict(evidence)
+    assert said.startswith("An effect: the transplanted concept moves the share of answers")
+    assert (
+        f"{100 * evidence.effect.gain:+.0f} points" in said and f"p = {evidence.effect.p_value:.3f}" in said
+    )
+    more = " ".join(details(evidence))
+    for words in (
+        "McNemar",
+        "of the native effect",
+        "move the wrong way",
+        "questions right",
+        "2 other behaviours",
+    ):
+        assert words in more
+
+
+def test_answers_that_do_not_depend_on_the_model_show_no_effect(joy):
+    rng = np.random.default_rng(0)
+    scenes = [x for e in ("fear", "anger", "disgust") for x in load_pairs(f"emotions/{e}", "test").positive]
+    items = [ChoiceItem(f"{x} It was", (" red", " blue"), int(rng.integers(2)), x) for x in scenes]
+    e = short(joy, Settings(random=20, damage=0.1), ChoiceTask("coin", tuple(items)))
+    assert e.effect.gain_ci[0] <= 0 <= e.effect.gain_ci[1] and e.effect.p_mcnemar > 0.01
+    assert verdict(e).startswith("No effect")
+
+
+def test_the_verdict_is_rarely_wrong_on_nothing(joy):
+    "200 null runs: one random direction is taken for the transplant, twenty others are its controls."
+    scenes = load_pairs("emotions/fear", "test").positive
+    words = (" red", " blue", " cold", " old", " near")
+    task = ChoiceTask("null", tuple(ChoiceItem(f"{x} It was", words, 0, x) for x in scenes))
+    bench = Bench(joy.model, joy.layer, task, Corpus("n", NEUTRAL.texts[:16]), 0.1)
+    g = torch.Generator().manual_seed(0)
+    directions = [torch.randn(len(joy.direction), generator=g) for _ in range(80)]
+    ts = bench.at_damage([replace(joy, direction=v, shuffled=None) for v in directions])
+    pool = [
+        recorded("random", "equal_damage", a, d, dose=t.dose)
+        for t, a, d in zip(ts, bench.ask(ts), bench.hurt(ts), strict=True)
+    ]
+    base = recorded("base", "equal_damage", bench.ask(None), dose=0.0)
+    rng = np.random.default_rng(1)
+    wrong = 0
+    for seed in range(200):
+        first, *others = (pool[i] for i in rng.choice(len(pool), 21, replace=False))
+        made_of = provenance(joy, bench, seed)
+        e = summarise(made_of, [base, replace(first, arm="transplanted"), *others], {}, 200)
+        wrong += not verdict(e).startswith("No effect")
+    assert wrong <= 10, wrong
+
+
+def test_the_verdict_says_what_was_not_tested(joy):
+    alone, few = (short(joy, Settings(random=n, damage=0.1)) for n in (0, 5))
+    assert verdict(alone).startswith(
+        "An effect, not tested"
+    ) and "no random directions were asked" in verdict(alone)
+    assert verdict(few).startswith("An effect, not tested") and "too few for a test" in verdict(few)
+    away = short(replace(joy, direction=-joy.direction), Settings(random=0, damage=0.1))
+    assert verdict(away).startswith(("The opposite", "No effect"))
+
+
+def test_nothing_transplanted_is_no_verdict(joy, tmp_path):
+    e = evaluate(joy, load_task("emotions/happiness").take(4), NEUTRAL, experiments=[])
+    assert e.effect.gain is None and verdict(e).startswith("No verdict") and details(e) == []
+    write_report(e, tmp_path / "a.html")
+    page = (tmp_path / "a.html").read_text(encoding="utf-8")
+    assert "No verdict" in page and "equal damage was not asked for" in page
+
+
+def test_a_search_is_reported(evidence):
+    tried = [{"layers": [1, 2]}, {"layers": [2, 2]}, {"layers": [1, 2]}]
+    notes = evidence.provenance.notes | {"search": tried, "search_p": 0.0123, "texts_read": 792}
+    of = replace(evidence.provenance, notes=notes)
+    said = details(replace(evidence, provenance=of))[-1]
+    assert said.startswith("2 layer pairs were tried on tuning items (792 texts read, p of the best 0.012)")
+
+
+# pictures
+
+
+def test_pictures_are_shown_once_and_in_one_style(evidence, pair):
+    plt.close("all")
+    with plt.style.context("dark_background"):
+        pictures = [
+            *figures(evidence).values(),
+            plot_separation(pair[2]),
+            pair[3].show("cosine"),
+            evidence.show(),
+        ]
+    assert not plt.get_fignums() and all(p.get_facecolor() == (1, 1, 1, 1) for p in pictures)
+
+
+def test_an_arm_of_your_own_is_drawn(joy, tmp_path):
+    mine = Arm(
+        "opposite", "the other way", lambda x: [replace(x.t, direction=-x.t.direction)], colour="#56b4e9"
+    )
+    arms = {**ARMS, "opposite": mine}
+    e = short(joy, Settings(random=0, damage=0.1), arms=arms)
+    for known, words in ((arms, "the other way"), (ARMS, "opposite")):
+        labels = [t.get_text() for t in figures(e, known)["Effect"].axes[0].get_yticklabels()]
+        assert words in labels and look("opposite", known).words == words
+        write_report(e, tmp_path / "a.html", arms=known)
+        assert words in (tmp_path / "a.html").read_text(encoding="utf-8")
+
+
+def test_curves_are_those_of_the_file(evidence):
+    for key, arm in (("curve", "transplanted"), ("native_curve", "native")):
+        points = [(c["strength"], c["dose"], c["choice_rate"], c["kl"]) for c in evidence.data[key]]
+        np.testing.assert_allclose(curves(evidence)[arm], points)
+
+
+def test_a_grid_wants_a_value_for_each_layer_pair(pair):
+    with pytest.raises(ValueError, match="2 x 2 layer pairs"):
+        plot_grid(pair[3], np.zeros((2, 3)), "something")
