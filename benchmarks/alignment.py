@@ -17,7 +17,7 @@ from shared import NAMES, arguments, interleave, rate, ratio, report, seconds
 
 from concept_transfer.data import load_corpus
 from concept_transfer.engine import fast_matmul, length_batches, pad
-from concept_transfer.maps import SourceLayer, contrans, ridge
+from concept_transfer.maps import SourceLayer, contrans, control, ridge
 from concept_transfer.models import load_model
 from concept_transfer.moments import Moments
 from concept_transfer.pairing import encode_offsets, paired_states
@@ -28,10 +28,11 @@ PUBLISHED, GRID, CHOSEN = "published, all pairs", "grid", "grid, 5 folds, 10 lam
 
 
 def grid(X, Y, folds, lambdas):
-    "Maps from every layer of X (n, L1, d1) to every layer of Y (n, L2, d2)."
+    "Maps from every layer of X (n, L1, d1) to every layer of Y (n, L2, d2), with their shuffled controls."
     m = Moments.zeros(folds, *X.shape[1:], *Y.shape[1:])
     m.add(X, Y, torch.arange(len(X)) % folds)
-    return [ridge(SourceLayer(m, s, lambdas)).float() for s in range(X.shape[1])]
+    solved = (SourceLayer(m, s, lambdas) for s in range(X.shape[1]))
+    return [(ridge(u).float(), control(u)) for u in solved]
 
 
 def svd(X, Y):

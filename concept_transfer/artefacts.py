@@ -4,41 +4,42 @@
 
 # %% auto #0
 __all__ = [
-    "FORMAT",
-    "RENAMED",
     "disk_space",
     "whole_file",
     "file_hash",
     "plain",
-    "package_version",
     "versions",
-    "save_artefact",
-    "renamed",
+    "save_fields",
     "load_artefact",
+    "load_fields",
+    "Artefact",
     "Journal",
+    "save_artefact",
 ]
 
-# %% ../nbs/04_artefacts.ipynb #5162271f
-import errno
+# %% ../nbs/04_artefacts.ipynb #ec0188a5
 import hashlib
 import json
 import math
-import os
-import tempfile
+import re
 import warnings
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
-from importlib.metadata import PackageNotFoundError, version
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import fields, is_dataclass
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Self, get_args, get_origin
+from uuid import uuid4
 
 import torch
 from fastcore.basics import patch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
+from . import __version__
 
-# %% ../nbs/04_artefacts.ipynb #626a6504
+
+# %% ../nbs/04_artefacts.ipynb #2a972fcb
 @contextmanager
 def disk_space(
     path: str | Path,  # what is written
@@ -47,29 +48,27 @@ def disk_space(
     try:
         yield
     except (SafetensorError, OSError) as e:
-        full = getattr(e, "errno", None) in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
-        if not full and "(os error" not in str(e):
+        if not re.search("No space left|too large|quota exceeded", str(e)):
             raise
         do = "Free some space, or choose another disk; nothing was kept."
         raise OSError(f"{str(path)!r} could not be written: {e}. {do}") from None
 
 
-# %% ../nbs/04_artefacts.ipynb #3c315ca8
+# %% ../nbs/04_artefacts.ipynb #6a69c11c
 @contextmanager
 def whole_file(path: str | Path) -> Iterator[Path]:
     "Within: a temporary file to write to. It becomes `path` when all went well, and disappears when not."
     path = Path(path)
-    handle, tmp = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
-    os.close(handle)
+    tmp = path.with_name(f".{path.name}-{uuid4().hex}")
     try:
         with disk_space(path):
-            yield Path(tmp)
-        mask = os.umask(0)  # mkstemp's file is for its owner alone; give it the rights of any new file
-        os.umask(mask)
-        os.chmod(tmp, 0o666 & ~mask)
-        os.replace(tmp, path)
+            tmp.touch()
+            rights = tmp.stat().st_mode  # those of any new file; safetensors leaves fewer
+            yield tmp
+        tmp.chmod(rights)
+        tmp.replace(path)
     finally:
-        Path(tmp).unlink(missing_ok=True)
+        tmp.unlink(missing_ok=True)
 
 
 # %% ../nbs/04_artefacts.ipynb #7acbff5f
@@ -79,174 +78,158 @@ def file_hash(path: str | Path) -> str:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
-# %% ../nbs/04_artefacts.ipynb #0e4b2170
+# %% ../nbs/04_artefacts.ipynb #d72e1a46
 def plain(x: Any) -> Any:
-    "`x` with every number that JSON cannot hold replaced by None, and tuples by lists."
-    if isinstance(x, float):
-        return x if math.isfinite(x) else None
-    if isinstance(x, dict):
-        return {k: plain(v) for k, v in x.items()}
-    return [plain(v) for v in x] if isinstance(x, list | tuple) else x
+    "`x` as JSON gives it back: tuples are lists, and None stands for a number that JSON cannot hold."
+    return json.loads(json.dumps(x, default=vars), parse_constant=lambda name: None)
 
 
-# %% ../nbs/04_artefacts.ipynb #342a97da
-def package_version() -> str:
-    "Version of this package, `unknown` where it is not installed."
-    try:
-        return version("concept_transfer")
-    except PackageNotFoundError:
-        return "unknown"
-
-
-# %% ../nbs/04_artefacts.ipynb #a59fd893
+# %% ../nbs/04_artefacts.ipynb #31dcf6cf
 def versions() -> dict[str, str]:  # by package
     "What numbers depend on beside models and texts."
-    return {
-        "concept_transfer": package_version(),
-        **{k: version(k) for k in ("torch", "transformers", "nnsight")},
-    }
+    found = {k: version(k) for k in ("torch", "transformers", "nnsight")}
+    return {"concept_transfer": __version__, **found}
 
 
-# %% ../nbs/04_artefacts.ipynb #35dc698e
-FORMAT = 2
+# %% ../nbs/04_artefacts.ipynb #d676af6b
+_FORMAT = 2
 
 
-def save_artefact(
+def save_fields(
+    x: Any,  # a dataclass
     path: str | Path,
     kind: str,  # "concept", "map", ...
-    tensors: dict[str, torch.Tensor],
-    meta: dict,  # anything that JSON holds
+    **more: Any,  # further values for the file, or in the place of fields
 ):
-    "Write tensors and metadata to one safetensors file, whole or not at all."
-    head = dict(plain(meta), kind=kind, format=FORMAT, package=package_version(), site="block output")
-    rows = {k: t.detach().cpu().contiguous() for k, t in tensors.items()}
+    "Write an object to one safetensors file, whole or not at all; `load_fields` reads it."
+    values = {f.name: getattr(x, f.name) for f in fields(x) if f.compare} | more
+    tensors = {k: v.detach().cpu().contiguous() for k, v in values.items() if isinstance(v, torch.Tensor)}
+    head: dict = {k: v for k, v in values.items() if k not in tensors}
+    head |= {"kind": kind, "format": _FORMAT, "package": __version__, "site": "block output"}
     with whole_file(path) as tmp:
-        save_file(rows, tmp, {"concept_transfer": json.dumps(head)})
+        save_file(tensors, tmp, {"concept_transfer": json.dumps(plain(head))})
 
 
-# %% ../nbs/04_artefacts.ipynb #eab5f82d
-RENAMED = {"null": "shuffled", "r2_null": "r2_shuffled", "n_null": "n_shuffled", "data": "texts_hash"}
+# %% ../nbs/04_artefacts.ipynb #1e9d21ea
+_RENAMED = {"null": "shuffled", "r2_null": "r2_shuffled", "n_null": "n_shuffled", "data": "texts_hash"}
 
 
-# %% ../nbs/04_artefacts.ipynb #b85f96fb
-def renamed(x: Any) -> Any:
-    "Tensors or metadata of format 1 under the names of today, at every depth."
-    if isinstance(x, dict):
-        return {RENAMED.get(k, k): renamed(v) for k, v in x.items()}
-    return [renamed(v) for v in x] if isinstance(x, list) else x
+def _renamed(x):
+    "What stands under names of format 1, under those of today."
+    return {_RENAMED.get(k, k): v for k, v in x.items()}
 
 
-# %% ../nbs/04_artefacts.ipynb #4c3e06b0
+# %% ../nbs/04_artefacts.ipynb #267f8af9
 def load_artefact(
     path: str | Path,
     kind: str | None = None,  # which one is needed; default: any
 ) -> tuple[dict[str, torch.Tensor], dict]:  # tensors, metadata
-    """Read what `save_artefact` wrote; a file of format 1 gives a warning.
+    """Read what `save_fields` wrote; a file of format 1 gives a warning.
     Raises ValueError for a damaged or foreign file, FileNotFoundError for none."""
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"no file {str(path)!r}.")
     try:
         with safe_open(path, "pt") as f:
-            head = json.loads((f.metadata() or {}).get("concept_transfer", "null"))
-            tensors = {k: f.get_tensor(k) for k in f.keys()}  # noqa: SIM118 (it is no dict)
-    except (SafetensorError, json.JSONDecodeError) as e:
-        why = f"it is damaged or of another kind ({str(e).splitlines()[0]}). Make it again."
+            text = (f.metadata() or {}).get("concept_transfer")
+        tensors = load_file(path)
+    except SafetensorError as e:
+        why = f"it is damaged or of another kind ({e}). Make it again."
         raise ValueError(f"{path} cannot be read as an artefact; {why}") from None
-    if head is None:
+    if text is None:
         raise ValueError(f"{path} is a safetensors file, but not one of this package.")
-    if (old := head["format"]) > FORMAT:
-        newer = f"newer than this version reads ({FORMAT}). Upgrade concept_transfer."
+    head = json.loads(text)
+    if (old := head["format"]) > _FORMAT:
+        newer = f"newer than this version reads ({_FORMAT}). Upgrade concept_transfer."
         raise ValueError(f"{path} has format {old}, {newer}")
     if kind and head["kind"] != kind:
-        here, there = (f"{'an' if k[0] in 'aeiou' else 'a'} {k}" for k in (head["kind"], kind))
-        raise ValueError(f"{path} is {here}, where {there} is needed.")
-    if old < FORMAT:
-        text = f"{path} has the older format {old}; save it again to be rid of this."
-        warnings.warn(text, stacklevel=2)
-        return renamed(tensors), renamed(head)
+        raise ValueError(f"{path} holds kind {head['kind']!r}, where {kind!r} is needed.")
+    if old < _FORMAT:
+        warnings.warn(f"{path} has the older format {old}; save it again to be rid of this.", stacklevel=2)
+        return _renamed(tensors), json.loads(text, object_hook=_renamed)
     return tensors, head
 
 
-# %% ../nbs/04_artefacts.ipynb #b602039a
+# %% ../nbs/04_artefacts.ipynb #b40e6d4b
+def _typed(x, kind):
+    "A value of JSON as what the type of a field says."
+    if get_origin(kind) is tuple:
+        return tuple(_typed(v, get_args(kind)[0]) for v in x)
+    if isinstance(x, dict):
+        made = [t for t in (kind, *get_args(kind)) if is_dataclass(t)]
+        return made[0](**x) if made else x
+    return math.nan if x is None and kind is float else x
+
+
+def load_fields(
+    cls: type,  # a dataclass
+    path: str | Path,
+    kind: str,  # "concept", "map", ...
+    **missing: Any,  # values for fields that the file may lack
+) -> Any:
+    "Make an object of the fields in a file. Raises as `load_artefact` does."
+    tensors, head = load_artefact(path, kind)
+    known = {f.name: _typed(head[f.name], f.type) for f in fields(cls) if f.name in head}
+    return cls(**missing | known | tensors)
+
+
+# %% ../nbs/04_artefacts.ipynb #031e33ab
+class Artefact:
+    "A dataclass in one safetensors file."
+
+    kind = "artefact"
+
+    def save(self, path: str | Path):
+        "Write to one safetensors file."
+        save_fields(self, path, self.kind)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        "Read what `save` wrote. Raises as `load_artefact` does."
+        return load_fields(cls, path, cls.kind)
+
+
+# %% ../nbs/04_artefacts.ipynb #1c799980
 class Journal:
     """What a run has finished, by name, kept at `path` so that a rerun goes on from there.
 
     `evaluate` calls it, `journal(name, make)`. `activations` looks into `done` and keeps batches of tensors
-    in a folder. `collect` keeps ids of jobs and drops those done; the last one takes the file with it.
-    The demo keeps whole files with `artefact`. Raises ValueError for a file that is no journal."""
+    in a folder. `collect` keeps ids of jobs until all are done. The demo keeps whole files with `artefact`.
+    Raises ValueError for a file that is no journal."""
 
     def __init__(
         self,
-        path: str | Path | None,  # a file of JSON lines or, for tensors, a folder; None: kept in memory alone
-        key: str = "",  # hash of all that the values depend on
+        path: str | Path | None,  # a file or, for tensors, a folder; None: kept in memory alone
+        key: str = "",  # hash of all that the values depend on, where their names do not say it
         tensors: bool = False,  # the values are tensors
     ):
-        self.path, self.key, self.tensors = None if path is None else Path(path), key, tensors
+        self.path = Path(path) if path else None
+        self.key, self.tensors = key, tensors
         self.done: dict = {}
-        if self.path is not None:
-            self.open_folder(self.path) if tensors else self.open_lines(self.path)
-
-    def __repr__(self):
-        return f"Journal({self.path and self.path.name}, {len(self.done)} done)"
-
-
-# %% ../nbs/04_artefacts.ipynb #b2fccea7
-@patch
-def open_lines(self: Journal, path: Path):
-    "Read the values of this key, and leave nothing but them in the file."
-    text = path.read_text() if path.is_file() else ""
-    if not '{"key": '.startswith(text[:8]):
-        say = "holds something else than a journal; move it away, or give another path."
-        raise ValueError(f"{str(path)!r} {say}")
-    for line in text.splitlines():
-        with suppress(ValueError):  # the line that was being written when the run ended
-            row = json.loads(line)
-            if row["key"] == self.key:
-                self.done[row["name"]] = row["value"]
-    self.rewrite(path)
+        if not self.path or not self.path.exists():
+            return
+        if tensors:
+            for file in self.path.glob("*.safetensors"):
+                self.done |= load_file(file)
+            return
+        text = self.path.read_text()
+        if not text.startswith('{"journal": '):
+            say = "holds something else than a journal; move it away, or give another path."
+            raise ValueError(f"{str(path)!r} {say}")
+        found = json.loads(text)
+        if found["journal"] == key:
+            self.done = found["done"]
 
 
-# %% ../nbs/04_artefacts.ipynb #781e3fbf
-@patch
-def rewrite(self: Journal, path: Path):
-    "Write all lines anew; a journal without any has no file."
-    if not self.done:
-        return path.unlink(missing_ok=True)
-    with whole_file(path) as tmp:
-        tmp.write_text(self.lines(self.done))
-
-
-# %% ../nbs/04_artefacts.ipynb #5e48ebae
-@patch
-def lines(self: Journal, names: Iterable[str]) -> str:
-    "Values as they stand in the file."
-    return "".join(json.dumps({"key": self.key, "name": k, "value": self.done[k]}) + "\n" for k in names)
-
-
-# %% ../nbs/04_artefacts.ipynb #447bb752
-@patch
-def open_folder(self: Journal, path: Path):
-    "Read the tensors of this key; those of others stay where they are."
-    path.mkdir(parents=True, exist_ok=True)
-    for file in sorted(path.glob(f"{self.key}*.safetensors")):
-        self.done |= load_file(file)
-
-
-# %% ../nbs/04_artefacts.ipynb #73d7c5a4
+# %% ../nbs/04_artefacts.ipynb #aeb267bd
 @patch
 def keep(self: Journal, values: dict):
-    "Add values by name: a line each, or one file of tensors for all of them."
+    "Add values by name."
     self.done |= values
-    if self.path is None or not values:
-        return
-    if not self.tensors:
-        with disk_space(self.path), open(self.path, "a") as f:
-            f.write(self.lines(values))
-        return
-    name = hashlib.sha256("".join(values).encode()).hexdigest()[:24]
-    file = f"{self.key}{name}.safetensors"
-    with whole_file(self.path / file) as tmp:
-        save_file(values, tmp)
+    if self.path and self.tensors:
+        self.path.mkdir(parents=True, exist_ok=True)
+        with whole_file(self.path / f"{uuid4().hex}.safetensors") as tmp:
+            save_file(values, tmp)
+    elif self.path:
+        with whole_file(self.path) as tmp:
+            tmp.write_text(json.dumps({"journal": self.key, "done": self.done}))
 
 
 # %% ../nbs/04_artefacts.ipynb #21d22c2c
@@ -258,14 +241,13 @@ def __call__(self: Journal, name: str, make: Callable[[], Any]) -> Any:
     return self.done[name]
 
 
-# %% ../nbs/04_artefacts.ipynb #dc25af96
+# %% ../nbs/04_artefacts.ipynb #c461d5a5
 @patch
-def drop(self: Journal, *names: str):
-    "Forget values that are lines; the last one takes the file with it."
-    for name in names:
-        self.done.pop(name, None)
-    if self.path is not None:
-        self.rewrite(self.path)
+def clear(self: Journal):
+    "Forget all values, and remove their file."
+    self.done = {}
+    if self.path:
+        self.path.unlink(missing_ok=True)
 
 
 # %% ../nbs/04_artefacts.ipynb #22e5adf5
@@ -284,3 +266,18 @@ def artefact(
     made.save(path)
     self.keep({path.name: [of, file_hash(path)]})
     return made
+
+
+# %% ../nbs/04_artefacts.ipynb #8472ef77
+def save_artefact(path: str | Path, kind: str, tensors: dict[str, torch.Tensor], meta: dict):
+    "Goes away when nobody calls it: use `save_fields`."
+    head = dict(plain(meta), kind=kind, format=_FORMAT, package=__version__, site="block output")
+    rows = {k: t.detach().cpu().contiguous() for k, t in tensors.items()}
+    with whole_file(path) as tmp:
+        save_file(rows, tmp, {"concept_transfer": json.dumps(head)})
+
+
+@patch
+def drop(self: Journal, *names: str):
+    "Goes away when nobody calls it: use `clear`."
+    self.clear()

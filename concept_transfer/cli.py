@@ -26,7 +26,7 @@ __all__ = [
     "cmd_demo",
 ]
 
-# %% ../nbs/21_cli.ipynb #0841db9a
+# %% ../nbs/21_cli.ipynb #a4bab868
 import json
 import logging
 import sys
@@ -48,8 +48,8 @@ from .data import data_hash, lint, load_corpus, load_pairs
 from .evidence import Evidence, Settings, evaluate
 from .maps import MAP_METHODS, AffineMap, LayerGrid, fit_maps
 from .models import load_model, model_info
-from .plots import plot_grid, plot_separation
-from .report import details, figures, verdict, write_report
+from .plots import figures, plot_grid, plot_separation
+from .report import details, verdict, write_report
 from .selection import choose, offline_scores, transplant
 from .steering import Transplant, generate
 from .tasks import load_task
@@ -129,7 +129,7 @@ def _declared(p):
     return p.replace(annotation=Annotated[p.annotation, Option(*switch, help=HELP[p.name])])
 
 
-# %% ../nbs/21_cli.ipynb #1206f011
+# %% ../nbs/21_cli.ipynb #bfa5df5e
 def command(run: Callable[..., Said]) -> Callable[..., Said]:
     "Decorator: the function `cmd_name` becomes the command `name`."
     name = run.__name__.removeprefix("cmd_")
@@ -144,28 +144,30 @@ def command(run: Callable[..., Said]) -> Callable[..., Said]:
             given["task"] = given["task"] and partial(load_task, given["task"], choices=listed, target=chosen)
         _answer(partial(run, **given), name, json, debug)
 
-    call.__signature__ = Signature([_declared(p) for group in groups for p in group.values()])
+    call.__signature__ = Signature(  # type: ignore[attr-defined]
+        [_declared(p) for group in groups for p in group.values()]
+    )
     app.command(name, help=run.__doc__)(call)
     return run
 
 
-# %% ../nbs/21_cli.ipynb #cabbc6d4
+# %% ../nbs/21_cli.ipynb #7143f169
 def main(argv: list[str] | None = None) -> int:
     "Entry point of `concept-transfer`; returns the exit code."
     logging.basicConfig(stream=sys.stderr, format="%(message)s", level=logging.WARNING)
     try:
         app(argv, prog_name="concept-transfer")
     except SystemExit as e:
-        return e.code
+        return int(e.code or 0)
     return 0
 
 
-# %% ../nbs/21_cli.ipynb #ae59a7c0
+# %% ../nbs/21_cli.ipynb #c426a595
 @command
 def cmd_info(file: Annotated[str, Argument(help="concept, map or transplant")]) -> Said:
     "what an artefact is"
     _, head = load_artefact(file)
-    kinds = {"concept": Concept, "map": LayerGrid, "affine": AffineMap}
+    kinds: dict[str, Any] = {"concept": Concept, "map": LayerGrid, "affine": AffineMap}
     kind = kinds.get(head["kind"])
     lines = [f"{k}: {json.dumps(v)[:300]}" for k, v in head.items()]
     return head, "\n".join(([repr(kind.load(file))] if kind else []) + lines)
@@ -219,17 +221,18 @@ def _method(name):
 Method = Annotated[str, Option(parser=_method, metavar="|".join(MAP_METHODS), help="how the maps are fitted")]
 
 
-# %% ../nbs/21_cli.ipynb #1c55fefb
+# %% ../nbs/21_cli.ipynb #7653c7b8
 @command
 def cmd_align(source: str, target: str, corpus: str, out: str, method: Method = "ridge") -> Said:
     "maps between all chosen layers of two models"
     _writable(out)
-    texts, models = load_corpus(corpus), [load_model(source), load_model(target)]
-    made_of = [method, texts.hash, *(str(model_info(m)) for m in models)]
+    texts, a, b = load_corpus(corpus), load_model(source), load_model(target)
+    made_of = [method, texts.hash, str(model_info(a)), str(model_info(b))]
     part = Path(f"{out}.{data_hash(made_of)}.part")  # what an interrupted run left
-    resumed, keep = part.is_file(), {} if MAP_METHODS[method].fit else {"path": part}
+    resumed = part.is_file()
+    keep: dict[str, Any] = {} if MAP_METHODS[method].fit else {"path": part}
     try:
-        m = fit_maps(*models, texts, method=method, **keep)
+        m = fit_maps(a, b, texts, method=method, **keep)
     except ValueError:
         if not resumed:
             part.unlink(missing_ok=True)
@@ -257,7 +260,7 @@ ITEMS = "file, or a built-in task such as emotions/fear, behaviours/honesty, tru
 Task = Annotated[Any, Option(parser=str, metavar="TASK", help=ITEMS)]
 
 
-# %% ../nbs/21_cli.ipynb #87ebc3be
+# %% ../nbs/21_cli.ipynb #25d75b03
 @command
 def cmd_transplant(
     concept: str,
@@ -275,7 +278,7 @@ def cmd_transplant(
     items = task and task("tune")
     if task and layers != "auto":
         _warn([f"--task is not used: --layers {layers[0]}:{layers[1]} leaves nothing to choose."])
-    own = pairs and load_pairs(pairs)
+    own = load_pairs(pairs) if pairs else None
     t = transplant(read, maps, maps.target.load(), items, layers, damage, pairs=own)
     t.save(out)
     names = dict(concept=t.name, source=maps.source.name, target=t.target.name, out=out)
@@ -283,7 +286,7 @@ def cmd_transplant(
     return names | dict(layers=[t.source_layer, t.layer]) | made, repr(t)
 
 
-# %% ../nbs/21_cli.ipynb #f8b39318
+# %% ../nbs/21_cli.ipynb #1e532cbd
 @command
 def cmd_generate(
     transplant: str, prompt: str, strength: float = 1.0, max_new_tokens: int = 40, compare: bool = False
@@ -293,12 +296,12 @@ def cmd_generate(
     text = t.generate(prompt, strength, max_new_tokens)
     facts = dict(prompt=prompt, strength=strength, text=text)
     if not compare:
-        return facts, prompt + text
+        return facts, f"{prompt}{text}"
     base = generate(t.model, prompt, max_new_tokens)
     return facts | dict(base=base), f"base:    {prompt}{base}\n\nsteered: {prompt}{text}"
 
 
-# %% ../nbs/21_cli.ipynb #fc0ddeae
+# %% ../nbs/21_cli.ipynb #0de13b8a
 @command
 def cmd_evaluate(
     transplant: str,
@@ -312,7 +315,7 @@ def cmd_evaluate(
 ) -> Said:
     "effect and damage beside controls"
     folder = _writable(out, folder=True)
-    given = {k: load_pairs(p) for k, p in (("pairs", pairs), ("other", other)) if p}
+    given: dict[str, Any] = {k: load_pairs(p) for k, p in (("pairs", pairs), ("other", other)) if p}
     items, texts = task("test"), load_corpus(neutral)
     _warn(lint(given["pairs"], items) if pairs else ())
     t = Transplant.load(transplant)
@@ -331,7 +334,7 @@ def _reported(e, folder, pictures):
     return e.data | dict(report=str(report)), text
 
 
-# %% ../nbs/21_cli.ipynb #5f427e12
+# %% ../nbs/21_cli.ipynb #e70ddb6e
 HAPPY = "emotions/happiness"
 CONCEPT, MAP, TRANSPLANT = "concept.safetensors", "map.safetensors", "transplant.safetensors"
 
@@ -341,26 +344,26 @@ def _shown(x):
     return x
 
 
-def _demo_maps(out, kept, models):
+def _demo_maps(out, kept, source, target):
     "Steps 2 and 3: happiness in the source, and maps from its layers to those of the target."
-    pairs, corpus, infos = load_pairs(HAPPY), load_corpus("general").take(300), [*map(model_info, models)]
+    pairs, corpus = load_pairs(HAPPY), load_corpus("general").take(300)
+    infos = [model_info(source), model_info(target)]
     _say(f"2/6  concept: happiness, from {len(pairs)} pairs of scenarios")
-    read, of = partial(extract_concept, models[0], pairs), str([pairs.hash, infos[0]])
+    read, of = partial(extract_concept, source, pairs), str([pairs.hash, infos[0]])
     joy = _shown(kept.artefact(out / CONCEPT, of, read, Concept.load))
     _say(f"3/6  maps: both models read {len(corpus)} sentences")
-    fit, of = (
-        partial(fit_maps, *models, corpus, template=joy.template),
-        str([corpus.hash, joy.template, *infos]),
-    )
+    fit = partial(fit_maps, source, target, corpus, template=joy.template)
+    of = str([corpus.hash, joy.template, *infos])
     return joy, _shown(kept.artefact(out / MAP, of, fit, LayerGrid.load))
 
 
-# %% ../nbs/21_cli.ipynb #00063dd6
+# %% ../nbs/21_cli.ipynb #75b485f9
 def _demo_evidence(out, kept, joy, maps, target, seed):
     "Steps 4 and 5: layers and dose are chosen on some scenarios and judged on others."
     _say("4/6  layers and dose, on scenarios kept for tuning")
     pairs, other, neutral = load_pairs(HAPPY), load_pairs("emotions/sadness"), load_corpus("neutral")
-    tune, test = load_task(HAPPY, "tune").take(32), load_task(HAPPY).take(50)
+    tune: Any = load_task(HAPPY, "tune").take(32)
+    test: Any = load_task(HAPPY).take(50)
 
     def select():
         best = [layers for _, layers in offline_scores(joy, maps, target, pairs)[:4]]
@@ -376,7 +379,7 @@ def _demo_evidence(out, kept, joy, maps, target, seed):
     )
 
 
-# %% ../nbs/21_cli.ipynb #bffc949d
+# %% ../nbs/21_cli.ipynb #b626eec2
 @command
 def cmd_demo(out: str = "demo", seed: int = 0) -> Said:
     "the whole transplant on the two embedded models"
@@ -384,11 +387,11 @@ def cmd_demo(out: str = "demo", seed: int = 0) -> Said:
     folder.mkdir(parents=True, exist_ok=True)
     kept = Journal(folder / "made_of.jsonl", str(versions()))
     _say("1/6  models")
-    models = [load_model("smollm2-135m-instruct"), load_model("gemma-3-270m")]
-    for m in models:
-        _shown(model_info(m))
-    joy, maps = _demo_maps(folder, kept, models)
-    e = _demo_evidence(folder, kept, joy, maps, models[1], seed)
+    source, target = load_model("smollm2-135m-instruct"), load_model("gemma-3-270m")
+    _shown(model_info(source))
+    _shown(model_info(target))
+    joy, maps = _demo_maps(folder, kept, source, target)
+    e = _demo_evidence(folder, kept, joy, maps, target, seed)
     _say("6/6  report")
     where = {"Where the concept is found": plot_separation(joy), "Where it can be carried": plot_grid(maps)}
     facts, text = _reported(e, folder, figures(e) | where)

@@ -75,7 +75,7 @@ def _newest(h):  # states (b, t, d) -> mask (b, t)
     return mask
 
 
-# %% ../nbs/11_concepts.ipynb #b5a03c81
+# %% ../nbs/11_concepts.ipynb #95f03697
 POSITIONS = {
     "last": Position("last", "the last token", lambda n: [n - 1], None, lambda h: h[-1], _newest, True),
     "mean": Position("mean", "the mean over tokens without the first", take=_mean),
@@ -90,7 +90,7 @@ def position_rule(
     "The entry that is meant. Raises ValueError, naming what there is, for one without that use."
     rule = POSITIONS.get(position) if isinstance(position, str) else position
     if callable(rule):
-        return Position(getattr(rule, "__name__", "custom"), **{use: rule})
+        return Position(getattr(rule, "__name__", "custom"), read=rule, write=rule)
     if rule is None or not rule.can(use):
         known, name = (k for k, p in POSITIONS.items() if p.can(use)), getattr(rule, "name", position)
         raise ValueError(f"position {name!r}: use {', '.join(known)}, or a function of the states.")
@@ -255,7 +255,7 @@ def _repr_html_(self: Concept):
     return card(f"Concept {self.name}", facts, sparkline(self.auc, self.layers, "held-out AUC by layer"))
 
 
-# %% ../nbs/11_concepts.ipynb #d040c7ad
+# %% ../nbs/11_concepts.ipynb #f013ce1d
 def save_fields(
     x: Any,  # a dataclass
     path: str | Path,
@@ -272,16 +272,15 @@ def save_fields(
 def load_fields(cls: type, path: str | Path, kind: str) -> Any:
     "Make an object of the fields in a file."
     tensors, meta = load_artefact(path, kind)
+    known = {f.name: meta[f.name] for f in fields(cls) if f.name in meta}
     for f in fields(cls):
-        value = meta.get(f.name)
         if f.type is ModelInfo:
-            meta[f.name] = ModelInfo(**value)
-        elif f.type is float and value is None:
-            meta[f.name] = math.nan
-        elif isinstance(value, list):
-            meta[f.name] = tuple(math.nan if a is None else a for a in value)
-    meta |= tensors
-    return cls(**{f.name: meta[f.name] for f in fields(cls) if f.name in meta})
+            known[f.name] = ModelInfo(**meta[f.name])
+        elif f.type is float and known[f.name] is None:
+            known[f.name] = math.nan
+        elif isinstance(known.get(f.name), list):
+            known[f.name] = tuple(math.nan if a is None else a for a in known[f.name])
+    return cls(**known | tensors)
 
 
 # %% ../nbs/11_concepts.ipynb #0602fe58

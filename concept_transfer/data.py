@@ -10,6 +10,8 @@ __all__ = [
     "CORPORA",
     "SPLITS",
     "EMOTION_PROMPT",
+    "SETS",
+    "FAMILIES",
     "builtin_rows",
     "data_hash",
     "text_key",
@@ -61,16 +63,18 @@ CORPORA = ("general", "neutral")  # to fit maps; to measure damage
 SPLITS = ("fit", "tune", "test")
 EMOTION_PROMPT = "{} The main emotion in this story is"
 
+# %% ../nbs/01_data.ipynb #92316d58
+SETS = files("concept_transfer") / "sets"
+FAMILIES = json.loads((SETS / "families.json").read_text(encoding="utf-8"))  # see `toys` and `zoo`
 
-# %% ../nbs/01_data.ipynb #475bb4df
+
 def builtin_rows(
     name: str,  # of a file in `sets`, such as "emotions" or "knowledge"
     split: str = "",  # fit, tune or test; empty: all
 ) -> list[dict]:
     "The rows of a built-in set."
-    file = files("concept_transfer") / "sets" / f"{name}.jsonl"
-    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-    return [r for r in rows if not split or r["split"] == split]
+    lines = (SETS / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
+    return [r for r in map(json.loads, lines) if not split or r["split"] == split]
 
 
 # %% ../nbs/01_data.ipynb #a3de6784
@@ -466,7 +470,7 @@ def _repr_html_(self: Corpus) -> str:
     return card(self.name, facts, table(["the first texts"], [[shorten(t, 200)] for t in self.texts[:4]]))
 
 
-# %% ../nbs/01_data.ipynb #f219a122
+# %% ../nbs/01_data.ipynb #5fbc106b
 class _TextRow(TypedDict):
     "A row of a corpus."
 
@@ -479,8 +483,7 @@ def load_corpus(
     "A corpus by name or from a file: one text a line, or JSONL with `text`. Blank lines are skipped."
     name = str(ref)
     if name in CORPORA:
-        file = files("concept_transfer") / "sets" / f"{name}.txt"
-        return Corpus(name, file.read_text(encoding="utf-8").splitlines())
+        return Corpus(name, (SETS / f"{name}.txt").read_text(encoding="utf-8").splitlines())
     path = find_file(ref, CORPORA)
     if path.suffix == ".jsonl":
         texts = [r["text"] for r in check_rows(read_rows(path), _TextRow, path)]

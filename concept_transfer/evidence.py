@@ -12,7 +12,6 @@ __all__ = [
     "ARMS",
     "MEASURED",
     "FOLLOWED",
-    "CURVES",
     "Run",
     "recorded",
     "Settings",
@@ -23,14 +22,12 @@ __all__ = [
     "native_direction",
     "random_directions",
     "few_shot",
-    "native_of",
-    "shown",
     "measure_arm",
+    "Provenance",
     "ArmResult",
     "Effect",
     "Capability",
     "OffTarget",
-    "Provenance",
     "Evidence",
     "summarise",
     "check_asked",
@@ -40,13 +37,13 @@ __all__ = [
     "off_target",
 ]
 
-# %% ../nbs/17_evidence.ipynb #32b3b58a
+# %% ../nbs/17_evidence.ipynb #56b8abf1
 import json
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -57,7 +54,7 @@ from markupsafe import Markup
 from nnsight import TransformersModel
 from tqdm import tqdm
 
-from .artefacts import Journal, package_version, plain, whole_file
+from .artefacts import Journal, plain, versions, whole_file
 from .cards import bar, card
 from .cards import table as html_table
 from .concepts import POSITIONS, REDUCERS, extract_concept
@@ -97,7 +94,7 @@ class Run:
         return None if self.kl is None else Damage(np.array(self.kl), np.array(self.lost))
 
 
-# %% ../nbs/17_evidence.ipynb #f94c3ba9
+# %% ../nbs/17_evidence.ipynb #98d02d2c
 def recorded(
     arm: str,
     experiment: str,
@@ -106,8 +103,8 @@ def recorded(
     **where,  # draw, dose, strength, task
 ) -> Run:
     "A run from answers and damage, with numbers as they are kept: rounded to five digits."
-    said = {m.name: m.value(answers) for m in METRICS.values() if m.applies(answers)}
-    kept = {k: v.astype(int).tolist() if v.dtype == bool else v.round(5).tolist() for k, v in said.items()}
+    rows = {k: m.value(answers) for k, m in METRICS.items() if m.applies(answers)}
+    kept = {k: v.astype(float).round(5).tolist() for k, v in rows.items()}
     hurt = {} if damage is None else dict(kl=damage.kl.round(5).tolist(), lost=damage.lost.round(5).tolist())
     return Run(arm, experiment, answers=kept, **hurt, **where)
 
@@ -252,25 +249,14 @@ def few_shot(
     return "".join(f"{i.prompt}{i.choices[(i.target + rotate) % len(i.choices)]}\n\n" for i in shown)
 
 
-# %% ../nbs/17_evidence.ipynb #84fbb28c
-def native_of(name: str, trial: Trial) -> list[Transplant]:
-    "The direction of the pairs that are given under a name."
-    return native_direction(trial, trial.given[name])
-
-
-def shown(rotate: bool, trial: Trial) -> list[Words]:
-    "The examples that are given, before the prompt."
-    return [Words(few_shot(trial.given["examples"], rotate))]
-
-
-# %% ../nbs/17_evidence.ipynb #be549c1b
+# %% ../nbs/17_evidence.ipynb #617a9dd4
 DIRECTIONS = (
     Arm("base", "base model", lambda x: [Unsteered(x.bench.model)], colour="#555555", marker="s"),
     Arm("transplanted", "transplanted", lambda x: [x.t], colour="#0072b2", followed=True),
     Arm(
         "native",
         "native (ceiling)",
-        partial(native_of, "pairs"),
+        lambda x: native_direction(x, x.given["pairs"]),
         "pairs",
         reason="needs the concept's pairs (--pairs)",
         colour="#e69f00",
@@ -298,7 +284,7 @@ DIRECTIONS = (
     Arm(
         "other_concept",
         "other concept",
-        partial(native_of, "other"),
+        lambda x: native_direction(x, x.given["other"]),
         "other",
         reason="needs the pairs of another concept (--other)",
         colour="#009e73",
@@ -306,7 +292,7 @@ DIRECTIONS = (
     ),
 )
 
-# %% ../nbs/17_evidence.ipynb #9caad7be
+# %% ../nbs/17_evidence.ipynb #524365cd
 IN_WORDS = (
     Arm(
         "prompt",
@@ -317,12 +303,23 @@ IN_WORDS = (
         colour="#d55e00",
         marker="^",
     ),
-    *(
-        Arm(name, words, partial(shown, rotate), "examples", colour=colour, marker=marker, optional=True)
-        for name, words, rotate, colour, marker in (
-            ("few_shot", "few examples", False, "#882255", "<"),
-            ("few_shot_rotated", "few examples, wrong labels", True, "#bb8899", ">"),
-        )
+    Arm(
+        "few_shot",
+        "few examples",
+        lambda x: [Words(few_shot(x.given["examples"]))],
+        "examples",
+        colour="#882255",
+        marker="<",
+        optional=True,
+    ),
+    Arm(
+        "few_shot_rotated",
+        "few examples, wrong labels",
+        lambda x: [Words(few_shot(x.given["examples"], rotate=True))],
+        "examples",
+        colour="#bb8899",
+        marker=">",
+        optional=True,
     ),
 )
 SOURCE = Arm(
@@ -428,6 +425,50 @@ FOLLOWED = {
 }
 
 
+# %% ../nbs/17_evidence.ipynb #2ebd4db7
+@dataclass(frozen=True)
+class Provenance:
+    "Which question was asked of what."
+
+    transplant: str
+    task: str
+    n: int
+    damage_budget: float  # nats a token
+    layers: list  # of the source, of the target
+    positions: str
+    source: str | None
+    target: str
+    task_hash: str
+    neutral_hash: str
+    seed: int
+    bootstrap: int  # draws
+    notes: dict  # of the transplant: concept, map, search
+    groups: list[str]  # scenario of each item
+    versions: dict[str, str]
+
+
+def _provenance(t, bench, settings):
+    "Where an evaluation comes from."
+    task, neutral = bench.task, bench.neutral
+    return Provenance(
+        transplant=t.name,
+        task=task.name,
+        n=len(task),
+        damage_budget=bench.damage,
+        layers=[t.source_layer, t.layer],
+        positions=t.positions if isinstance(t.positions, str) else "a function",
+        source=str(t.source) if t.source else None,
+        target=str(t.target),
+        task_hash=task.hash,
+        neutral_hash=neutral.hash,
+        seed=settings.seed,
+        bootstrap=settings.bootstrap,
+        notes=plain({k: v for k, v in t.notes.items() if k != "tuning_items"}),
+        groups=[i.group for i in task.items],
+        versions=versions(),
+    )
+
+
 # %% ../nbs/17_evidence.ipynb #ca3a89e3
 @dataclass(frozen=True)
 class ArmResult:
@@ -480,7 +521,7 @@ def _arm_result(runs, base, spread):
     )
 
 
-# %% ../nbs/17_evidence.ipynb #0a5240c0
+# %% ../nbs/17_evidence.ipynb #da950d6b
 @dataclass(frozen=True)
 class Effect:
     "The transplanted arm against the base model, the native direction and random ones."
@@ -494,41 +535,26 @@ class Effect:
     p_value: float | None = None  # against random directions
 
 
-def _smallest_seen(n, discordant):
-    "The smallest difference that n scenarios would show; None where they are too few to show anything."
-    try:
-        return smallest_effect(n, discordant)
-    except ValueError:
-        return None
-
-
-# %% ../nbs/17_evidence.ipynb #6f7fff7b
-def _recovered(mean, boot):
-    "Share of the native gain, with its interval where it has one."
-    room = mean["native"] - mean["base"]
-    if room <= 0:
-        return {}
-    below, above = boot["native"] - boot["base"], boot["transplanted"] - boot["base"]
-    on = below > 0
-    closed = on.mean() > 0.975  # else the ratio has no finite interval
-    ci = interval(above[on] / below[on]) if closed else None
-    return dict(recovery=(mean["transplanted"] - mean["base"]) / room, recovery_ci=ci)
-
-
-def _effect_of(chosen, groups, draws, seed):
+# %% ../nbs/17_evidence.ipynb #fc52d284
+def _effect_of(chosen, of):
     "Gain, recovery and tests, from the answers (draws, n) of each arm."
-    rates = bootstrap([c.mean(0) for c in chosen.values()], groups, draws, seed)  # (draws, arms)
+    rates = bootstrap([c.mean(0) for c in chosen.values()], of.groups, of.bootstrap, of.seed)  # (draws, arms)
     boot = dict(zip(chosen, rates.T, strict=True))
-    mean = {k: float(c.mean()) for k, c in chosen.items()}
-    base, mine = chosen["base"][0], chosen["transplanted"][0]
-    return Effect(
-        gain=mean["transplanted"] - mean["base"],
-        gain_ci=interval(boot["transplanted"] - boot["base"]),
-        p_mcnemar=mcnemar(base > 0, mine > 0),
-        smallest_effect=_smallest_seen(len(set(groups)), float(np.mean(base != mine))),
-        p_value=permutation_p(mean["transplanted"], chosen["random"].mean(1)) if "random" in chosen else None,
-        **(_recovered(mean, boot) if "native" in chosen else {}),
-    )
+    base, mine = chosen["base"], chosen["transplanted"]
+    above, differ = boot["transplanted"] - boot["base"], float(np.mean(base[0] != mine[0]))
+    e = Effect(float(mine.mean() - base.mean()), interval(above), mcnemar(base[0] > 0, mine[0] > 0))
+    with suppress(ValueError):  # too few scenarios to show anything
+        e = replace(e, smallest_effect=smallest_effect(len(set(of.groups)), differ))
+    if "random" in chosen:
+        e = replace(e, p_value=permutation_p(mine.mean(), chosen["random"].mean(1)))
+    room = float(chosen["native"].mean() - base.mean()) if "native" in chosen else 0.0
+    if room > 0:
+        below = boot["native"] - boot["base"]
+        on = below > 0
+        closed = on.mean() > 0.975  # else the ratio has no finite interval
+        ci = interval(above[on] / below[on]) if closed else None
+        e = replace(e, recovery=e.gain / room, recovery_ci=ci)
+    return e
 
 
 # %% ../nbs/17_evidence.ipynb #f2282849
@@ -585,49 +611,6 @@ def _others_moved(runs):
     return out
 
 
-# %% ../nbs/17_evidence.ipynb #58f6d00b
-@dataclass(frozen=True)
-class Provenance:
-    "Which question was asked of what."
-
-    transplant: str
-    task: str
-    n: int
-    damage_budget: float  # nats a token
-    layers: list  # of the source, of the target
-    positions: str
-    source: str | None
-    target: str
-    task_hash: str
-    neutral_hash: str
-    seed: int
-    notes: dict  # of the transplant: concept, map, search
-    groups: list[str]  # scenario of each item
-    versions: dict[str, str]
-
-
-def _provenance(t, bench, seed):
-    "Where an evaluation comes from."
-    task, neutral = bench.task, bench.neutral
-    return Provenance(
-        transplant=t.name,
-        task=task.name,
-        n=len(task),
-        damage_budget=bench.damage,
-        layers=[t.source_layer, t.layer],
-        positions=t.positions if isinstance(t.positions, str) else "a function",
-        source=str(t.source) if t.source else None,
-        target=str(t.target),
-        task_hash=task.hash,
-        neutral_hash=neutral.hash,
-        seed=seed,
-        notes=plain({k: v for k, v in t.notes.items() if k != "tuning_items"}),
-        groups=[i.group for i in task.items],
-        versions={"concept_transfer": package_version()}
-        | {k: version(k) for k in ("torch", "transformers", "nnsight")},
-    )
-
-
 # %% ../nbs/17_evidence.ipynb #130f9112
 @dataclass(frozen=True)
 class Evidence:
@@ -641,30 +624,31 @@ class Evidence:
     off_target: list[OffTarget]
 
 
-# %% ../nbs/17_evidence.ipynb #d2b0f02d
+# %% ../nbs/17_evidence.ipynb #0e8ad602
 def summarise(
     made_of: Provenance,
     runs: list[Run],
     missing: dict[str, str],  # why an arm was not run
-    draws: int = 2000,  # of the bootstrap
 ) -> Evidence:
     "Rates, damage, intervals, recovery, tests: all that follows from what was measured."
-    seed, of = made_of.seed, made_of.groups
 
-    def spread(values, groups=None):
-        return interval(bootstrap([values], groups or of, draws, seed)[:, 0])
+    def spread(values, groups=made_of.groups):
+        return interval(bootstrap([values], groups, made_of.bootstrap, made_of.seed)[:, 0])
 
-    by: dict = {"equal_damage": {}, "equal_norm": {}}
-    for r in runs:
-        if r.experiment in by:
-            by[r.experiment].setdefault(r.arm, []).append(r)
-    equal = by["equal_damage"]
-    arms = {k: _arm_result(v, equal["base"][0], spread) for k, v in equal.items()}
-    for k, v in by["equal_norm"].items():
+    def of(experiment):
+        found: dict = {}
+        for r in runs:
+            if r.experiment == experiment:
+                found.setdefault(r.arm, []).append(r)
+        return found
+
+    equal, arms = of("equal_damage"), {k: ArmResult(reason=why) for k, why in missing.items()}
+    for k, v in equal.items():
+        arms[k] = _arm_result(v, equal["base"][0], spread)
+    for k, v in of("equal_norm").items():
         arms[k] = replace(arms[k], same_norm=_arm_result(v, equal["base"][0], spread))
-    arms |= {k: ArmResult(reason=why) for k, why in missing.items()}
-    chosen = {k: np.array([r.answers["chosen"] for r in v], float) for k, v in equal.items()}  # (draws, n)
-    effect = _effect_of(chosen, of, draws, seed) if "transplanted" in chosen else Effect()
+    chosen = {k: np.array([r.answers["chosen"] for r in v]) for k, v in equal.items()}  # (draws, n)
+    effect = _effect_of(chosen, made_of) if "transplanted" in chosen else Effect()
     order = [*(k for k in ARMS if k in arms), *(k for k in arms if k not in ARMS)]
     return Evidence(
         made_of, runs, {k: arms[k] for k in order}, effect, _capabilities(runs), _others_moved(runs)
@@ -751,24 +735,12 @@ def _repr_html_(self: Evidence) -> Markup:
     return card(f"Evidence for {of.transplant}", facts, html_table(columns, rows))
 
 
-# %% ../nbs/17_evidence.ipynb #78105045
-CURVES = {"curve": "transplanted", "native_curve": "native"}  # key in the file: arm
-
-
+# %% ../nbs/17_evidence.ipynb #f2f1f373
 @patch(as_prop=True)
 def data(self: Evidence) -> dict:
     "The evidence as `evidence.json` holds it."
-    base = next(r for r in self.runs if r.arm == "base")
-    curves = {
-        key: [
-            dict(strength=p.strength) | asdict(_arm_result([p], base, lambda *_: None))
-            for p in self.curve(arm)
-        ]
-        for key, arm in CURVES.items()
-    }
-    steered = {arm: self.steered(arm) for arm in CURVES.values()}
     whole = asdict(self)
-    return plain(whole.pop("provenance") | whole.pop("effect") | whole | curves | {"steerability": steered})
+    return plain(whole.pop("provenance") | whole.pop("effect") | whole)
 
 
 # %% ../nbs/17_evidence.ipynb #0861026c
@@ -837,7 +809,7 @@ def run_arms(
     return runs, missing
 
 
-# %% ../nbs/17_evidence.ipynb #7af3eb0b
+# %% ../nbs/17_evidence.ipynb #a857349f
 def evaluate(
     t: Transplant,
     task: ChoiceTask | MultipleChoice,
@@ -854,14 +826,14 @@ def evaluate(
     check_asked(t, task, experiments, given, arms)
     damage = settings.damage or t.notes.get("damage_budget", 0.1)
     bench = Bench(t.model, t.layer, task, neutral or load_corpus("neutral"), damage)
-    made_of = _provenance(t, bench, settings.seed)
+    made_of = _provenance(t, bench, settings)
     off = [x.hash for x in settings.off or ()]
     inputs = {k: getattr(v, "hash", str(v)) for k, v in given.items()}
     key = data_hash(
         [repr(x) for x in (made_of, t.vector().tolist(), replace(settings, off=None), off, inputs)]
     )
     trial = Trial(bench, t, given, settings, experiments, Journal(path, key))
-    return summarise(made_of, *run_arms(trial, arms), settings.bootstrap)
+    return summarise(made_of, *run_arms(trial, arms))
 
 
 # %% ../nbs/17_evidence.ipynb #fba4cf3e

@@ -232,14 +232,14 @@ def procrustes(R: Tensor, C: Tensor, lam: float = 0) -> Tensor:  # (d1, d1), (d1
     return Q * (S.sum() / torch.einsum("ab,ac,bc->", R, Q, Q))
 
 
-# %% ../nbs/14_maps.ipynb #ad0d63f8
+# %% ../nbs/14_maps.ipynb #a363980a
 def matrix_power(R: Tensor, lam: Tensor, power: float = -1.0) -> Tensor:  # (d, d), (l,) -> (l, d, d)
     "(R + lam I)^power for each penalty, from one factorisation."
     e, U = torch.linalg.eigh(R)
     return (U * (e.clamp_min(0) + lam[:, None])[:, None, :] ** power) @ U.T
 
 
-def whitened(R: Tensor, C: Tensor, Ry: Tensor, lam: float) -> Tensor:  # -> (d1, d2)
+def whitened(R: Tensor, C: Tensor, Ry: Tensor, lam: float | Tensor) -> Tensor:  # -> (d1, d2)
     "Orthogonal map between whitened spaces, regularised (Smith et al. 2017)."
     at = torch.tensor([float(lam)], dtype=R.dtype)
     inverse, inverse_y = matrix_power(R, at, -0.5)[0], matrix_power(Ry, at, -0.5)[0]
@@ -435,7 +435,7 @@ def grid_p(cosines: Tensor) -> float:  # (pairs of layers, 1 + draws)
     return permutation_p(float(best[0]), best[1:].numpy())
 
 
-# %% ../nbs/14_maps.ipynb #5157542e
+# %% ../nbs/14_maps.ipynb #40a13a80
 @dataclass(frozen=True, kw_only=True)
 class LayerGrid(GridScores):
     "One map for each pair of layers of two models, judged on texts that none of them saw."
@@ -455,9 +455,7 @@ class LayerGrid(GridScores):
     texts: int  # texts that were read, held-out ones among them
     texts_hash: str
     template: str = "{}"  # words around each text
-    settings: dict = field(
-        default_factory=dict
-    )  # how they were read: thin, weight, folds, held_out, precision
+    settings: dict = field(default_factory=dict)  # how they were read: thin, weight, folds, held_out
 
 
 # %% ../nbs/14_maps.ipynb #ec4132bf
@@ -709,7 +707,7 @@ def load(cls: LayerGrid, path: str | Path) -> LayerGrid:
     return load_fields(cls, path, "map")
 
 
-# %% ../nbs/14_maps.ipynb #98dd6a8b
+# %% ../nbs/14_maps.ipynb #aa481445
 def downstream(
     maps: LayerGrid,
     concept: Concept,
@@ -719,7 +717,7 @@ def downstream(
     "How the mapped concept does on the target's own contrast states, for every pair of layers."
     _check_template(maps.template, concept)
     texts, n = [concept.template.replace("{}", t) for t in pairs.texts], len(pairs.positive)
-    H = activations(target, texts, maps.target_layers, concept.position)  # (n + m, L2, d2)
+    H = torch.stack([*activations(target, texts, maps.target_layers, concept.position)])  # (n + m, L2, d2)
     v = torch.stack([concept[s] for s in maps.source_layers])  # (L1, d1)
     D = torch.einsum("sa,stab->stb", v, maps.W)  # (L1, L2, d2)
     score = torch.einsum("ntb,stb->nst", H, D).numpy()  # (n + m, L1, L2)

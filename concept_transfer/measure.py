@@ -6,9 +6,7 @@
 __all__ = [
     "METRICS",
     "Steered",
-    "R",
     "KEEP",
-    "T",
     "STRENGTHS",
     "Answers",
     "Metric",
@@ -47,11 +45,13 @@ from .steering import Transplant, adding, place, residual_norm
 from .tasks import ChoiceTask, MultipleChoice, mc_scores
 
 
-# %% ../nbs/16_measure.ipynb #db4a07f2
+# %% ../nbs/16_measure.ipynb #5fc80b21
 class _Shown:
     "What shows itself by its `facts`."
 
-    facts: dict
+    @property
+    def facts(self) -> dict:
+        raise NotImplementedError
 
     def __repr__(self):
         return f"{type(self).__name__}({', '.join(f'{k} {v}' for k, v in self.facts.items())})"
@@ -60,6 +60,7 @@ class _Shown:
         return card(type(self).__name__, self.facts)
 
 
+# %% ../nbs/16_measure.ipynb #852cbda8
 @dataclass(frozen=True, repr=False)
 class Answers(_Shown):
     "What a model answered, item by item."
@@ -100,12 +101,13 @@ class Metric:
         return float(np.mean(self.value(answers) - before))
 
 
-# %% ../nbs/16_measure.ipynb #11ed3bd1
+# %% ../nbs/16_measure.ipynb #f979c67f
 def _truthful(name: str, answers: Answers) -> np.ndarray:  # (n,)
     "One of TruthfulQA's scores, see `mc_scores`."
     return mc_scores(answers.logp, answers.lengths, answers.n_true)[name]
 
 
+# %% ../nbs/16_measure.ipynb #0c502b0a
 _TRUTHFUL = {"mc1": "MC1", "mc2": "MC2", "mc1_norm": "MC1 per token", "mc2_norm": "MC2 per token"}
 METRICS = {
     m.name: m
@@ -117,7 +119,7 @@ METRICS = {
     )
 }
 
-# %% ../nbs/16_measure.ipynb #1fb0185f
+# %% ../nbs/16_measure.ipynb #0bf8803e
 Steered = Transplant | Callable | None  # what is done to the residual stream; None: nothing
 
 
@@ -125,6 +127,7 @@ def _untouched(h: torch.Tensor) -> torch.Tensor:
     return h
 
 
+# %% ../nbs/16_measure.ipynb #db0dfe33
 def _change(batch: Batch, steered: Steered, everywhere: bool) -> Callable:
     "What is done to the residual stream of a batch."
     if not isinstance(steered, Transplant):
@@ -135,24 +138,25 @@ def _change(batch: Batch, steered: Steered, everywhere: bool) -> Callable:
     return adding(steered.vector(), where)
 
 
-# %% ../nbs/16_measure.ipynb #f3d11caa
-R = TypeVar("R")
+# %% ../nbs/16_measure.ipynb #f88dd061
+_R = TypeVar("_R")  # a record
 
 
+# %% ../nbs/16_measure.ipynb #229b7337
 @dataclass(frozen=True)
-class Reading(Generic[R]):
+class Reading(Generic[_R]):
     "Texts made ready at one layer of one model. Call it with what is done to the stream, or a list of that."
 
     layer: int
     run: Any  # of the engine: changes -> what came back of each batch
-    judge: Callable[[list], R]  # what came back of all batches -> the record
+    judge: Callable[[list], _R]  # what came back of all batches -> the record
     texts: Sequence[str] = ()  # of neutral text
     everywhere: bool = False  # a rule that follows decoding steers every token
 
     @overload
-    def __call__(self, changes: list) -> list[R]: ...
+    def __call__(self, changes: list) -> list[_R]: ...
     @overload
-    def __call__(self, changes: Steered = None) -> R: ...
+    def __call__(self, changes: Steered = None) -> _R: ...
     def __call__(self, changes=None):
         "One record for each change. Raises ValueError for a transplant of another layer."
         if not isinstance(changes, list):
@@ -164,11 +168,11 @@ class Reading(Generic[R]):
         return [self.judge(parts) for parts in self.run(work)]
 
 
-# %% ../nbs/16_measure.ipynb #ddb72bc4
-def _rows(model: TransformersModel, task: ChoiceTask | MultipleChoice, words: str) -> tuple[list, list, list]:
-    """Rows to read: their ids, the part of each token (0: the prompt, else the number of its choice), and what is
-    asked: after which position, for which token, item, choice. The last token of a choice need not be read."""
-    size, ids, parts, reads = context_length(model), [], [], []
+# %% ../nbs/16_measure.ipynb #6ef04da8
+def _rows(model: TransformersModel, task: ChoiceTask | MultipleChoice, words: str) -> list[tuple]:
+    """Rows to read: ids, the part of each token (0: the prompt, else the number of its choice), and what is
+    asked: after which position, for which token, item, choice. A choice's last token need not be read."""
+    size, rows = context_length(model), []
     window = getattr(model._module.config.get_text_config(), "sliding_window", None) or size
     for i, item in enumerate(task.items):
         alone, *whole = encode(model, [words + item.prompt + c for c in ("", *item.choices)])
@@ -187,8 +191,8 @@ def _rows(model: TransformersModel, task: ChoiceTask | MultipleChoice, words: st
                 at = [p - 1, *range(len(row), len(row) + len(tails[c]) - 1)]
                 asked += [(*x, i, c) for x in zip(at, tails[c], strict=True)]
                 row, part = row + tails[c][:-1], part + [c + 1] * (len(tails[c]) - 1)
-            ids, parts, reads = [*ids, row], [*parts, part], [*reads, asked]
-    return ids, parts, reads
+            rows.append((row, part, asked))
+    return rows
 
 
 # %% ../nbs/16_measure.ipynb #f1b0ec9d
@@ -218,7 +222,7 @@ def _answers(task: ChoiceTask | MultipleChoice, reads: list, parts: list) -> Ans
     return Answers(chosen, starts, margin, tuple(logp), tuple(lengths), n_true)
 
 
-# %% ../nbs/16_measure.ipynb #3bd76d98
+# %% ../nbs/16_measure.ipynb #57efa0fe
 def choices(
     model: TransformersModel,
     layer: int,
@@ -226,7 +230,7 @@ def choices(
     words: str = "",  # before every prompt
 ) -> Reading[Answers]:
     "A task made ready. Raises ValueError for an item that does not fit the model."
-    ids, parts, reads = _rows(model, task, words)
+    ids, parts, reads = zip(*_rows(model, task, words), strict=True)
     tree = parts if any(len(set(p)) > 2 for p in parts) else None
     batches = left_batches(model, ids, [[at for at, *_ in asked] for asked in reads], tree)
     for k, batch in enumerate(batches):
@@ -236,10 +240,11 @@ def choices(
     return Reading(layer, engine(model).scores(layer, batches, _asked), judge)
 
 
-# %% ../nbs/16_measure.ipynb #838b1cab
+# %% ../nbs/16_measure.ipynb #45726527
 KEEP = 4  # last tokens of a text
 
 
+# %% ../nbs/16_measure.ipynb #538f87b8
 @dataclass(frozen=True, repr=False)
 class Damage(_Shown):
     "How far steering moved the model on neutral text, token by token."
@@ -282,13 +287,14 @@ def _drift(logits: torch.Tensor, base: torch.Tensor | None, tokens: torch.Tensor
     return torch.stack(out, 1)
 
 
-# %% ../nbs/16_measure.ipynb #a0f0da73
+# %% ../nbs/16_measure.ipynb #166713e3
 def _damage(rows: list[int], parts: list[torch.Tensor]) -> Damage:
     "What `_drift` gave of each batch, with the texts in their order; `rows` as they stand in the batches."
     found = torch.cat(parts, 1).double().cpu().numpy()  # (2, texts, keep)
     return Damage(*found[:, np.argsort(rows)])
 
 
+# %% ../nbs/16_measure.ipynb #1bdb1c3c
 def neutral_text(
     model: TransformersModel,
     layer: int,
@@ -313,7 +319,7 @@ def neutral_text(
     return Reading(layer, engine(model).scores(layer, batches, _drift), judge, texts, everywhere=True)
 
 
-# %% ../nbs/16_measure.ipynb #98750996
+# %% ../nbs/16_measure.ipynb #8f97be2d
 @dataclass(eq=False, repr=False)
 class Bench(_Shown):
     "Everything that one asks at one layer of one model. Raises ValueError for what will not do."
@@ -326,7 +332,8 @@ class Bench(_Shown):
 
     def __post_init__(self):
         (self.layer,) = layer_numbers(self.model, [self.layer])
-        texts = (self.neutral or load_corpus("neutral")).texts
+        self.neutral = self.neutral or load_corpus("neutral")
+        texts = self.neutral.texts
         half = min(len(texts) // 2, 32)
         self.texts = texts[:half], texts[half : half + 32]
         if not self.damage > 0:
@@ -338,9 +345,13 @@ class Bench(_Shown):
     @cached_property
     def ask(self) -> Reading[Answers]:
         "Answers to the task."
+        return self.behind("")
+
+    def behind(self, words: str) -> Reading[Answers]:
+        "The task made ready behind some words."
         if self.task is None:
             raise ValueError("this bench has no task: give Bench(model, layer, task) or use with_task(task).")
-        return choices(self.model, self.layer, self.task)
+        return choices(self.model, self.layer, self.task, words)
 
     @cached_property
     def dosing(self) -> Reading[Damage]:
@@ -358,7 +369,7 @@ class Bench(_Shown):
         return residual_norm(self.model, self.layer)
 
 
-# %% ../nbs/16_measure.ipynb #9a2d1de5
+# %% ../nbs/16_measure.ipynb #b58f451f
 @patch(as_prop=True)
 def facts(self: Bench) -> dict:
     "Where it stands, and what for."
@@ -366,13 +377,14 @@ def facts(self: Bench) -> dict:
     return {"model": place, "task": self.task, "damage": self.damage}
 
 
+# %% ../nbs/16_measure.ipynb #57b73d78
 @patch(as_prop=True)
 def read(self: Bench) -> int:
     "How many texts went through the model from this layer on."
     return sum(part.run.read for part in vars(self).values() if isinstance(part, Reading))
 
 
-# %% ../nbs/16_measure.ipynb #94b81bb2
+# %% ../nbs/16_measure.ipynb #aee30ba7
 @patch
 def with_task(self: Bench, task: ChoiceTask | MultipleChoice) -> Bench:
     "The same bench with another task; what was read of the neutral text is shared."
@@ -382,6 +394,7 @@ def with_task(self: Bench, task: ChoiceTask | MultipleChoice) -> Bench:
     return other
 
 
+# %% ../nbs/16_measure.ipynb #f2ea3e4a
 @patch
 def place(
     self: Bench,
@@ -406,21 +419,22 @@ def _next(points: list[tuple[float, float]]) -> float:  # pairs of x and y; the 
     return float(np.clip(x - np.clip(y / slope, -1.5, 1.5), np.log(1e-4), np.log(8)))
 
 
-# %% ../nbs/16_measure.ipynb #798f219d
-T = TypeVar("T", Transplant, list[Transplant])
+# %% ../nbs/16_measure.ipynb #b2b6e129
+_T = TypeVar("_T", Transplant, list[Transplant])
 
 
 @patch
 def at_damage(
     self: Bench,
-    ts: T,  # one or several, each with the dose to start from
+    ts: _T,  # one or several, each with the dose to start from
     damage: float | None = None,  # nats a token; default: that of the bench
-) -> T:
+) -> _T:
     "The same with the doses of that damage; `notes` say which KL was reached. Warns where it is far off."
     if isinstance(ts, Transplant):
         return self.at_damage([ts], damage)[0]
-    goal, x, todo = damage or self.damage, [float(np.log(t.dose)) for t in ts], range(len(ts))
-    points, found = [[] for _ in ts], []
+    points: list[list] = [[] for _ in ts]
+    goal, x, found = damage or self.damage, [float(np.log(t.dose)) for t in ts], []
+    todo = [*range(len(points))]
     while todo:
         hurt = self.dosing([replace(ts[i], dose=float(np.exp(x[i]))) for i in todo])
         for i, h in zip(todo, hurt, strict=True):
@@ -437,18 +451,18 @@ def at_damage(
     return found
 
 
-# %% ../nbs/16_measure.ipynb #27b69bd4
+# %% ../nbs/16_measure.ipynb #86c24a3e
 @patch
 def words(self: Bench, text: str) -> tuple[Answers, Damage]:
     "Answers and damage with words before every prompt and every neutral text."
-    answers = choices(self.model, self.layer, self.task, text)()
-    return answers, neutral_text(self.model, self.layer, self.hurt.texts, text)()
+    return self.behind(text)(), neutral_text(self.model, self.layer, self.hurt.texts, text)()
 
 
-# %% ../nbs/16_measure.ipynb #cf1221c3
+# %% ../nbs/16_measure.ipynb #750b7d54
 STRENGTHS = (-2.0, -1.0, -0.5, -0.25, 0.0, 0.25, 0.5, 1.0, 2.0)
 
 
+# %% ../nbs/16_measure.ipynb #890f476c
 @dataclass(frozen=True)
 class CurvePoint:
     "Effect and damage at one strength."
@@ -464,6 +478,7 @@ class CurvePoint:
         return METRICS[metric].mean(self.answers, self.base)
 
 
+# %% ../nbs/16_measure.ipynb #0c1b37ad
 def dose_curve(
     t: Transplant,
     bench: Bench,  # at its layer

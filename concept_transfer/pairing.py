@@ -4,10 +4,8 @@
 
 # %% auto #0
 __all__ = [
-    "token_ends",
     "shared_boundaries",
     "encode_offsets",
-    "accent_follows",
     "last_token",
     "paired_tokens",
     "paired_states",
@@ -27,52 +25,46 @@ from nnsight import TransformersModel
 from .engine import context_length, engine, refuse_empty, rows_of
 
 
-# %% ../nbs/12_pairing.ipynb #d64242c7
-def token_ends(
-    offsets: Sequence[tuple[int, int]],  # characters (start, end) of each token
-) -> dict[int, int]:  # character -> the token after which everything before it has been read
-    "Where tokens end."
+# %% ../nbs/12_pairing.ipynb #020aad9d
+def _token_ends(offsets):  # characters (start, end) of each token
+    "Where tokens end: character -> the token after which everything before it has been read."
     spans = [(i, start, end) for i, (start, end) in enumerate(offsets) if end > start]
     inside = {i for (i, _, end), (_, start, _) in pairwise(spans) if start < end}
     return {end: i for i, _, end in spans if i not in inside}
 
 
-# %% ../nbs/12_pairing.ipynb #249e6a4a
+# %% ../nbs/12_pairing.ipynb #9405879a
 def shared_boundaries(
     source: Sequence[tuple[int, int]],  # characters (start, end) of each token
     target: Sequence[tuple[int, int]],
     skip: int = 1,  # so many first tokens of either side are left out
 ) -> list[tuple[int, int]]:  # token indices (i, j) after which both models have read the same characters
     "Pairs of tokens that end at the same character."
-    one, two = token_ends(source), token_ends(target)
+    one, two = _token_ends(source), _token_ends(target)
     return [(i, two[end]) for end, i in one.items() if end in two and min(i, two[end]) >= skip]
 
 
-# %% ../nbs/12_pairing.ipynb #762f536c
+# %% ../nbs/12_pairing.ipynb #5265476e
 def encode_offsets(model: TransformersModel, texts: Sequence[str]) -> tuple[list, list]:
     """Token ids of each text, as many as fit into the context, and character offsets of all its tokens.
     Raises ValueError for a tokenizer without offsets, and for a text without tokens, which is named."""
     if not model.tokenizer.is_fast:
-        name = engine(model).name
-        raise ValueError(
-            f"the tokenizer of {name} gives no character offsets; pass a fast one to load_model."
-        )
+        say = "gives no character offsets; pass a fast one to load_model."
+        raise ValueError(f"the tokenizer of {engine(model).name} {say}")
     got, limit = model.tokenizer(list(texts), return_offsets_mapping=True), context_length(model)
     refuse_empty(texts, got.input_ids, model.tokenizer("").input_ids)
     return [ids[:limit] for ids in got.input_ids], got.offset_mapping
 
 
-# %% ../nbs/12_pairing.ipynb #13a46528
-def accent_follows(text: str, end: int) -> bool:  # end: number of characters read
+# %% ../nbs/12_pairing.ipynb #c3241725
+def _accent_follows(text, end):  # end: number of characters read
     "Whether the next character belongs to the one just read, so that composing would make one of both."
-    if end >= len(text):
-        return False
-    return unicodedata.combining(text[end]) > 0 or not unicodedata.is_normalized(
-        "NFC", text[end - 1 : end + 1]
-    )
+    both = text[end - 1 : end + 1]
+    composed = unicodedata.is_normalized("NFC", both)
+    return len(both) > 1 and (unicodedata.combining(both[1]) > 0 or not composed)
 
 
-# %% ../nbs/12_pairing.ipynb #0d0b26b6
+# %% ../nbs/12_pairing.ipynb #feea4693
 def last_token(pairs: list[tuple[int, int]], n1: int, n2: int) -> list[tuple[int, int]]:
     "The last token of either side, wherever it ends (ConTrans): a choice for `thin`."
     return [(n1 - 1, n2 - 1)]
@@ -88,8 +80,11 @@ def paired_tokens(
     (ids1, offsets1), (ids2, offsets2) = encode_offsets(source, texts), encode_offsets(target, texts)
     at1, at2 = [], []
     for text, x, y, one, two in zip(texts, ids1, ids2, offsets1, offsets2, strict=True):
-        pairs = [(i, j) for i, j in shared_boundaries(one, two) if i < len(x) and j < len(y)]
-        pairs = [(i, j) for i, j in pairs if not accent_follows(text, one[i][1])]
+        pairs = [
+            (i, j)
+            for i, j in shared_boundaries(one, two)
+            if i < len(x) and j < len(y) and not _accent_follows(text, one[i][1])
+        ]
         pairs = thin(pairs, len(x), len(y)) if thin else pairs
         at1.append([i for i, _ in pairs])
         at2.append([j for _, j in pairs])

@@ -80,7 +80,31 @@ def plot_separation(*concepts: Concept) -> Figure:
     return fig
 
 
-# %% ../nbs/19_plots.ipynb #4d9b4b1d
+# %% ../nbs/19_plots.ipynb #78f33619
+def _heat(
+    ax: Axes,
+    z: np.ndarray,  # (rows, columns)
+    rows: Sequence,
+    columns: Sequence,
+    label: str,  # what the numbers are
+    ends: tuple[float, float],  # of the colours
+    **look,  # for seaborn
+):
+    "A matrix with its numbers, drawn into `ax`."
+    look = {
+        "cmap": "cividis",
+        "fmt": ".2f",
+        "annot_kws": {"size": 8},
+        "vmin": ends[0],
+        "vmax": ends[1],
+    } | look
+    sns.heatmap(
+        z, annot=True, xticklabels=columns, yticklabels=rows, cbar_kws={"label": label}, ax=ax, **look
+    )
+    ax.tick_params(axis="y", rotation=0)
+
+
+# %% ../nbs/19_plots.ipynb #29b20d5d
 def plot_grid(
     maps: LayerGrid,
     values: str | np.ndarray = "r2",  # "r2", "cosine", or (L1, L2) such as `downstream` gives
@@ -91,30 +115,17 @@ def plot_grid(
     if isinstance(values, str):
         label = {"r2": "held-out R2, standardised", "cosine": "held-out cosine"}[values]
         if values == "r2":
-            title += f"; shuffled pairs give at most {maps.r2_shuffled.max():.2f}"
+            title += f"\nshuffled pairs give at most {max(0, maps.r2_shuffled.max()):.2f}"
         values = getattr(maps, values)
     z = np.asarray(values)  # (L1, L2)
-    size = len(maps.source_layers), len(maps.target_layers)
+    size = maps.r2.shape
     if z.shape != size:
         raise ValueError(
             f"values of shape {z.shape} are not one for each of {size[0]} x {size[1]} layer pairs."
         )
-    with canvas(1.6 + 0.62 * size[1], 1.4 + 0.42 * size[0]) as (fig, ax):
-        sns.heatmap(
-            z,
-            ax=ax,
-            annot=True,
-            fmt=".2f",
-            annot_kws={"size": 8},
-            cmap="cividis",
-            vmin=min(0, z.min()),
-            vmax=max(0.5, z.max()),
-            xticklabels=maps.target_layers,
-            yticklabels=maps.source_layers,
-            cbar_kws={"label": label},
-        )
+    with canvas(1.6 + 0.62 * size[1], 1.6 + 0.42 * size[0]) as (fig, ax):
+        _heat(ax, z, maps.source_layers, maps.target_layers, label, (min(0, z.min()), max(0.5, z.max())))
         ax.set(xlabel=f"layer of {maps.target.name}", ylabel=f"layer of {maps.source.name}", title=title)
-        ax.tick_params(axis="y", rotation=0)
     return fig
 
 
@@ -190,7 +201,13 @@ def curves(e: Evidence) -> dict[str, np.ndarray]:  # arm: (points, 4)
     return {arm: np.array(sorted(points)) for arm, points in found.items()}
 
 
-# %% ../nbs/19_plots.ipynb #9e1b1077
+# %% ../nbs/19_plots.ipynb #df533a70
+def _line(entry: Arm, i: int) -> dict:
+    "How the curve of the `i`-th arm is drawn."
+    look = {"color": entry.colour, "marker": entry.marker, "label": entry.words}
+    return look | {"lw": 1.6 + i, "ms": 5 + 2 * i, "zorder": 3 - i / 10}
+
+
 def plot_dose(
     e: Evidence,
     arms: dict[str, Arm] = ARMS,  # how arms are shown
@@ -199,9 +216,9 @@ def plot_dose(
     with canvas(height=3.8) as (fig, ax):
         right = ax.twinx()
         right.spines["right"].set_visible(True)
-        for name, points in curves(e).items():
+        for i, (name, points) in enumerate(curves(e).items()):
             entry, (_, dose, chosen, kl) = look(name, arms), points.T
-            ax.plot(dose, chosen, color=entry.colour, marker=entry.marker, lw=1.8, label=entry.words)
+            ax.plot(dose, chosen, **_line(entry, i))
             right.plot(dose, kl, color=entry.colour, ls="--", lw=1.2, marker=".", ms=4)
         if draws := e.arms.get("random", ArmResult()).draws:
             ax.axhspan(min(draws), max(draws), color=GREY, alpha=0.15, lw=0, label="random, at the budget")
@@ -214,7 +231,7 @@ def plot_dose(
     return fig
 
 
-# %% ../nbs/19_plots.ipynb #afabac24
+# %% ../nbs/19_plots.ipynb #46eb327c
 def plot_frontier(
     e: Evidence,
     arms: dict[str, Arm] = ARMS,  # how arms are shown
@@ -222,22 +239,24 @@ def plot_frontier(
     "Effect against damage along the dose curves, beside all other arms where they stand at the budget."
     lines = curves(e)
     with canvas(height=3.8) as (fig, ax):
-        for name, points in lines.items():
-            entry, onwards = look(name, arms), points[points[:, 0] >= 0]
+        for i, (name, points) in enumerate(lines.items()):
+            onwards = points[points[:, 0] >= 0]
             _, _, chosen, kl = onwards[onwards[:, 3].argsort()].T
-            ax.plot(kl, chosen, color=entry.colour, marker=entry.marker, lw=1.8, label=entry.words)
+            ax.plot(kl, chosen, **_line(look(name, arms), i))
         for name, a in e.arms.items():
             if name not in lines and a.kl is not None:
                 entry = look(name, arms)
-                ax.plot(a.kl, a.choice_rate, entry.marker, color=entry.colour, ms=8, label=entry.words)
+                ax.plot(
+                    a.kl, a.choice_rate, entry.marker, color=entry.colour, ms=8, label=entry.words, zorder=4
+                )
         ax.set_xscale("symlog", linthresh=0.02)
         ax.set(xlabel="damage: mean KL from base, nats a token", ylabel="share choosing the target")
-        ax.set(xlim=(0, None), ylim=(-0.03, 1.03), title="What the effect costs")
+        ax.set(xlim=(-0.001, None), ylim=(-0.03, 1.03), title="What the effect costs")
         fig.legend(loc="outside lower center", ncol=3)
     return fig
 
 
-# %% ../nbs/19_plots.ipynb #462f99b8
+# %% ../nbs/19_plots.ipynb #0cdb6814
 def plot_matrix(
     shift: np.ndarray,  # (rows, columns) change of the choice rate
     p: np.ndarray,  # of the same shape
@@ -246,26 +265,14 @@ def plot_matrix(
 ) -> Figure:
     "Change of each behaviour by each transplant, from `off_target`; a frame where it is significant."
     most = max(0.1, float(np.abs(shift).max()))
-    with canvas(2.2 + 0.62 * len(columns), 2 + 0.42 * len(rows)) as (fig, ax):
-        sns.heatmap(
-            shift,
-            ax=ax,
-            annot=True,
-            fmt="+.2f",
-            annot_kws={"size": 8},
-            cmap="PuOr_r",
-            vmin=-most,
-            vmax=most,
-            xticklabels=columns,
-            yticklabels=rows,
-            cbar_kws={"label": "change of choice rate"},
-        )
+    width = 1.2 + 0.62 * len(columns) + 0.07 * max(map(len, rows))
+    with canvas(width, 2 + 0.42 * len(rows)) as (fig, ax):
+        _heat(ax, shift, rows, columns, "change of choice rate", (-most, most), cmap="PuOr_r", fmt="+.2f")
         for i, j in np.argwhere(p <= 0.05):
             ax.add_patch(Rectangle((j + 0.04, i + 0.04), 0.92, 0.92, fill=False, lw=1.4, color="#222222"))
         ax.set(xlabel="behaviour asked for", ylabel="concept transplanted")
         ax.set_title("On target and off (framed: p at most .05, Holm)")
         plt.setp(ax.get_xticklabels(), rotation=40, ha="right")
-        ax.tick_params(axis="y", rotation=0)
     return fig
 
 

@@ -21,17 +21,18 @@ from .stats import permutation_p
 from .steering import Transplant
 from .tasks import ChoiceTask, MultipleChoice
 
-# %% ../nbs/18_selection.ipynb #69ac0e02
+# %% ../nbs/18_selection.ipynb #11424c4c
 Scored = list[tuple[float, tuple[int, int]]]  # score and layer pair, best first
 
 
+# %% ../nbs/18_selection.ipynb #21c95336
 def offline_scores(
     concept: Concept,
     maps: LayerGrid,
     target: TransformersModel | None = None,  # reads `pairs`
     pairs: ContrastPairs | None = None,  # contrast texts that the target may read
 ) -> Scored:
-    """Source AUC above chance times held-out R2; with `pairs`, AUC above chance of the mapped direction there.
+    """Source AUC above chance times held-out R2; with `pairs`, the mapped direction's AUC above chance.
     Raises ValueError for a concept and maps without a common layer."""
     found = []
     if pairs is not None:
@@ -50,10 +51,11 @@ def offline_scores(
     return sorted(found, key=lambda x: -x[0])
 
 
-# %% ../nbs/18_selection.ipynb #0297983b
+# %% ../nbs/18_selection.ipynb #7cc94bd3
 SHARES = (0.25, 0.5, 1.0)  # of the tuning items, round by round
 
 
+# %% ../nbs/18_selection.ipynb #03530f88
 def _trials(
     concept: Concept,
     maps: LayerGrid,
@@ -78,6 +80,7 @@ def _trials(
     return sorted(tried, key=lambda x: -x[0].mean()), read
 
 
+# %% ../nbs/18_selection.ipynb #879da026
 def _searched(k: int, gains: np.ndarray, choice_rate: float, t: Transplant) -> dict:
     "One line of the search as it is noted."
     return {
@@ -104,7 +107,7 @@ def search_p(
     return permutation_p(max(g.mean() for g in gains), null)
 
 
-# %% ../nbs/18_selection.ipynb #d175053c
+# %% ../nbs/18_selection.ipynb #49f29e0b
 def choose(
     concept: Concept,
     maps: LayerGrid,
@@ -117,7 +120,7 @@ def choose(
 ) -> Transplant:
     "The layer pair with the largest mean gain in margin at equal damage; `notes` hold the whole search."
     pairs = candidates or [pair for _, pair in offline_scores(concept, maps)[:12]]
-    left = [(*pair, p) for pair in pairs for p in positions]
+    left: list[tuple] = [(*pair, p) for pair in pairs for p in positions]
     benches = {t: Bench(target, t, neutral=neutral, damage=damage) for _, t, _ in left}
     notes: dict = {
         "search": [],
@@ -139,7 +142,7 @@ def choose(
     return replace(best, notes=best.notes | notes)
 
 
-# %% ../nbs/18_selection.ipynb #27f92883
+# %% ../nbs/18_selection.ipynb #11d882d4
 def transplant(
     concept: Concept,
     maps: LayerGrid,
@@ -152,12 +155,14 @@ def transplant(
 ) -> Transplant:
     "A concept in the target at the dose of a damage. Raises ValueError where these do not belong together."
     maps.source.require(concept.model, "this map (source side)")
-    if layers == "auto":
+    if isinstance(layers, str):
+        if layers != "auto":
+            raise ValueError(f"layers {layers!r}: use 'auto' or a pair (source layer, target layer).")
         best = [pair for _, pair in offline_scores(concept, maps, target, pairs)[:12]]
         if task is not None:
             return choose(concept, maps, target, task, neutral, damage, best)
         layers = best[0]
-    map = maps[tuple(layers)]
+    map = maps[layers]
     bench = Bench(target, map.layers[1], neutral=neutral, damage=damage)
     t = bench.at_damage(bench.place(concept, map))
     return replace(t, notes=t.notes | {"map": maps.texts_hash, "method": maps.method})

@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ["residual_norm", "Transplant", "adding", "generate", "place"]
 
-# %% ../nbs/15_steering.ipynb #472efbd9
+# %% ../nbs/15_steering.ipynb #b4ae13d3
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import final
 
 import torch
 from fastcore.basics import patch
@@ -41,7 +42,8 @@ def residual_norm(
     return float(torch.cat(norms).median())
 
 
-# %% ../nbs/15_steering.ipynb #b90a9e08
+# %% ../nbs/15_steering.ipynb #31372b06
+@final
 @dataclass(frozen=True)
 class Transplant:
     "A direction with its place and dose in one model. Call it for a context in which the model is steered."
@@ -89,13 +91,14 @@ def _repr_html_(self: Transplant) -> str:
     )
 
 
-# %% ../nbs/15_steering.ipynb #4f1865ce
+# %% ../nbs/15_steering.ipynb #5659a2c5
 def adding(
     vector: torch.Tensor,  # (d,)
     positions: str | Position | Callable = "all",
 ) -> Change:  # hidden (b, t, d) -> hidden (b, t, d)
     "What adds a vector at the wanted positions. Raises ValueError for a rule that cannot write."
     where = position_rule(positions, "write").write
+    assert where  # else the rule was refused
 
     def add(h: torch.Tensor) -> torch.Tensor:
         v, mask = vector.to(h.device, h.dtype), where(h)
@@ -157,7 +160,7 @@ def generate(
         return generate(model, prompts, max_new_tokens, **options)
 
 
-# %% ../nbs/15_steering.ipynb #0d481427
+# %% ../nbs/15_steering.ipynb #a18147e2
 def _check_direction(v: torch.Tensor, width: int):
     "Raise ValueError for a direction that cannot be added to a residual stream of this width."
     if v.shape != (width,):
@@ -168,19 +171,20 @@ def _check_direction(v: torch.Tensor, width: int):
         raise ValueError("the direction is zero or not finite; look at the concept and its map.")
 
 
-def _notes(concept: Concept | torch.Tensor, map: AffineMap | None) -> dict:
-    "Where a transplant comes from."
-    if not isinstance(concept, Concept):
-        return {}
+def _carried(concept: Concept, layer: int, map: AffineMap | None) -> dict:
+    "What a concept gives to a transplant: a direction, and where it comes from."
     kept = ("n_pairs", "reducer", "position", "template", "texts_hash", "seed")
     notes = {k: getattr(concept, k) for k in kept}
-    if map:
-        notes |= {"r2": map.r2, "auc": concept.auc[concept.layers.index(map.layers[0])]}
-        notes |= {k: map.notes[k] for k in ("lam", "method") if k in map.notes}
-    return notes
+    if map is None:
+        return {"direction": concept[layer], "notes": notes}
+    source = map.layers[0]
+    notes |= {"r2": map.r2, "auc": concept.auc[concept.layers.index(source)]}
+    notes |= {k: map.notes[k] for k in ("lam", "method") if k in map.notes}
+    found = {"direction": map.direction(concept), "shuffled": map.direction(concept, shuffled=True)}
+    return found | {"source": concept.model, "source_layer": source, "notes": notes}
 
 
-# %% ../nbs/15_steering.ipynb #f968d045
+# %% ../nbs/15_steering.ipynb #47869d7e
 def place(
     concept: Concept | torch.Tensor,  # of the source (with a map), of the target itself, or a direction (d,)
     target: TransformersModel,
@@ -192,23 +196,24 @@ def place(
     positions: str | Position | Callable = "all",
 ) -> Transplant:
     "A transplant where you say. Raises ValueError when concept, map and target do not belong together."
-    info, came, v = model_info(target), {}, concept
-    if map:
+    info = model_info(target)
+    if map is not None:
         map.target.require(info, "this map (target side)")
-        source_layer, layer = map.layers
-        v, shuffled = map.direction(concept), map.direction(concept, shuffled=True)
-        came = {"source": concept.model, "source_layer": source_layer, "shuffled": shuffled}
+        layer = map.layers[1]
     elif layer is None:
         raise ValueError("say where: place(..., layer=k), or give a map.")
-    (layer,) = layer_numbers(target, [layer])
-    if isinstance(concept, Concept) and not map:
+    elif isinstance(concept, Concept):
         concept.model.require(info, f"concept {concept.name!r}, used without a map,")
-        v = concept[layer]
+    (layer,) = layer_numbers(target, [layer])
+    found: dict = {"direction": concept}
+    if isinstance(concept, Concept):
+        name, found = name or concept.name, _carried(concept, layer, map)
+    elif map is not None:
+        raise ValueError("a map carries concepts: give one, or place(direction @ map.W, target, layer).")
+    v = found.pop("direction")
     _check_direction(v, info.width)
-    given = {"positions": positions, "notes": _notes(concept, map), "model": target, **came}
-    norm = norm or residual_norm(target, layer)
-    name = name or (concept.name if isinstance(concept, Concept) else "direction")
-    return Transplant(name, v.float(), layer, dose, norm, info, **given)
+    found |= {"layer": layer, "dose": dose, "norm": norm or residual_norm(target, layer), "target": info}
+    return Transplant(name or "direction", v.float(), positions=positions, model=target, **found)
 
 
 # %% ../nbs/15_steering.ipynb #83397ed4
@@ -224,7 +229,7 @@ def save(self: Transplant, path: str | Path):
     save_artefact(path, "transplant", tensors, meta | {"positions": rule.name})
 
 
-# %% ../nbs/15_steering.ipynb #3329fc7a
+# %% ../nbs/15_steering.ipynb #0369c33c
 @patch(cls_method=True)
 def load(
     cls: Transplant,
@@ -237,5 +242,6 @@ def load(
     target = info.load() if target is None else target
     info.require(model_info(target), f"transplant {meta['name']!r}")
     source = ModelInfo(**meta["source"]) if meta["source"] else None
-    kept = {k: meta[k] for k in ("name", "layer", "dose", "norm", "source_layer", "positions", "notes")}
-    return cls(**tensors, **kept, target=info, source=source, model=target)
+    names = ("name", "layer", "dose", "norm", "source_layer", "positions", "notes")
+    kept: dict = {k: meta[k] for k in names} | tensors
+    return cls(**kept, target=info, source=source, model=target)

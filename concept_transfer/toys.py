@@ -4,99 +4,64 @@
 
 # %% auto #0
 __all__ = [
-    "SMALL",
-    "GROUPED",
     "TINY",
-    "QKV",
-    "LLAMA",
-    "GPT2",
-    "NEOX",
-    "OPT",
     "LAYOUTS",
-    "trained_tokenizer",
     "tiny_tokenizer",
     "tiny_module",
-    "Layout",
     "random_rotation",
-    "part",
-    "frozen",
-    "rotate_readers",
-    "rotate_writer",
     "twin_module",
-    "last_states",
-    "log_odds",
     "planted_module",
 ]
 
-# %% ../nbs/05_toys.ipynb #03ef2f77
+# %% ../nbs/05_toys.ipynb #af782956
 import copy
-import functools
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from functools import cache
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch.nn.functional import normalize
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from .data import EMOTION_PROMPT, EMOTIONS, builtin_rows
+from .data import EMOTION_PROMPT, EMOTIONS, FAMILIES, builtin_rows
 
 
-# %% ../nbs/05_toys.ipynb #33ee7169
-@functools.lru_cache
-def trained_tokenizer(kind: str) -> Tokenizer:  # "byte" or "sentencepiece"
+# %% ../nbs/05_toys.ipynb #97f659bf
+@cache
+def _trained(kind):
     "Byte-level or SentencePiece-like BPE over the built-in scenarios."
-    byte = kind == "byte"
+    byte, special = kind == "byte", ["<s>", "</s>", "<unk>"]
     t = Tokenizer(models.BPE(byte_fallback=not byte, unk_token=None if byte else "<unk>"))
-    special, alphabet, size = ["<s>", "</s>", "<unk>"], pre_tokenizers.ByteLevel.alphabet(), 700
     if byte:
         t.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         t.decoder = decoders.ByteLevel()
     else:
         t.pre_tokenizer = pre_tokenizers.Metaspace()
         t.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace()])
-        special, alphabet, size = special + [f"<0x{i:02X}>" for i in range(256)], [], 800
+        t.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+        special += [f"<0x{i:02X}>" for i in range(256)]
     trainer = trainers.BpeTrainer(
-        vocab_size=size, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+        vocab_size=700 if byte else 800,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet() if byte else [],
+        show_progress=False,
     )
     t.train_from_iterator([row["text"] for row in builtin_rows("emotions")], trainer)
-    if not byte:
-        t.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
     return t
 
 
-# %% ../nbs/05_toys.ipynb #5c6d1a6d
+# %% ../nbs/05_toys.ipynb #293bf4ec
 def tiny_tokenizer(
     kind: str = "byte",  # or "sentencepiece"
 ) -> PreTrainedTokenizerFast:
     "A small offline tokenizer, without a padding token as many have none."
-    return PreTrainedTokenizerFast(
-        tokenizer_object=trained_tokenizer(kind), bos_token="<s>", eos_token="</s>"
-    )
+    return PreTrainedTokenizerFast(tokenizer_object=_trained(kind), bos_token="<s>", eos_token="</s>")
 
 
-# %% ../nbs/05_toys.ipynb #001b481d
-SMALL = {
-    "hidden_size": 48,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "intermediate_size": 96,
-    "max_position_embeddings": 128,
-}
-GROUPED = {**SMALL, "num_key_value_heads": 2, "head_dim": 12}  # heads that share keys and values
-TINY = {  # family: configuration, kind of tokenizer
-    "llama": (GROUPED, "sentencepiece"),
-    "mistral": (GROUPED, "sentencepiece"),
-    "qwen2": ({**SMALL, "num_key_value_heads": 2}, "byte"),
-    "gemma3_text": ({**GROUPED, "query_pre_attn_scalar": 12}, "sentencepiece"),
-    "gpt_neox": (SMALL, "byte"),
-    "gpt2": ({"n_embd": 48, "n_layer": 4, "n_head": 4, "n_positions": 128}, "byte"),
-    "opt": ({**SMALL, "ffn_dim": 96, "word_embed_proj_dim": 48}, "byte"),
-}
+# %% ../nbs/05_toys.ipynb #5397cc4d
+TINY = FAMILIES["tiny"]  # family: kind of tokenizer, and configuration
 
 
-# %% ../nbs/05_toys.ipynb #912003c8
+# %% ../nbs/05_toys.ipynb #5f40eb7b
 def tiny_module(
     family: str = "llama",  # a key of TINY
     seed: int = 0,
@@ -107,148 +72,67 @@ def tiny_module(
     Gains of norms are random too, so that folding them is a real test."""
     if family not in TINY:
         raise ValueError(f"no tiny {family!r}: use one of {', '.join(TINY)}.")
-    shape, kind = TINY[family]
-    tokenizer = tiny_tokenizer(kind)
-    ids = {"vocab_size": len(tokenizer), "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
+    config = TINY[family] | config
+    tokenizer = tiny_tokenizer(config.pop("tokenizer"))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        module = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **{**shape, **ids, **config}))
+        module = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **config))
         for name, w in module.named_parameters():
+            noise = torch.randn_like(w)
             if w.ndim == 1:  # gains and biases
-                w.data += 0.2 * torch.randn_like(w)
-            elif "embed" in name or "wte" in name:
-                w.data = 0.5 * torch.randn_like(w)
+                w.data += 0.2 * noise
             else:
-                w.data = torch.randn_like(w) / w.shape[-1] ** 0.5
+                w.data = noise / (2 if "embed" in name or "wte" in name else w.shape[-1] ** 0.5)
     return module.eval().requires_grad_(False), tokenizer
 
 
-# %% ../nbs/05_toys.ipynb #bace58af
-@dataclass(frozen=True)
-class Layout:
-    "Where a family keeps what reads the residual stream and what writes to it."
-
-    embeddings: tuple[str, ...]
-    blocks: str
-    final: str  # the norm before the head
-    readers: dict[str, tuple[str, ...]]  # in a block: each norm, and the linear maps that read through it
-    writers: tuple[str, ...]  # in a block
-    layernorm: bool = False  # its norms subtract the mean, and have biases
+# %% ../nbs/05_toys.ipynb #654547cb
+LAYOUTS = FAMILIES["layouts"]  # family: where it keeps what reads the residual stream and what writes to it
 
 
-QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
-
-# %% ../nbs/05_toys.ipynb #eb50e79a
-LLAMA = Layout(
-    ("model.embed_tokens",),
-    "model.layers",
-    "model.norm",
-    {"input_layernorm": QKV, "post_attention_layernorm": ("mlp.gate_proj", "mlp.up_proj")},
-    ("self_attn.o_proj", "mlp.down_proj"),
-)
-
-# %% ../nbs/05_toys.ipynb #19bad2b6
-GPT2 = Layout(
-    ("transformer.wte", "transformer.wpe"),
-    "transformer.h",
-    "transformer.ln_f",
-    {"ln_1": ("attn.c_attn",), "ln_2": ("mlp.c_fc",)},
-    ("attn.c_proj", "mlp.c_proj"),
-    layernorm=True,
-)
-
-# %% ../nbs/05_toys.ipynb #82167444
-NEOX = Layout(
-    ("gpt_neox.embed_in",),
-    "gpt_neox.layers",
-    "gpt_neox.final_layer_norm",
-    {
-        "input_layernorm": ("attention.query_key_value",),
-        "post_attention_layernorm": ("mlp.dense_h_to_4h",),
-    },
-    ("attention.dense", "mlp.dense_4h_to_h"),
-    layernorm=True,
-)
-
-# %% ../nbs/05_toys.ipynb #a92141cf
-OPT = Layout(
-    ("model.decoder.embed_tokens", "model.decoder.embed_positions"),
-    "model.decoder.layers",
-    "model.decoder.final_layer_norm",
-    {"self_attn_layer_norm": QKV, "final_layer_norm": ("fc1",)},
-    ("self_attn.out_proj", "fc2"),
-    layernorm=True,
-)
-
-# %% ../nbs/05_toys.ipynb #e6ce2076
-LAYOUTS = dict(llama=LLAMA, mistral=LLAMA, qwen2=LLAMA, gpt2=GPT2, gpt_neox=NEOX, opt=OPT)
-
-
-# %% ../nbs/05_toys.ipynb #6b0bf4c6
+# %% ../nbs/05_toys.ipynb #fa11f0c1
 def random_rotation(
     d: int,
     width: int,  # d or more
     seed: int = 0,
-    keep_ones: bool = False,  # the all-ones direction of one space goes to that of the other
+    keep_ones: bool = False,  # with d = width: the all-ones direction stays where it is
 ) -> torch.Tensor:
     "Random matrix (d, width) with orthonormal rows, float64."
     g = torch.Generator().manual_seed(seed)
     Q = torch.linalg.qr(torch.randn(width, width, generator=g, dtype=torch.float64))[0][:d]
     if not keep_ones:
         return Q
-    bases = []
-    for n in (d, width):  # each an orthonormal basis whose first vector is all ones
-        basis = torch.cat([torch.ones(n, 1), torch.randn(n, n - 1, generator=g)], 1).double()  # (n, n)
-        basis = torch.linalg.qr(basis)[0]
-        bases.append(basis * basis[:, 0].sum().sign())
-    return bases[0] @ bases[1][:, :d].T  # (d, width)
+    ones = Q.new_full((d,), d**-0.5)
+    mirror = normalize(ones @ Q - ones, dim=0)  # the reflection that brings them back, (d,)
+    return Q - 2 * torch.outer(Q @ mirror, mirror)  # (d, d)
 
 
-# %% ../nbs/05_toys.ipynb #aab72453
-def part(module: torch.nn.Module, path: str) -> Any:
-    "A submodule by its path."
-    return module.get_submodule(path)
-
-
-def frozen(values: torch.Tensor) -> torch.nn.Parameter:
-    "A float32 weight that does not learn."
-    return torch.nn.Parameter(values.float().contiguous(), requires_grad=False)
-
-
-# %% ../nbs/05_toys.ipynb #7be20959
-def rotate_readers(
-    norm: Any,
-    readers: Sequence[Any],  # linear maps (out, d) that read through the norm
-    Q: torch.Tensor,  # (d, d')
-    scale: float,  # the new gain, sqrt(d / d')
-):
-    "Fold a norm's gain into what reads it, in the new basis."
-    gain = norm.weight.double()  # (d,)
+# %% ../nbs/05_toys.ipynb #c973a408
+def _turn_readers(norm, readers, Q, scale):
+    "Fold a norm's gain into what reads it, in the new basis (d, d'); `scale`, the new gain, is sqrt(d / d')."
+    gain = norm.weight  # (d,)
     for reader in readers:
-        conv = type(reader).__name__ == "Conv1D"  # GPT-2 stores (in, out)
-        W = (reader.weight.T if conv else reader.weight).double() * gain @ Q  # (out, d')
-        reader.weight = frozen(W.T if conv else W)
-    norm.weight = frozen(torch.full((Q.shape[1],), scale))
-    if getattr(norm, "bias", None) is not None:
-        norm.bias = frozen((norm.bias.double() / gain) @ Q)  # (d',)
-    for eps in ("variance_epsilon", "eps"):
-        if hasattr(norm, eps):
-            setattr(norm, eps, getattr(norm, eps) * scale**2)
-    if hasattr(norm, "normalized_shape"):
-        norm.normalized_shape = (Q.shape[1],)
+        if isinstance(reader, torch.nn.Linear):
+            reader.weight.data = reader.weight * gain @ Q  # (out, d')
+        else:
+            reader.weight.data = Q.T @ (gain[:, None] * reader.weight)  # (d', out)
+    if isinstance(norm, torch.nn.LayerNorm):
+        norm.bias.data = norm.bias / gain @ Q  # (d',)
+    else:
+        norm.variance_epsilon *= scale**2
+    norm.weight.data = Q.new_full((Q.shape[1],), scale)
 
 
-# %% ../nbs/05_toys.ipynb #0d1d3535
-def rotate_writer(writer: Any, Q: torch.Tensor):
-    "Turn what a linear map (d, in) writes to the stream to the new basis (d', in)."
-    conv = type(writer).__name__ == "Conv1D"
-    W = (writer.weight.double() @ Q).T if conv else Q.T @ writer.weight.double()  # (d', in)
-    writer.weight = frozen(W.T if conv else W)
-    if writer.bias is not None:
-        writer.bias = frozen(writer.bias.double() @ Q)
+# %% ../nbs/05_toys.ipynb #a6ccb92a
+def _turn_writer(writer, Q):
+    "Turn what a linear map or an embedding writes to the stream to the new basis (d, d')."
+    W = writer.weight  # a linear map (d, in), other layers (in, d)
+    writer.weight.data = Q.T @ W if isinstance(writer, torch.nn.Linear) else W @ Q
+    if getattr(writer, "bias", None) is not None:
+        writer.bias.data = writer.bias @ Q  # (d',)
 
 
-# %% ../nbs/05_toys.ipynb #69354e85
+# %% ../nbs/05_toys.ipynb #4bf6b2ff
 def twin_module(
     module: PreTrainedModel,  # of a family in LAYOUTS
     widen: int = 0,  # how many dimensions to add (RMSNorm families)
@@ -257,79 +141,68 @@ def twin_module(
     "The same function in another basis, the ground truth for maps. Raises ValueError where there is none."
     family, d = module.config.model_type, module.config.hidden_size
     if family not in LAYOUTS:
-        known = ", ".join(LAYOUTS)
-        raise ValueError(
-            f"{family} has no exact twin: its norms do not commute with a rotation. Use one of {known}."
-        )
+        do = f"Use one of {', '.join(LAYOUTS)}."
+        raise ValueError(f"{family} has no exact twin: its norms do not commute with a rotation. {do}")
     layout = LAYOUTS[family]
-    if layout.layernorm and widen:
+    if layout["layernorm"] and widen:
         raise ValueError(f"a {family} model ties its width to its heads; twin it with widen=0.")
-    Q, scale = random_rotation(d, d + widen, seed, layout.layernorm), (d / (d + widen)) ** 0.5
-    module = copy.deepcopy(module).float()
-    head = module.get_output_embeddings()
-    head.weight = frozen(head.weight.clone())  # no longer tied to the embedding
-    for path in layout.embeddings:
-        part(module, path).weight = frozen(part(module, path).weight.double() @ Q)
-    for block in part(module, layout.blocks):
-        for norm, readers in layout.readers.items():
-            rotate_readers(part(block, norm), [part(block, r) for r in readers], Q, scale)
-        for writer in layout.writers:
-            rotate_writer(part(block, writer), Q)
-    rotate_readers(part(module, layout.final), [head], Q, scale)
+    Q, scale = random_rotation(d, d + widen, seed, layout["layernorm"]), (d / (d + widen)) ** 0.5
+    module = copy.deepcopy(module).double()
+    head, part = module.get_output_embeddings(), module.get_submodule
+    head.weight = copy.deepcopy(head.weight)  # no longer tied to the embedding
+    for path in layout["embeddings"]:
+        _turn_writer(part(path), Q)
+    for block in part(layout["blocks"]):
+        for norm, readers in layout["readers"].items():
+            _turn_readers(block.get_submodule(norm), map(block.get_submodule, readers), Q, scale)
+        for path in layout["writers"]:
+            _turn_writer(block.get_submodule(path), Q)
+    _turn_readers(part(layout["final"]), [head], Q, scale)
     module.config.tie_word_embeddings = False
     module.config.hidden_size = d + widen
-    return module, Q.float()
+    return module.float(), Q.float()
 
 
-# %% ../nbs/05_toys.ipynb #07ed5bad
-def last_states(module: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]):
-    "What the head reads after the last token of each text, (n, d)."
-    ids = [tokenizer(text, return_tensors="pt").input_ids[:, -128:] for text in texts]
-    with torch.no_grad():
-        return torch.cat([module.base_model(x).last_hidden_state[:, -1] for x in ids])
-
-
-# %% ../nbs/05_toys.ipynb #2d67161c
-def log_odds(
-    tokenizer: PreTrainedTokenizerFast,
-    kinds: Sequence[Sequence[str]],  # k lists of texts
-) -> torch.Tensor:
-    "How much more often each token occurs in texts of one kind than in those of all kinds, (k, vocabulary)."
-    tokens = [torch.tensor([i for x in tokenizer(texts).input_ids for i in set(x)]) for texts in kinds]
-    counts = torch.stack(
-        [torch.bincount(t, minlength=len(tokenizer)) + 1.0 for t in tokens]
-    )  # (k, vocabulary)
-    share = (counts / counts.sum(1, keepdim=True)).log()
+# %% ../nbs/05_toys.ipynb #2f10850b
+def _log_odds(tokenizer, kinds):
+    "How much more often each token is in a text of one kind than in those of all (k lists), (k, vocabulary)."
+    counts = torch.ones(len(kinds), len(tokenizer))
+    for row, texts in zip(counts, kinds, strict=True):
+        for ids in tokenizer(texts).input_ids:
+            row[list({*ids})] += 1
+    share = counts.log().log_softmax(1)  # (k, vocabulary)
     return share - share.mean(0)
 
 
-# %% ../nbs/05_toys.ipynb #275b668c
+# %% ../nbs/05_toys.ipynb #577df3f7
 def planted_module(
-    kinds: dict[str, Sequence[str]] | None = None,  # answer word: texts; default: scenarios of six emotions
-    family: str = "llama",  # a key of LAYOUTS
     seed: int = 0,
     **config,  # as for `tiny_module`
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
-    """A tiny model that answers with the word whose kind of text it read, a little above chance.
+    """A tiny Llama that answers with the emotion whose scenario it read, a little above chance.
 
-    Tokens that are typical of a kind carry a hint in their embedding, and the unembedding row of its word is
-    the direction in which texts of that kind differ at the end. Concepts can be read from it and steer it."""
-    if kinds is None:
-        rows = [(r["label"], r["text"]) for r in builtin_rows("emotions") if r["split"] == "fit"]
-        kinds = {e: [EMOTION_PROMPT.format(text) for label, text in rows if label == e] for e in EMOTIONS}
-    n, layout = len(tiny_tokenizer(TINY[family][1])), LAYOUTS[family]
-    size = {"vocab_size": n + len(kinds), "tie_word_embeddings": False}
-    module, tokenizer = tiny_module(family, seed, **config, **size)
-    tokenizer.add_tokens([f" {word}" for word in kinds])
-    table: Any = module.get_input_embeddings().weight  # (vocabulary, d)
-    hints = random_rotation(len(kinds), table.shape[1], seed).float()  # (k, d)
-    table += 2 * log_odds(tokenizer, list(kinds.values())).T @ hints
-    for block in part(module, layout.blocks):
-        for path in layout.writers:
-            part(block, path).weight.mul_(0.6)
-    means = torch.stack([last_states(module, tokenizer, t[:48]).mean(0) for t in kinds.values()])  # (k, d)
+    Tokens that are typical of an emotion carry a hint in their embedding, and the unembedding row of its
+    word is the direction in which its scenarios differ at the end. Concepts can be read from it and steer it.
+    """
+    rows = builtin_rows("emotions", "fit")
+    kinds = [[EMOTION_PROMPT.format(r["text"]) for r in rows if r["label"] == e] for e in EMOTIONS]
+    k, n = len(kinds), TINY["llama"]["vocab_size"]
+    module, tokenizer = tiny_module("llama", seed, vocab_size=n + k, **config)
+    tokenizer.add_tokens([f" {e}" for e in EMOTIONS])
+    table, head = module.get_input_embeddings().weight, module.get_output_embeddings().weight
+    hints = random_rotation(k, table.shape[1], seed).float()  # (k, d)
+    table += 2 * _log_odds(tokenizer, kinds).T @ hints  # (vocabulary, d)
+    for block in module.model.layers:
+        block.self_attn.o_proj.weight *= 0.6
+        block.mlp.down_proj.weight *= 0.6
+
+    def last(text):
+        "What the head reads after the last token, (d,)."
+        return module.model(tokenizer(text, return_tensors="pt").input_ids).last_hidden_state[0, -1]
+
+    means = torch.stack([torch.stack([*map(last, texts[:48])]).mean(0) for texts in kinds])  # (k, d)
     middle = normalize(means.mean(0), dim=0)  # (d,)
     apart = means - means.mean(0)  # (k, d)
-    apart -= (apart @ middle)[:, None] * middle
-    module.get_output_embeddings().weight[n:] = 2 * normalize(apart, dim=1)
+    apart -= torch.outer(apart @ middle, middle)
+    head[n:] = 2 * normalize(apart, dim=1)
     return module, tokenizer

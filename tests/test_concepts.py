@@ -44,7 +44,10 @@ def test_one_scenario_gives_no_held_out_score():
 @pytest.mark.parametrize("reducer", REDUCERS)
 def test_a_reducer_can_be_named_or_given(reducer):
     m, pairs = tiny_model("gpt2"), load_pairs("honesty")
-    named, given = extract_concept(m, pairs, reducer=reducer), extract_concept(m, pairs, reducer=REDUCERS[reducer])
+    named, given = (
+        extract_concept(m, pairs, reducer=reducer),
+        extract_concept(m, pairs, reducer=REDUCERS[reducer]),
+    )
     assert torch.equal(named.directions, given.directions) and named.reducer == given.reducer == reducer
 
 
@@ -122,7 +125,19 @@ def test_a_concept_survives_its_file(tmp_path):
         made = extract_concept(m, pairs, [1, 3], "mean", "pca", seed=4)
         made.save(tmp_path / "c")
         again = Concept.load(tmp_path / "c")
-        assert torch.equal(again.directions, made.directions) and np.array_equal(again.auc, made.auc, equal_nan=True)
-        for k in ("name", "layers", "model", "n_pairs", "reducer", "position", "template", "texts_hash", "seed"):
+        assert torch.equal(again.directions, made.directions) and np.array_equal(
+            again.auc, made.auc, equal_nan=True
+        )
+        for k in (
+            "name",
+            "layers",
+            "model",
+            "n_pairs",
+            "reducer",
+            "position",
+            "template",
+            "texts_hash",
+            "seed",
+        ):
             assert getattr(again, k) == getattr(made, k)
         assert made.name in again._repr_html_()

@@ -56,9 +56,7 @@ def test_index_has_its_content_and_a_sidebar_with_every_notebook(site, tmp_path)
     assert notebooks <= linked, f"add to _quarto.yml: {notebooks - linked}"
 
 
-@pytest.mark.parametrize(
-    "page, shows", [("data", "def ContrastPairs("), ("steering", "Transplant.generate(")]
-)
+@pytest.mark.parametrize("page, shows", [("data", "def ContrastPairs("), ("steering", "Transplant.generate")])
 def test_module_page_shows_signatures(site, tmp_path, page, shows):
     "Of classes, and of methods that were patched into them."
     dom, shot = browse(site / f"{page}.html", tmp_path)
@@ -72,3 +70,9 @@ def test_links_inside_the_site_lead_somewhere(site):
             if not (page.parent / link).exists():
                 dead.add(f"{page.name} -> {link}")
     assert not dead
+
+
+def test_no_page_shows_where_it_was_made(site):
+    "Such a path stands in what a cell said when it failed."
+    told = [p.name for p in site.rglob("*.html") if str(ROOT) in p.read_text(encoding="utf-8")]
+    assert not told

@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-from dataclasses import replace
 
 import gguf
 import numpy as np
@@ -54,7 +53,7 @@ def test_no_network_says_so(tmp_path, monkeypatch):
 
 def test_another_file_than_expected_is_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("CONCEPT_TRANSFER_CACHE", str(tmp_path))
-    monkeypatch.setitem(EMBEDDED, NAME, replace(EMBEDDED[NAME], sha256="0" * 64))
+    monkeypatch.setitem(EMBEDDED, NAME, EMBEDDED[NAME] | {"sha256": "0" * 64})
     with pytest.raises(ValueError, match="nothing was kept"):
         fetch(NAME)
     assert [p.name for p in tmp_path.iterdir()] == [f"{NAME}.lock"]
@@ -183,7 +182,7 @@ def logits(model, text, keep):  # (1, keep, vocabulary)
 @pytest.mark.parametrize("family", list(LAYOUTS))
 def test_every_family_to_its_exact_twin(family):
     m, layers, text = tiny_model(family), range(4), "The cat sat on the mat."
-    other, Q = twin(m, widen=0 if LAYOUTS[family].layernorm else 16)
+    other, Q = twin(m, widen=0 if LAYOUTS[family]["layernorm"] else 16)
     joy = extract_concept(m, load_pairs("emotions/happiness"))
     corpus = Corpus("scenes", [t for e in ("sadness", "fear") for t in load_pairs(f"emotions/{e}").texts])
     maps = fit_maps(m, other, corpus, layers, layers)

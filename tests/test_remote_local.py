@@ -295,18 +295,16 @@ def test_a_job_of_rows_keeps_to_its_bytes(near, monkeypatch):
 def test_rows_that_are_not_finite_are_named(bring, monkeypatch):
     "Whichever way they would go, and nothing of their job is added."
     a, b = tiny_model("llama"), tiny_model("gpt2", seed=3)
-    token = b.tokenizer("mat").input_ids[-1]
+    odd, texts = "The cat sat on the mat, and left.", [f"It rained {i} times." for i in range(300)]
+    token = (set(b.tokenizer(odd).input_ids) - {x for ids in b.tokenizer(texts).input_ids for x in ids}).pop()
     b._module.get_input_embeddings().weight.data[token] = float("nan")
     far = load_model(b, remote=SMALL)
-    texts = [f"{i} cats sat down and it rained all day." for i in range(300)] + [
-        "The cat sat on the mat, and left."
-    ]
     real = Ndif.planned
     monkeypatch.setattr(Ndif, "planned", lambda self, *how: (real(self, *how)[0], bring))
     with pytest.raises(
         ValueError, match="'The cat sat on the mat, and left.' gives states that are not finite"
     ):
-        collect(a, far, Corpus("some", texts), [1], [2])
+        collect(a, far, Corpus("some", [*texts, odd]), [1], [2])
 
 
 def test_what_is_too_much_for_the_server_is_halved(near, monkeypatch):

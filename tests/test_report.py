@@ -19,7 +19,6 @@ from concept_transfer.evidence import (
     Evidence,
     Settings,
     evaluate,
-    provenance,
     recorded,
     summarise,
 )
@@ -42,7 +41,8 @@ def pair():
     "A model that answers with emotions, its twin, joy, and maps."
     source = load_model(*planted_module(max_position_embeddings=256))
     target, _ = twin(source)
-    return source, target, extract_concept(source, PAIRS), fit_maps(source, target, SCENES, [1, 2], [1, 2])
+    concept = extract_concept(source, PAIRS)
+    return source, target, concept, fit_maps(source, target, SCENES, [1, 2], [1, 2], template=PAIRS.template)
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +54,7 @@ def joy(pair):
 @pytest.fixture(scope="module")
 def evidence(joy):
     off = [load_task(f"emotions/{e}").take(12) for e in EMOTIONS[1:3]]
-    settings = Settings(random=19, damage=0.1, strengths=(-1, 0, 1, 2), bootstrap=500, off=off)
+    settings = Settings(random=19, damage=0.1, strengths=(-1, 0, 1, 2), off=off)
     return evaluate(joy, load_task("emotions/happiness").take(16), NEUTRAL, settings=settings, pairs=PAIRS)
 
 
@@ -169,13 +169,13 @@ def test_the_verdict_is_rarely_wrong_on_nothing(joy):
         recorded("random", "equal_damage", a, d, dose=t.dose)
         for t, a, d in zip(ts, bench.ask(ts), bench.hurt(ts), strict=True)
     ]
-    base = recorded("base", "equal_damage", bench.ask(None), dose=0.0)
+    plain = evaluate(joy, task, NEUTRAL, experiments=[], settings=Settings(damage=0.1))
     rng = np.random.default_rng(1)
     wrong = 0
     for seed in range(200):
         first, *others = (pool[i] for i in rng.choice(len(pool), 21, replace=False))
-        made_of = provenance(joy, bench, seed)
-        e = summarise(made_of, [base, replace(first, arm="transplanted"), *others], {}, 200)
+        runs = [*plain.runs, replace(first, arm="transplanted"), *others]
+        e = summarise(replace(plain.provenance, seed=seed), runs, {}, 200)
         wrong += not verdict(e).startswith("No effect")
     assert wrong <= 10, wrong
 

@@ -3,7 +3,7 @@
     python tools/docs.py readme     # nbs/index.ipynb -> README.md, its pictures -> index_files/
     python tools/docs.py site       # nbs/ -> _docs/: with Quarto if installed, otherwise a smalldocs preview
 
-nbdev's own commands would download and install Quarto where it is missing; the steps here are theirs without it.
+nbdev's own commands would download and install Quarto where it is missing; these are their steps otherwise.
 """
 
 import os

@@ -1,9 +1,10 @@
 "A model actor that runs without a GPU. The stock one calls CUDA; Ray here only has a logical one."
 
 import gc
+
 import ray
-from nnsight.modeling.huggingface import HuggingFaceModel
 from ndif.services.ray.deployments.modeling.base import BaseModelDeployment
+from nnsight.modeling.huggingface import HuggingFaceModel
 
 
 class CPUModelDeployment(BaseModelDeployment):

@@ -1,11 +1,13 @@
-"NDIF 0.1.2's controller over nnsight 0.8.1: it passes an argument that 0.8.1 no longer takes; and a folder is sized by its files, without a hub."
+"""NDIF 0.1.2's controller over nnsight 0.8.1: it passes an argument that 0.8.1 no longer takes.
+A folder is sized by its files, without a hub."""
 
 import json
 from pathlib import Path
+
 import ray
-from transformers import AutoConfig
-from nnsight.modeling.mixins.remotable import CheckpointInfo, Remotable
 from ndif.services.ray.deployments.controller.controller import _ControllerActor
+from nnsight.modeling.mixins.remotable import CheckpointInfo, Remotable
+from transformers import AutoConfig
 
 
 def describe(cls, model_key, dtype, trust_remote_code=False):

@@ -1,6 +1,8 @@
-"Run with the server's Python: deploy the models named on standard input as {model key: bytes}; with --kill end the actors of one."
+"Run with the server's Python: deploy the models named on standard input as {model key: bytes}."
 
-import json, sys
+import json
+import sys
+
 import ray
 from ndif.common.schema.controller import DeploymentConfig
 

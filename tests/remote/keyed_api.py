@@ -1,7 +1,9 @@
-"NDIF's API with its own key check, but the keys from NDIF_TEST_KEYS (comma-separated UUIDs) instead of a Postgres table."
+"NDIF's API with its own key check, but keys from NDIF_TEST_KEYS (UUIDs, commas), not from a Postgres table."
 
 import os
-import anyio._backends._asyncio  # noqa: F401  before nnsight, whose .save on every object breaks this import; without it bodies over 1 MB get a 400
+
+# before nnsight, whose .save on every object breaks this import; without it bodies over 1 MB get a 400
+import anyio._backends._asyncio  # noqa: F401
 from ndif.common.providers.postgres import PostgresProvider
 
 KEYS = {k for k in os.environ.get("NDIF_TEST_KEYS", "").split(",") if k}

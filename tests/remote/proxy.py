@@ -1,10 +1,14 @@
-"""A loopback TCP proxy that counts bytes and makes faults, for HTTP and for the websocket that nnsight waits on.
+"""A loopback TCP proxy that counts bytes and makes faults, for HTTP and for nnsight's websocket.
 
 with Proxy(stack.api) as proxy:                       # nnsight.CONFIG.API.HOST = proxy.url
     proxy.faults = [Fault("cut", "/subscribe", after=200)]
 """
 
-import contextlib, socket, struct, threading, time
+import contextlib
+import socket
+import struct
+import threading
+import time
 from dataclasses import dataclass
 
 
@@ -121,8 +125,8 @@ class Proxy:
             self._drain(client, head)
             with contextlib.suppress(OSError):
                 client.sendall(
-                    b"HTTP/1.1 %d Fault\r\nContent-Type: application/json\r\nContent-Length: %d\r\nConnection: close\r\n\r\n"
-                    % (f.code, len(body))
+                    b"HTTP/1.1 %d Fault\r\nContent-Type: application/json\r\n" % f.code
+                    + b"Content-Length: %d\r\nConnection: close\r\n\r\n" % len(body)
                     + body
                 )
                 client.shutdown(socket.SHUT_WR)
@@ -147,9 +151,9 @@ class Proxy:
         "Read the whole request, so that its sender is not reset while it sends."
         size = next(
             (
-                int(l.split(b":")[1])
-                for l in head.split(b"\r\n\r\n")[0].split(b"\r\n")
-                if l.lower().startswith(b"content-length:")
+                int(line.split(b":")[1])
+                for line in head.split(b"\r\n\r\n")[0].split(b"\r\n")
+                if line.lower().startswith(b"content-length:")
             ),
             0,
         )

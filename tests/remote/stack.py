@@ -1,14 +1,29 @@
-"""A real NDIF server on loopback, on a CPU: Redis, an S3 stand-in, Ray, NDIF's controller and API. All of it ends with the block.
+"""A real NDIF server on loopback, on a CPU: Redis, an S3 stand-in, Ray, NDIF's controller and API.
+
+All of it ends with the block:
 
     with ndif_stack({"/path/of/a/saved/model": 4_000_000}, workdir) as stack:
         nnsight.CONFIG.API.HOST = stack.url
 
-`python tests/remote/stack.py install [folder]` makes the server's environment; `... run folder=bytes ...` keeps a server up until Ctrl-C.
+`python tests/remote/stack.py install [folder]` makes the server's environment;
+`... run folder=bytes ...` keeps a server up until Ctrl-C.
 """
 
-import contextlib, json, os, shutil, signal, socket, subprocess, sys, tempfile, time, urllib.request, uuid
+import contextlib
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+import uuid
 from dataclasses import dataclass, field
 from pathlib import Path
+
 import psutil
 
 HERE = Path(__file__).resolve().parent
@@ -38,10 +53,10 @@ def install(venv: Path = VENV) -> Path:
     if not python.is_file():
         subprocess.run([sys.executable, "-m", "venv", venv], check=True)
     pip = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-    torch = next(l for l in want.splitlines() if l.startswith("torch=="))
-    ndif = next(l for l in want.splitlines() if l.startswith("ndif=="))
+    torch = next(x for x in want.splitlines() if x.startswith("torch=="))
+    ndif = next(x for x in want.splitlines() if x.startswith("ndif=="))
     with tempfile.NamedTemporaryFile("w", suffix=".txt") as rest:
-        rest.write("\n".join(l for l in want.splitlines() if l != ndif))
+        rest.write("\n".join(x for x in want.splitlines() if x != ndif))
         rest.flush()
         subprocess.run([*pip, torch], check=True)
         subprocess.run([*pip, "-r", rest.name], check=True)
@@ -92,7 +107,8 @@ def marked(mark: str) -> list[psutil.Process]:
 
 
 def sweep(mark: str):
-    "Kill what is left of a stack, by process group: Ray puts its workers in groups of their own. Returns what would not go."
+    """Kill what is left of a stack, by process group: Ray puts its workers in groups of their own.
+    Returns what would not go."""
     for _ in range(50):
         if not (left := marked(mark)):
             break
@@ -202,7 +218,8 @@ class Stack:
                     )
             if time.monotonic() - begin > READY[name]:
                 raise StackError(
-                    f"{name} was not ready after {READY[name]} s ({type(why).__name__ if why else 'no answer'}: {why}):\n{self.tail(name)}"
+                    f"{name} was not ready after {READY[name]} s "
+                    f"({type(why).__name__ if why else 'no answer'}: {why}):\n{self.tail(name)}"
                 )
             time.sleep(0.2)
         self.seconds[name] = round(time.monotonic() - self.begin, 1)
@@ -374,7 +391,8 @@ class Stack:
 
 @contextlib.contextmanager
 def ndif_stack(models: dict, workdir, venv: Path = VENV, keys=(), env: dict | None = None):
-    "A server that hosts `models` ({folder: bytes}), as a Stack; nothing of it is left afterwards. With `keys` only those are let in."
+    """A server that hosts `models` ({folder: bytes}), as a Stack; nothing of it is left afterwards.
+    With `keys` only those are let in."""
     if why := missing(venv):
         raise StackError(why)
     stack = Stack(workdir, Path(venv), models, tuple(keys), dict(env or {}))
