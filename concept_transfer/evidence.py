@@ -37,7 +37,7 @@ __all__ = [
     "off_target",
 ]
 
-# %% ../nbs/17_evidence.ipynb #56b8abf1
+# %% ../nbs/17_evidence.ipynb #bfcf9530
 import json
 import warnings
 from collections.abc import Callable, Sequence
@@ -45,6 +45,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -153,14 +154,14 @@ class Settings:
             raise ValueError(f"damage {self.damage}: give a positive KL in nats a token, such as 0.1.")
 
 
-# %% ../nbs/17_evidence.ipynb #53af3191
+# %% ../nbs/17_evidence.ipynb #62ebe42e
 @dataclass(frozen=True)
 class Trial:
     "What every arm of an evaluation can use."
 
     bench: Bench
     t: Transplant
-    given: dict[str, object]  # pairs, other, examples, source, and what arms of your own need
+    given: dict[str, Any]  # pairs, other, examples, source, and what arms of your own need
     settings: Settings = Settings()
     experiments: Sequence[str] = tuple(EXPERIMENTS)
     journal: Callable = lambda name, make: make()  # what was kept under a name, else made now
@@ -207,7 +208,7 @@ class Arm:
         return None if there else self.reason or f"needs {self.input}="
 
 
-# %% ../nbs/17_evidence.ipynb #5df95b49
+# %% ../nbs/17_evidence.ipynb #f2bb3ec4
 def native_direction(trial: Trial, pairs: ContrastPairs) -> list[Transplant]:
     """The direction that `pairs` show in the target, at the place of the transplant. Raises ValueError where
     the concept was read in a way that cannot be repeated."""
@@ -220,7 +221,7 @@ def native_direction(trial: Trial, pairs: ContrastPairs) -> list[Transplant]:
         )
     if pairs.template == "{}":
         pairs = replace(pairs, template=notes.get("template", "{}"))
-    reducer = REDUCERS.get(notes.get("reducer"), REDUCERS["mean_difference"])
+    reducer = REDUCERS.get(notes.get("reducer", ""), REDUCERS["mean_difference"])
     concept = extract_concept(trial.bench.model, pairs, [t.layer], position, reducer)
     return [trial.bench.place(concept, dose=t.dose, positions=t.positions)]
 
@@ -368,10 +369,11 @@ def _models(trial, arm, some, first):
 MEASURED = {Transplant: _directions, Words: _words, Unsteered: _models}
 
 
-# %% ../nbs/17_evidence.ipynb #b81bbd19
+# %% ../nbs/17_evidence.ipynb #bd3ad613
 def measure_arm(trial: Trial, arm: Arm) -> tuple[list, list[Run]]:  # its draws, and what was measured of them
     "An arm, measured by what its draws are."
-    draws, runs = arm.make(trial), []
+    draws = arm.make(trial)
+    runs: list[Run] = []
     for first in range(0, len(draws), 4):
         some = draws[first : first + 4]
         if runs and runs[-1].dose:
@@ -407,7 +409,7 @@ def _behaviours(trial):
     return [load_task(f"behaviours/{b}").take(8) for b in BEHAVIOURS] if off is None else off
 
 
-# %% ../nbs/17_evidence.ipynb #260ffc18
+# %% ../nbs/17_evidence.ipynb #9dbd7e16
 def _texts(trial, placed):
     "Greedy continuations of a few beginnings."
     runs = []
@@ -417,7 +419,7 @@ def _texts(trial, placed):
     return runs
 
 
-FOLLOWED = {
+FOLLOWED: dict[str, Callable] = {
     "curves": _curves,
     "knowledge": partial(_elsewhere, "knowledge", lambda trial: [load_task("knowledge")]),
     "texts": _texts,
@@ -722,13 +724,14 @@ def __repr__(self: Evidence) -> str:
     return "\n".join([head, ran.to_string(), *missing, *self.effect.lines])
 
 
-# %% ../nbs/17_evidence.ipynb #1ea1df4a
+# %% ../nbs/17_evidence.ipynb #7fc8c242
 @patch
 def _repr_html_(self: Evidence) -> Markup:
     of, rows = self.provenance, []
     for name, a in self.arms.items():
-        arm = ARMS.get(name) or Arm(name, name, list)
-        picture = bar(a.choice_rate, *a.ci, arm.colour) if a.ci else a.reason
+        arm = ARMS.get(name) or Arm(name, name, lambda x: [])
+        low, high = a.ci or (0, 0)
+        picture = bar(a.choice_rate, low, high, arm.colour) if a.ci else a.reason
         rows.append([arm.words, picture, *map(_shown, (a.choice_rate, a.logit_shift, a.kl))])
     facts = {"task": f"{of.task}, {of.n} items", "layers": of.layers, "tests": "; ".join(self.effect.lines)}
     columns = ["arm", "from 0 to 1", "chosen", "logit shift", "KL"]
@@ -836,7 +839,7 @@ def evaluate(
     return summarise(made_of, *run_arms(trial, arms))
 
 
-# %% ../nbs/17_evidence.ipynb #fba4cf3e
+# %% ../nbs/17_evidence.ipynb #67013efc
 def evaluate_text(
     arms: dict[str, Transplant | None],  # None: the base model
     task: GenerationTask,
@@ -848,7 +851,7 @@ def evaluate_text(
     pd.DataFrame
 ):  # a row an arm: mean, its interval, that of the gain over `base`, and the lists scores and texts
     "Score of greedy continuations for every arm."
-    rows = {}
+    rows: dict[str, Any] = {}
     for k, t in arms.items():
         texts = t.generate(task.prompts, 1.0, tokens) if t else generate(model, task.prompts, tokens)
         rows[k] = dict(scores=[float(x) for x in task.score(texts)], texts=list(texts))

@@ -10,7 +10,7 @@ __all__ = [
     "STRENGTHS",
     "Answers",
     "Metric",
-    "Reading",
+    "Probe",
     "choices",
     "Damage",
     "neutral_text",
@@ -142,9 +142,9 @@ def _change(batch: Batch, steered: Steered, everywhere: bool) -> Callable:
 _R = TypeVar("_R")  # a record
 
 
-# %% ../nbs/16_measure.ipynb #229b7337
+# %% ../nbs/16_measure.ipynb #ea4973f8
 @dataclass(frozen=True)
-class Reading(Generic[_R]):
+class Probe(Generic[_R]):
     "Texts made ready at one layer of one model. Call it with what is done to the stream, or a list of that."
 
     layer: int
@@ -222,13 +222,13 @@ def _answers(task: ChoiceTask | MultipleChoice, reads: list, parts: list) -> Ans
     return Answers(chosen, starts, margin, tuple(logp), tuple(lengths), n_true)
 
 
-# %% ../nbs/16_measure.ipynb #57efa0fe
+# %% ../nbs/16_measure.ipynb #7f2848d9
 def choices(
     model: TransformersModel,
     layer: int,
     task: ChoiceTask | MultipleChoice,
     words: str = "",  # before every prompt
-) -> Reading[Answers]:
+) -> Probe[Answers]:
     "A task made ready. Raises ValueError for an item that does not fit the model."
     ids, parts, reads = zip(*_rows(model, task, words), strict=True)
     tree = parts if any(len(set(p)) > 2 for p in parts) else None
@@ -237,7 +237,7 @@ def choices(
         extra = [(b, at - len(ids[r]), token) for b, r in enumerate(batch.rows) for at, token, *_ in reads[r]]
         batches[k] = replace(batch, extra=torch.tensor(extra))  # (r, 3)
     judge = partial(_answers, task, [x for batch in batches for r in batch.rows for x in reads[r]])
-    return Reading(layer, engine(model).scores(layer, batches, _asked), judge)
+    return Probe(layer, engine(model).scores(layer, batches, _asked), judge)
 
 
 # %% ../nbs/16_measure.ipynb #45726527
@@ -294,13 +294,13 @@ def _damage(rows: list[int], parts: list[torch.Tensor]) -> Damage:
     return Damage(*found[:, np.argsort(rows)])
 
 
-# %% ../nbs/16_measure.ipynb #1bdb1c3c
+# %% ../nbs/16_measure.ipynb #3d84be3a
 def neutral_text(
     model: TransformersModel,
     layer: int,
     texts: Sequence[str],
     words: str = "",  # before every text
-) -> Reading[Damage]:
+) -> Probe[Damage]:
     "Neutral texts made ready; those that are too short are left out. Raises ValueError where all are."
     texts = [t for t, x in zip(texts, encode(model, texts), strict=True) if len(x) > KEEP]
     if not texts:
@@ -316,10 +316,10 @@ def neutral_text(
         alone = pad(model, [plain[i][:-1] for i in b.rows], left=True) if words else (b.ids, b.mask)
         batches[k] = replace(b, extra=torch.tensor([plain[i][-KEEP:] for i in b.rows]), plain=alone)
     judge = partial(_damage, [i for b in batches for i in b.rows])
-    return Reading(layer, engine(model).scores(layer, batches, _drift), judge, texts, everywhere=True)
+    return Probe(layer, engine(model).scores(layer, batches, _drift), judge, texts, everywhere=True)
 
 
-# %% ../nbs/16_measure.ipynb #8f97be2d
+# %% ../nbs/16_measure.ipynb #61f34999
 @dataclass(eq=False, repr=False)
 class Bench(_Shown):
     "Everything that one asks at one layer of one model. Raises ValueError for what will not do."
@@ -343,23 +343,23 @@ class Bench(_Shown):
             raise ValueError(f"{len(texts)} neutral texts are {why}.")
 
     @cached_property
-    def ask(self) -> Reading[Answers]:
+    def ask(self) -> Probe[Answers]:
         "Answers to the task."
         return self.behind("")
 
-    def behind(self, words: str) -> Reading[Answers]:
+    def behind(self, words: str) -> Probe[Answers]:
         "The task made ready behind some words."
         if self.task is None:
             raise ValueError("this bench has no task: give Bench(model, layer, task) or use with_task(task).")
         return choices(self.model, self.layer, self.task, words)
 
     @cached_property
-    def dosing(self) -> Reading[Damage]:
+    def dosing(self) -> Probe[Damage]:
         "Damage on the texts that set doses."
         return neutral_text(self.model, self.layer, self.texts[0])
 
     @cached_property
-    def hurt(self) -> Reading[Damage]:
+    def hurt(self) -> Probe[Damage]:
         "Damage on the texts that report it."
         return neutral_text(self.model, self.layer, self.texts[1])
 
@@ -377,11 +377,11 @@ def facts(self: Bench) -> dict:
     return {"model": place, "task": self.task, "damage": self.damage}
 
 
-# %% ../nbs/16_measure.ipynb #57b73d78
+# %% ../nbs/16_measure.ipynb #ebb73657
 @patch(as_prop=True)
 def read(self: Bench) -> int:
     "How many texts went through the model from this layer on."
-    return sum(part.run.read for part in vars(self).values() if isinstance(part, Reading))
+    return sum(part.run.read for part in vars(self).values() if isinstance(part, Probe))
 
 
 # %% ../nbs/16_measure.ipynb #aee30ba7

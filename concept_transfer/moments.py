@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ["Moments", "Reading", "robust_weight", "fresh", "collect"]
 
-# %% ../nbs/13_moments.ipynb #2644e4a1
+# %% ../nbs/13_moments.ipynb #287c35e0
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from fastcore.basics import patch
@@ -26,7 +27,7 @@ from .models import ModelInfo, model_info
 from .pairing import paired_tokens, spread_layers, text_of
 
 
-# %% ../nbs/13_moments.ipynb #24c4214d
+# %% ../nbs/13_moments.ipynb #b97bf611
 class _PairSums:
     "Sums over paired rows, by fold, of all that depends on the target."
 
@@ -39,7 +40,8 @@ class _PairSums:
         self.xy, self.squares = zeros(shape), zeros(K, L2, d2)
         self.yy = zeros(K, L2, d2, d2) if products else None
         self.shuffled, self.n_shuffled = zeros(shape[1:], dtype=torch.float32), zeros(())
-        self.shift_x, self.shift_y = shift or (None, None)
+        shifts: Any = shift or (None, None)
+        self.shift_x, self.shift_y = shifts
 
 
 # %% ../nbs/13_moments.ipynb #82ddf686
@@ -241,7 +243,7 @@ def __add__(self: Moments, other: Moments) -> Moments:
     return replace(other, **sums)
 
 
-# %% ../nbs/13_moments.ipynb #fce215fd
+# %% ../nbs/13_moments.ipynb #c23e2a13
 @patch
 def reversed(self: Moments) -> Moments:
     "The moments of the opposite direction. Raises ValueError where only squares of the target were kept."
@@ -255,7 +257,7 @@ def reversed(self: Moments) -> Moments:
         "source": "target",
         "source_layers": "target_layers",
     }
-    parts = {}
+    parts: dict[str, Any] = {}
     for a, b in opposite.items():
         parts |= {a: getattr(self, b), b: getattr(self, a)}
     for k in ("xy", "shuffled"):
@@ -276,7 +278,7 @@ def save(self: Moments, path: str | Path):
     save_artefact(path, "moments", tensors, head)
 
 
-# %% ../nbs/13_moments.ipynb #aa9a2e06
+# %% ../nbs/13_moments.ipynb #3990d180
 @patch(cls_method=True)
 def load(cls: Moments, path: str | Path) -> Moments:
     "Read what `save` wrote. Raises ValueError for another file, FileNotFoundError for none."
@@ -287,7 +289,7 @@ def load(cls: Moments, path: str | Path) -> Moments:
         own = yy.diagonal(0, -2, -1).clone() if yy.ndim == 4 else tensors.pop("yy")
         tensors["squares"] = own  # (K, L2, d2)
     seen = set(tensors.pop("seen").tolist())
-    parts = dict.fromkeys(("yy", "shift_x", "shift_y")) | tensors
+    parts: dict[str, Any] = dict.fromkeys(("yy", "shift_x", "shift_y")) | tensors
     for k in ("source", "target"):
         parts[k] = head[k] and ModelInfo(**head[k])
         parts[f"{k}_layers"] = tuple(head[f"{k}_layers"])
@@ -475,7 +477,7 @@ def _saving(steps, save, every):
     save()
 
 
-# %% ../nbs/13_moments.ipynb #9350970e
+# %% ../nbs/13_moments.ipynb #6c2e324f
 def collect(
     source: TransformersModel,
     target: TransformersModel,
@@ -490,7 +492,7 @@ def collect(
     how = Reading(**reading)
     m = _resumed(path, fresh(source, target, (source_layers, target_layers), how))
     todo = [t for t in dict.fromkeys(corpus.texts) if text_key(t) not in m.seen]
-    rest = m, how.weight, path and Path(f"{path}.jobs"), engine(source).tokens
+    rest: Any = m, how.weight, path and Path(f"{path}.jobs"), engine(source).tokens
     steps = engine(target).sums(todo, _preparing(source, target, m, how), *rest)
 
     def save():

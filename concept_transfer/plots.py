@@ -160,7 +160,7 @@ def look(
     return arms.get(name) or ARMS.get(name) or plain
 
 
-# %% ../nbs/19_plots.ipynb #9a387ec3
+# %% ../nbs/19_plots.ipynb #23abc5cc
 def plot_arms(
     e: Evidence,
     arms: dict[str, Arm] = ARMS,  # how arms are shown
@@ -185,7 +185,7 @@ def plot_arms(
 
 
 @patch
-def show(self: Evidence, arms: dict[str, Arm] = ARMS) -> Figure:
+def show(self: Evidence, arms: dict[str, Arm] = ARMS) -> Figure:  # type: ignore[no-redef]
     "How often each arm chooses the target: see `plot_arms`."
     return plot_arms(self, arms)
 

@@ -52,9 +52,9 @@ def scenario_folds(
     return np.array([fold[g] for g in groups])
 
 
-# %% ../nbs/03_stats.ipynb #ce8ba3e4
+# %% ../nbs/03_stats.ipynb #c9de0ce8
 def bootstrap(
-    values: np.ndarray,  # (arms, n) by item
+    values: np.ndarray | Sequence,  # (arms, n) by item
     groups: Sequence[str],  # scenario of each item
     draws: int = 2000,
     seed: int = 0,
@@ -100,9 +100,9 @@ def permutation_p(
     return float((1 + np.sum(np.asarray(null) >= observed)) / (1 + len(null)))
 
 
-# %% ../nbs/03_stats.ipynb #beaab73e
+# %% ../nbs/03_stats.ipynb #9f04b42b
 def holm(
-    p: Sequence[float],  # (k,) one for each concept
+    p: Sequence[float] | np.ndarray,  # (k,) one for each concept
 ) -> np.ndarray:  # (k,) adjusted, to be compared with the level
     "Holm's step-down adjustment (1979)."
     return multipletests(p, method="holm")[1]

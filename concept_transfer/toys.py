@@ -13,9 +13,10 @@ __all__ = [
     "planted_module",
 ]
 
-# %% ../nbs/05_toys.ipynb #af782956
+# %% ../nbs/05_toys.ipynb #0dcbe534
 import copy
 from functools import cache
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -174,7 +175,7 @@ def _log_odds(tokenizer, kinds):
     return share - share.mean(0)
 
 
-# %% ../nbs/05_toys.ipynb #577df3f7
+# %% ../nbs/05_toys.ipynb #e9d2655d
 def planted_module(
     seed: int = 0,
     **config,  # as for `tiny_module`
@@ -189,7 +190,8 @@ def planted_module(
     k, n = len(kinds), TINY["llama"]["vocab_size"]
     module, tokenizer = tiny_module("llama", seed, vocab_size=n + k, **config)
     tokenizer.add_tokens([f" {e}" for e in EMOTIONS])
-    table, head = module.get_input_embeddings().weight, module.get_output_embeddings().weight
+    weights: Any = module.get_input_embeddings().weight, module.get_output_embeddings().weight
+    table, head = weights
     hints = random_rotation(k, table.shape[1], seed).float()  # (k, d)
     table += 2 * _log_odds(tokenizer, kinds).T @ hints  # (vocabulary, d)
     for block in module.model.layers:

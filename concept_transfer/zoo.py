@@ -122,12 +122,14 @@ def _restored(name, w, config):
     return w - 1 if config.model_type == "gemma3_text" and name.endswith("norm.weight") else w
 
 
-# %% ../nbs/09_zoo.ipynb #793a1c6b
+# %% ../nbs/09_zoo.ipynb #6d826c0f
 def read_other(path: Path) -> tuple[Any, Any]:
     "Model and tokenizer of any GGUF file that transformers reads."
     with redirect_stderr(io.StringIO()):  # it shows a bar
         tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-        module = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+        module: Any = AutoModelForCausalLM.from_pretrained(
+            path.parent, gguf_file=path.name, dtype=torch.float32
+        )
     module.hf_quantizer = None
     del module.config.quantization_config
     return module, tokenizer
