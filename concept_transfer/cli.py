@@ -11,10 +11,6 @@ __all__ = [
     "Layers",
     "ITEMS",
     "Task",
-    "HAPPY",
-    "CONCEPT",
-    "MAP",
-    "TRANSPLANT",
     "command",
     "main",
     "cmd_info",
@@ -334,64 +330,47 @@ def _reported(e, folder, pictures):
     return e.data | dict(report=str(report)), text
 
 
-# %% ../nbs/21_cli.ipynb #e70ddb6e
-HAPPY = "emotions/happiness"
-CONCEPT, MAP, TRANSPLANT = "concept.safetensors", "map.safetensors", "transplant.safetensors"
+# %% ../nbs/21_cli.ipynb #30a45faa
+@command
+def cmd_demo(out: str = "demo", seed: int = 0) -> Said:
+    "the whole transplant on the two embedded models"
+    folder, start, name = _writable(out, folder=True), time.time(), "emotions/happiness"
+    folder.mkdir(parents=True, exist_ok=True)
+    journal = Journal(folder / "made_of.jsonl", str(versions()))
 
+    def keep(file, make, load, *of):
+        made = journal.artefact(folder / file, str(of), make, load)
+        return made, file_hash(folder / file)
 
-def _shown(x):
-    _say(f"     {x!r}")
-    return x
+    _say("1/6  models")
+    source, target = load_model("smollm2-135m-instruct"), load_model("gemma-3-270m")
+    read, written = model_info(source), model_info(target)
+    _say(f"     {read}\n     {written}")
 
-
-def _demo_maps(out, kept, source, target):
-    "Steps 2 and 3: happiness in the source, and maps from its layers to those of the target."
-    pairs, corpus = load_pairs(HAPPY), load_corpus("general").take(300)
-    infos = [model_info(source), model_info(target)]
+    pairs, corpus = load_pairs(name), load_corpus("general").take(300)
     _say(f"2/6  concept: happiness, from {len(pairs)} pairs of scenarios")
-    read, of = partial(extract_concept, source, pairs), str([pairs.hash, infos[0]])
-    joy = _shown(kept.artefact(out / CONCEPT, of, read, Concept.load))
-    _say(f"3/6  maps: both models read {len(corpus)} sentences")
+    extract = partial(extract_concept, source, pairs)
+    joy, concept = keep("concept.safetensors", extract, Concept.load, pairs.hash, read)
+    _say(f"     {joy!r}\n3/6  maps: both models read {len(corpus)} sentences")
     fit = partial(fit_maps, source, target, corpus, template=joy.template)
-    of = str([corpus.hash, joy.template, *infos])
-    return joy, _shown(kept.artefact(out / MAP, of, fit, LayerGrid.load))
+    maps, grid = keep("map.safetensors", fit, LayerGrid.load, corpus.hash, joy.template, read, written)
 
-
-# %% ../nbs/21_cli.ipynb #75b485f9
-def _demo_evidence(out, kept, joy, maps, target, seed):
-    "Steps 4 and 5: layers and dose are chosen on some scenarios and judged on others."
-    _say("4/6  layers and dose, on scenarios kept for tuning")
-    pairs, other, neutral = load_pairs(HAPPY), load_pairs("emotions/sadness"), load_corpus("neutral")
-    tune: Any = load_task(HAPPY, "tune").take(32)
-    test: Any = load_task(HAPPY).take(50)
+    _say(f"     {maps!r}\n4/6  layers and dose, on scenarios kept for tuning")
+    other, neutral = load_pairs("emotions/sadness"), load_corpus("neutral")
+    tune: Any = load_task(name, "tune").take(32)
+    test: Any = load_task(name).take(50)
 
     def select():
         best = [layers for _, layers in offline_scores(joy, maps, target, pairs)[:4]]
         return choose(joy, maps, target, tune, neutral, candidates=best)
 
-    of = str([file_hash(out / CONCEPT), file_hash(out / MAP), tune.hash, neutral.hash, pairs.hash])
-    t = _shown(kept.artefact(out / TRANSPLANT, of, select, partial(Transplant.load, target=target)))
-    _say("5/6  evidence, on scenarios never used before")
-    given = dict(settings=Settings(seed=seed), path=out / "arms.jsonl", pairs=pairs, other=other)
-    of = str([file_hash(out / TRANSPLANT), test.hash, pairs.hash, other.hash, neutral.hash, seed])
-    return kept.artefact(
-        out / "evidence.json", of, partial(evaluate, t, test, neutral, **given), Evidence.load
-    )
+    load, texts = partial(Transplant.load, target=target), (pairs.hash, neutral.hash)
+    t, graft = keep("transplant.safetensors", select, load, concept, grid, tune.hash, *texts)
 
-
-# %% ../nbs/21_cli.ipynb #b626eec2
-@command
-def cmd_demo(out: str = "demo", seed: int = 0) -> Said:
-    "the whole transplant on the two embedded models"
-    folder, start = _writable(out, folder=True), time.time()
-    folder.mkdir(parents=True, exist_ok=True)
-    kept = Journal(folder / "made_of.jsonl", str(versions()))
-    _say("1/6  models")
-    source, target = load_model("smollm2-135m-instruct"), load_model("gemma-3-270m")
-    _shown(model_info(source))
-    _shown(model_info(target))
-    joy, maps = _demo_maps(folder, kept, source, target)
-    e = _demo_evidence(folder, kept, joy, maps, target, seed)
+    _say(f"     {t!r}\n5/6  evidence, on scenarios never used before")
+    given = dict(settings=Settings(seed=seed), path=folder / "arms.jsonl", pairs=pairs, other=other)
+    judge = partial(evaluate, t, test, neutral, **given)
+    e, _ = keep("evidence.json", judge, Evidence.load, graft, test.hash, other.hash, *texts, seed)
     _say("6/6  report")
     where = {"Where the concept is found": plot_separation(joy), "Where it can be carried": plot_grid(maps)}
     facts, text = _reported(e, folder, figures(e) | where)

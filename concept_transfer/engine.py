@@ -215,7 +215,7 @@ class Tally(Protocol):
         "What comes home to `Sums.merge`: all that depends on the target, and the shift of the rows."
 
 
-# %% ../nbs/06_engine.ipynb #d4541cb5
+# %% ../nbs/06_engine.ipynb #4be67aef
 class Sums(Protocol):
     "What `Engine.sums` adds to."
 
@@ -224,9 +224,7 @@ class Sums(Protocol):
     products: bool  # whether the target's products with itself, (d2, d2) a fold and layer, are wanted too
     identity: str  # everything that the sums depend on besides texts, rows and weights of rows
     row_bytes: tuple[int, int]  # of one row of the source and of the target on the wire
-    shift: (
-        tuple | None
-    )  # (L1, d1), (L2, d2) float64, subtracted from all rows; None as long as there are none
+    shift: tuple | None  # (L1, d1), (L2, d2) float64, subtracted from all rows; None while there are none
 
     def fold(self, text: str) -> int:
         "Its fold, -1 for held out."
@@ -413,7 +411,7 @@ def weights_hash(module: torch.nn.Module) -> str:  # 32 hex digits
     return h.hexdigest()[:32]
 
 
-# %% ../nbs/06_engine.ipynb #009827f5
+# %% ../nbs/06_engine.ipynb #7d37b3d7
 @dataclass(eq=False)
 class Local:
     "A model that runs here, through nnsight."
@@ -421,7 +419,8 @@ class Local:
     model: TransformersModel = field(repr=False)
     name: str = ""
     tokens: int = 4000
-    own_products: bool = True
+
+    own_products = True
 
     @functools.cached_property
     def weights(self) -> str:
@@ -520,9 +519,10 @@ def places(at: Ids | None, rows: Sequence[int]) -> tuple | None:  # (r,), (r,)
     return tuple(torch.tensor(flat, dtype=torch.long).reshape(-1, 2).T)  # (r,), (r,)
 
 
-# %% ../nbs/06_engine.ipynb #53741bfa
+# %% ../nbs/06_engine.ipynb #53c0c845
 @patch
 def states(self: Local, ids, layers, at=None, take=None, batch_tokens=512, progress=None):
+    "As of `Engine.states`."
     todo = length_batches(ids, batch_tokens)[::-1]
     while todo:
         rows = todo.pop()

@@ -276,9 +276,10 @@ def send(self: Job):
     self.job_id = got["id"]
 
 
-# %% ../nbs/07_remote.ipynb #17ab593e
+# %% ../nbs/07_remote.ipynb #dcbe9b7f
 @patch
 def key(self: Job) -> dict:
+    "The header that goes to the host, and to nobody else."
     return {"ndif-api-key": self.api_key} if self.api_key else {}
 
 
@@ -360,9 +361,10 @@ def saved_values(self: Job, url: str | None) -> dict | None:
         ) from None
 
 
-# %% ../nbs/07_remote.ipynb #1c93ec34
+# %% ../nbs/07_remote.ipynb #b9d86d6f
 @patch
 def late(self: Job, answer: ResponseModel) -> TimeoutError:
+    "The error of a job that took too long, by where it stands."
     early = (None, Status.RECEIVED, Status.QUEUED, Status.PROVISIONING, Status.DEPLOYING)
     where = "is still waiting in the queue" if answer.status in early else "is not done"
     return TimeoutError(

@@ -322,7 +322,7 @@ ERRORS = [
     ([*EXTRACT, "empty.json"], "negative side is empty"),
     ([*EXTRACT, "broken.json"], "not valid JSON"),
     (["info", "corpus.txt"], "damaged or of another kind"),
-    (["info", "nothing.safetensors"], "no file"),
+    (["info", "nothing.safetensors"], "No such file"),
     (
         ["transplant", "--concept", "corpus.txt", "--map", "corpus.txt", "--out", "t.safetensors"],
         "damaged or of",
