@@ -380,12 +380,12 @@ def left_batches(
 
 
 # %% ../nbs/06_engine.ipynb #a46a7bd3
-def hidden_of(output) -> Tensor:  # (b, t, d)
+def hidden_of(output: Any) -> Tensor:  # (b, t, d)
     "The residual stream in what a block returned."
     return output[0] if isinstance(output, tuple) else output
 
 
-def with_hidden(output, hidden: Tensor):
+def with_hidden(output: Any, hidden: Tensor):
     "What a block returned, with another residual stream."
     return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 

@@ -325,7 +325,9 @@ def add_chunk(
 
 
 # %% ../nbs/08_ndif.ipynb #015dcd8c
-def summing(made: Any, model: TransformersModel, chunks: Sequence[tuple], layers, start, weight):
+def summing(
+    made: Any, model: TransformersModel, chunks: Sequence[tuple], layers: Any, start: Any, weight: Any
+):
     """Send one request that sums chunks up, each (batches of (ids, mask, at), places of their rows, what
     `add_chunk` is sent). The job's `extra` has what that gave for each, its `kept` the tally's tensors."""
     order = sorted(set(layers))
