@@ -154,7 +154,7 @@ def _typed(x, kind):
         return tuple(_typed(v, get_args(kind)[0]) for v in x)
     if isinstance(x, dict):
         made = [t for t in (kind, *get_args(kind)) if is_dataclass(t)]
-        return made[0](**x) if made else x
+        return made[0](**x) if made else x  # type: ignore[operator]
     return math.nan if x is None and kind is float else x
 
 

@@ -7,6 +7,7 @@ __all__ = ["TEMPLATES", "PARTS", "card", "table", "sparkline", "heat", "bar"]
 
 # %% ../nbs/00_cards.ipynb #9e2a2b67
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 from jinja2 import Environment, PackageLoader
@@ -14,7 +15,7 @@ from markupsafe import Markup
 
 # %% ../nbs/00_cards.ipynb #01cbb439
 TEMPLATES = Environment(loader=PackageLoader("concept_transfer"), autoescape=True)
-PARTS = TEMPLATES.get_template("cards.html").module  # its macros, as functions that give safe HTML
+PARTS: Any = TEMPLATES.get_template("cards.html").module  # its macros, as functions that give safe HTML
 
 
 # %% ../nbs/00_cards.ipynb #38ccdfbb

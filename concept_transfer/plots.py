@@ -184,8 +184,8 @@ def plot_arms(
     return fig
 
 
-@patch
-def show(self: Evidence, arms: dict[str, Arm] = ARMS) -> Figure:  # type: ignore[no-redef]
+@patch  # type: ignore[no-redef]
+def show(self: Evidence, arms: dict[str, Arm] = ARMS) -> Figure:
     "How often each arm chooses the target: see `plot_arms`."
     return plot_arms(self, arms)
 

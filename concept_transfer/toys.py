@@ -153,7 +153,8 @@ def twin_module(
     head.weight = copy.deepcopy(head.weight)  # no longer tied to the embedding
     for path in layout["embeddings"]:
         _turn_writer(part(path), Q)
-    for block in part(layout["blocks"]):
+    blocks: Any = part(layout["blocks"])
+    for block in blocks:
         for norm, readers in layout["readers"].items():
             _turn_readers(block.get_submodule(norm), map(block.get_submodule, readers), Q, scale)
         for path in layout["writers"]:

@@ -92,12 +92,13 @@ def main() -> int:
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     if done.stderr or done.returncode > 1:
         sys.exit(done.stderr + done.stdout)
-    for found in map(json.loads, done.stdout.splitlines()):
+    lines = done.stdout.splitlines() if done.returncode else []  # else it says in words that all is well
+    for found in map(json.loads, lines):
         name = Path(found["file"]).name
         line = numbers[name][max(found["line"], 1) - 1]
         where = f"{LIB.name}/{name}:{line} {place(trees[name], line)}"
         print(f"{where}: {found['message'][:400]} [{found['code']}]")
-    print(f"{len(done.stdout.splitlines())} findings in {len(trees)} modules")
+    print(f"{len(lines)} findings in {len(trees)} modules")
     return done.returncode
 
 
