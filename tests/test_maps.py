@@ -284,10 +284,10 @@ def test_a_map_survives_its_file(tmp_path, pair, joy):
         assert made.source.name in again._repr_html_()
     assert m.notes["settings"]["folds"] == 5
     assert place(joy, pair[1], map=m).notes["lam"] == m.notes["lam"] > 0
-    with pytest.raises(ValueError, match="is an affine, where a map"):
+    with pytest.raises(ValueError, match="kind 'affine', where 'map'"):
         LayerGrid.load(tmp_path / "m")
     joy.save(tmp_path / "c")
-    with pytest.raises(ValueError, match="is a concept, where an affine"):
+    with pytest.raises(ValueError, match="kind 'concept', where 'affine'"):
         AffineMap.load(tmp_path / "c")
 
 

@@ -147,7 +147,8 @@ def test_everything_that_is_asked_of_a_transplant(near, distant):
         moved = off_target([t, replace(t, direction=-v)], [tests, load_task("emotions/fear").take(8)])
         found.append((moved, evaluate_text({"base": None, "steered": t}, talk, m, 5), e))
     ((shift, p), text, e), ((shift2, p2), text2, e2) = found
-    assert (shift == shift2).all() and (p == p2).all() and text == text2 and e.capability == e2.capability
+    assert (shift == shift2).all() and (p == p2).all() and text.equals(text2)
+    assert e.capability == e2.capability
     ran = {k for k, a in e.arms.items() if not a.reason}
     assert set(e.arms) == set(e2.arms) and ran == {k for k, a in e2.arms.items() if not a.reason}
     assert {"few_shot", "few_shot_rotated", "source", "native", "other_concept", "prompt"} <= ran

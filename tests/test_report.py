@@ -175,7 +175,7 @@ def test_the_verdict_is_rarely_wrong_on_nothing(joy):
     for seed in range(200):
         first, *others = (pool[i] for i in rng.choice(len(pool), 21, replace=False))
         runs = [*plain.runs, replace(first, arm="transplanted"), *others]
-        e = summarise(replace(plain.provenance, seed=seed), runs, {}, 200)
+        e = summarise(replace(plain.provenance, seed=seed, bootstrap=200), runs, {})
         wrong += not verdict(e).startswith("No effect")
     assert wrong <= 10, wrong
 
@@ -235,8 +235,9 @@ def test_an_arm_of_your_own_is_drawn(joy, tmp_path):
 
 
 def test_curves_are_those_of_the_file(evidence):
-    for key, arm in (("curve", "transplanted"), ("native_curve", "native")):
-        points = [(c["strength"], c["dose"], c["choice_rate"], c["kl"]) for c in evidence.data[key]]
+    for arm in ("transplanted", "native"):
+        runs = [r for r in evidence.data["runs"] if (r["experiment"], r["arm"]) == ("curves", arm)]
+        points = [(r["strength"], r["dose"], np.mean(r["answers"]["chosen"]), np.mean(r["kl"])) for r in runs]
         np.testing.assert_allclose(curves(evidence)[arm], points)
 
 

@@ -115,7 +115,7 @@ def test_a_model_is_scored_by_the_rules(rows, smol):
 
     task = load_task("instructions")
     few = replace(task, prompts=task.prompts[:6], scorer=task.scorer[:6], groups=task.groups[:6])
-    got = evaluate_text({"base": None}, few, smol, 12)["base"]
+    got = evaluate_text({"base": None}, few, smol, 12).loc["base"]
     assert got["scores"] == [float(follows(r, t)) for r, t in zip(rows, got["texts"], strict=False)]
 
 
