@@ -367,7 +367,7 @@ def cmd_demo(out: str = "demo", seed: int = 0) -> Said:
     load, texts = partial(Transplant.load, target=target), (pairs.hash, neutral.hash)
     t, graft = keep("transplant.safetensors", select, load, concept, grid, tune.hash, *texts)
 
-    _say(f"     {t!r}\n5/6  evidence, on scenarios never used before")
+    _say(f"     {t!r}\n5/6  evidence, on scenarios that made and chose nothing here")
     given = dict(settings=Settings(seed=seed), path=folder / "arms.jsonl", pairs=pairs, other=other)
     judge = partial(evaluate, t, test, neutral, **given)
     e, _ = keep("evidence.json", judge, Evidence.load, graft, test.hash, other.hash, *texts, seed)
