@@ -375,7 +375,7 @@ def fault(name, server, monkeypatch, gone):
         return lambda: server.api.faults.append(Fault(path="/response", times=99, **how))
 
     def busy():
-        slow(load(server, "gpt2", QUICK), 6, wait=False)
+        slow(load(server, "gpt2", QUICK), 15, wait=False)
 
     def other_key():
         monkeypatch.setattr(nnsight.CONFIG.API, "APIKEY", "nonsense")
@@ -423,10 +423,8 @@ def test_no_fault_loses_what_is_finished(server, whole, distant, name, what, tmp
     real, calls, source, (want, requests) = Job.result, [], whole["source"], whole[what]
     attempts = 3 if name == "not hosted" else 1
     total = 4 if name == "long queue" else 60
-    still = {"job lost": 2, "not hosted": 5}.get(
-        name, 60
-    )  # a refusal may be overwritten by an earlier status
-    bad = Remote(read=1, attempts=attempts, total=total, still=still, **LIMITS)
+    slow_to_doubt = {"job lost": 2, "not hosted": 5}  # a refusal may be overwritten by an earlier status
+    bad = Remote(read=1, attempts=attempts, total=total, still=slow_to_doubt.get(name, 60), **LIMITS)
     with pytest.MonkeyPatch.context() as mp, pytest.MonkeyPatch.context() as watch:
         act, error, right = fault(name, server, mp, tmp_path / "gone")
 
