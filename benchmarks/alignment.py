@@ -16,11 +16,11 @@ import torch
 from shared import NAMES, arguments, interleave, rate, ratio, report, seconds
 
 from concept_transfer.data import load_corpus
-from concept_transfer.engine import fast_matmul, length_batches, pad
+from concept_transfer.engine import encode, fast_matmul, length_batches, pad
 from concept_transfer.maps import SourceLayer, contrans, control, ridge
 from concept_transfer.models import load_model
 from concept_transfer.moments import Moments
-from concept_transfer.pairing import encode_offsets, paired_states
+from concept_transfer.pairing import paired_states
 
 CPU = torch.device("cpu")
 LAMBDAS = [10.0**k for k in range(-5, 5)]
@@ -59,7 +59,7 @@ def products(n, L1, d1, L2, d2) -> float:
 
 def bare(models, texts):
     for m in models:
-        ids = encode_offsets(m, texts)[0]
+        ids = encode(m, texts)
         with torch.no_grad(), fast_matmul(CPU):
             for rows in length_batches(ids):
                 x, mask = pad(m, [ids[i] for i in rows])

@@ -14,17 +14,16 @@ __all__ = [
     "load_fields",
     "Artefact",
     "Journal",
-    "save_artefact",
 ]
 
-# %% ../nbs/04_artefacts.ipynb #ec0188a5
+# %% ../nbs/04_artefacts.ipynb #9238d827
 import hashlib
 import json
 import math
 import re
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import fields, is_dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -39,7 +38,7 @@ from safetensors.torch import load_file, save_file
 from . import __version__
 
 
-# %% ../nbs/04_artefacts.ipynb #2a972fcb
+# %% ../nbs/04_artefacts.ipynb #e994af7f
 @contextmanager
 def disk_space(
     path: str | Path,  # what is written
@@ -50,8 +49,9 @@ def disk_space(
     except (SafetensorError, OSError) as e:
         if not re.search("No space left|too large|quota exceeded", str(e)):
             raise
-        do = "Free some space, or choose another disk; nothing was kept."
-        raise OSError(f"{str(path)!r} could not be written: {e}. {do}") from None
+        raise OSError(
+            f"{path} could not be written: {e}. Free some space, or take another disk; nothing is kept."
+        ) from None
 
 
 # %% ../nbs/04_artefacts.ipynb #6a69c11c
@@ -84,11 +84,10 @@ def plain(x: Any) -> Any:
     return json.loads(json.dumps(x, default=vars), parse_constant=lambda name: None)
 
 
-# %% ../nbs/04_artefacts.ipynb #31dcf6cf
+# %% ../nbs/04_artefacts.ipynb #c387faa6
 def versions() -> dict[str, str]:  # by package
     "What numbers depend on beside models and texts."
-    found = {k: version(k) for k in ("torch", "transformers", "nnsight")}
-    return {"concept_transfer": __version__, **found}
+    return {"concept_transfer": __version__} | {k: version(k) for k in ("torch", "transformers", "nnsight")}
 
 
 # %% ../nbs/04_artefacts.ipynb #d676af6b
@@ -119,7 +118,7 @@ def _renamed(x):
     return {_RENAMED.get(k, k): v for k, v in x.items()}
 
 
-# %% ../nbs/04_artefacts.ipynb #267f8af9
+# %% ../nbs/04_artefacts.ipynb #e4193c9d
 def load_artefact(
     path: str | Path,
     kind: str | None = None,  # which one is needed; default: any
@@ -131,14 +130,16 @@ def load_artefact(
             text = (f.metadata() or {}).get("concept_transfer")
         tensors = load_file(path)
     except SafetensorError as e:
-        why = f"it is damaged or of another kind ({e}). Make it again."
-        raise ValueError(f"{path} cannot be read as an artefact; {why}") from None
+        raise ValueError(
+            f"{path} cannot be read as an artefact; it is damaged or of another kind ({e}). Make it again."
+        ) from None
     if text is None:
         raise ValueError(f"{path} is a safetensors file, but not one of this package.")
     head = json.loads(text)
     if (old := head["format"]) > _FORMAT:
-        newer = f"newer than this version reads ({_FORMAT}). Upgrade concept_transfer."
-        raise ValueError(f"{path} has format {old}, {newer}")
+        raise ValueError(
+            f"{path} has format {old}, newer than this version reads ({_FORMAT}). Upgrade concept_transfer."
+        )
     if kind and head["kind"] != kind:
         raise ValueError(f"{path} holds kind {head['kind']!r}, where {kind!r} is needed.")
     if old < _FORMAT:
@@ -147,14 +148,14 @@ def load_artefact(
     return tensors, head
 
 
-# %% ../nbs/04_artefacts.ipynb #b40e6d4b
+# %% ../nbs/04_artefacts.ipynb #e3dce0a0
 def _typed(x, kind):
     "A value of JSON as what the type of a field says."
-    if get_origin(kind) is tuple:
-        return tuple(_typed(v, get_args(kind)[0]) for v in x)
+    if tuple in (kind, get_origin(kind)):
+        return tuple(math.nan if v is None else v for v in x)
     if isinstance(x, dict):
-        made = [t for t in (kind, *get_args(kind)) if is_dataclass(t)]
-        return made[0](**x) if made else x  # type: ignore[operator]
+        made: list = [t for t in (kind, *get_args(kind)) if is_dataclass(t)]
+        return made[0](**x) if made else x
     return math.nan if x is None and kind is float else x
 
 
@@ -186,7 +187,7 @@ class Artefact:
         return load_fields(cls, path, cls.kind)
 
 
-# %% ../nbs/04_artefacts.ipynb #1c799980
+# %% ../nbs/04_artefacts.ipynb #a2a5636f
 class Journal:
     """What a run has finished, by name, kept at `path` so that a rerun goes on from there.
 
@@ -210,15 +211,18 @@ class Journal:
                 self.done |= load_file(file)
             return
         text = self.path.read_text()
-        if not text.startswith('{"journal": '):
-            say = "holds something else than a journal; move it away, or give another path."
-            raise ValueError(f"{str(path)!r} {say}")
-        found = json.loads(text)
-        if found["journal"] == key:
-            self.done = found["done"]
+        if not text.startswith('{"key": '):
+            raise ValueError(
+                f"{str(path)!r} holds something else than a journal; move it away, or give another path."
+            )
+        rows = []
+        for line in text.splitlines():
+            with suppress(ValueError):  # half a line
+                rows.append(json.loads(line))
+        self.done = {row["name"]: row["value"] for row in rows if row["key"] == key}
 
 
-# %% ../nbs/04_artefacts.ipynb #aeb267bd
+# %% ../nbs/04_artefacts.ipynb #4979cd30
 @patch
 def keep(self: Journal, values: dict):
     "Add values by name."
@@ -229,7 +233,8 @@ def keep(self: Journal, values: dict):
             save_file(values, tmp)
     elif self.path:
         with whole_file(self.path) as tmp:
-            tmp.write_text(json.dumps({"journal": self.key, "done": self.done}))
+            rows = [{"key": self.key, "name": k, "value": v} for k, v in self.done.items()]
+            tmp.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
 
 
 # %% ../nbs/04_artefacts.ipynb #21d22c2c
@@ -266,18 +271,3 @@ def artefact(
     made.save(path)
     self.keep({path.name: [of, file_hash(path)]})
     return made
-
-
-# %% ../nbs/04_artefacts.ipynb #8472ef77
-def save_artefact(path: str | Path, kind: str, tensors: dict[str, torch.Tensor], meta: dict):
-    "Goes away when nobody calls it: use `save_fields`."
-    head = dict(plain(meta), kind=kind, format=_FORMAT, package=__version__, site="block output")
-    rows = {k: t.detach().cpu().contiguous() for k, t in tensors.items()}
-    with whole_file(path) as tmp:
-        save_file(rows, tmp, {"concept_transfer": json.dumps(head)})
-
-
-@patch
-def drop(self: Journal, *names: str):
-    "Goes away when nobody calls it: use `clear`."
-    self.clear()

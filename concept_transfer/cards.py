@@ -34,7 +34,7 @@ def table(columns: Sequence[str], rows: Iterable[Sequence]) -> Markup:
     return PARTS.table(columns, list(rows))
 
 
-# %% ../nbs/00_cards.ipynb #9a110eed
+# %% ../nbs/00_cards.ipynb #0ead3543
 def sparkline(
     values: Sequence[float],  # (L,) one for each label
     labels: Sequence,  # the first and the last are shown
@@ -42,17 +42,15 @@ def sparkline(
 ) -> Markup:
     "A small line chart in the colour of the text around it."
     v = np.asarray(values, float)
-    on = np.flatnonzero(np.isfinite(v))
-    if not len(on):
+    on = np.isfinite(v)
+    if not on.any():
         return Markup("")
     low, high = v[on].min(), v[on].max()
-    x = 34 + 264 * on / max(1, len(v) - 1)
-    y = 50 - 44 * (v[on] - low) / max(high - low, 1e-12)
-    points = " ".join(f"{a:.1f},{b:.1f}" for a, b in zip(x, y, strict=True))
-    return PARTS.sparkline(points, f"{low:.2f}", f"{high:.2f}", labels[0], labels[-1], words)
+    x, y = np.linspace(34, 298, len(v))[on], np.interp(v[on], [low, high], [50, 6])
+    return PARTS.sparkline(zip(x, y, strict=True), low, high, labels[0], labels[-1], words)
 
 
-# %% ../nbs/00_cards.ipynb #dd995e5b
+# %% ../nbs/00_cards.ipynb #86711ee0
 def heat(
     matrix: np.ndarray,  # (rows, columns)
     rows: Sequence,
@@ -61,13 +59,10 @@ def heat(
 ) -> Markup:
     "A matrix with each number on a ground as strong as it is large."
     z = np.asarray(matrix, float)
-    share = np.nan_to_num((z - np.nanmin(z)) / max(float(np.nanmax(z) - np.nanmin(z)), 1e-12))
-    texts = [[f"{v:.2f}" for v in row] for row in z]
-    return PARTS.heat((0.75 * share).round(3).tolist(), texts, rows, columns, corner)
+    return PARTS.heat(z.tolist(), np.nanmin(z), np.nanmax(z), rows, columns, corner)
 
 
-# %% ../nbs/00_cards.ipynb #7f28343b
-def bar(value: float, low: float, high: float, colour: str) -> Markup:
+# %% ../nbs/00_cards.ipynb #31bc0e4e
+def bar(value: float, ci: Sequence[float], colour: str) -> Markup:
     "A share with its interval, drawn on a line from 0 to 1."
-    x = [round(4 + 112 * min(1.0, max(0.0, v)), 1) for v in (value, low, high)]
-    return PARTS.bar(*x, colour, f"{value:.2f}, {low:.2f} to {high:.2f}")
+    return PARTS.bar(value, *ci, colour)

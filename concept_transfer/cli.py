@@ -4,13 +4,8 @@
 
 # %% auto #0
 __all__ = [
-    "HELP",
     "Said",
     "app",
-    "Method",
-    "Layers",
-    "ITEMS",
-    "Task",
     "command",
     "main",
     "cmd_info",
@@ -22,9 +17,9 @@ __all__ = [
     "cmd_demo",
 ]
 
-# %% ../nbs/21_cli.ipynb #a4bab868
+# %% ../nbs/21_cli.ipynb #7df6aa2a
 import json
-import logging
+import re
 import sys
 import tempfile
 import time
@@ -34,8 +29,10 @@ from contextlib import redirect_stdout
 from functools import partial
 from inspect import Signature, signature
 from pathlib import Path
-from typing import Annotated, Any, get_origin
+from typing import Annotated, Any
 
+import numpy as np
+from fastcore.docments import docments
 from typer import Argument, BadParameter, Exit, Option, Typer
 
 from .artefacts import Journal, file_hash, load_artefact, plain, versions
@@ -50,44 +47,23 @@ from .selection import choose, offline_scores, transplant
 from .steering import Transplant, generate
 from .tasks import load_task
 
-# %% ../nbs/21_cli.ipynb #03006d29
-HELP = dict(
-    choices="a,b,c for a task file that holds pairs",
-    compare="show the base model's text too",
-    concept="file",
-    corpus="file, or general",
-    damage="KL in nats a token that strength 1 may cost",
-    debug="show the traceback of an error",
-    json="one JSON object on standard output",
-    map="file",
-    max_new_tokens="length",
-    model="a name, a folder or a .gguf file",
-    neutral="file, or neutral",
-    other="another concept's pairs, file or built-in set",
-    out="what is written: a file; a folder for a report",
-    pairs="file, or a built-in set such as honesty",
-    prompt="text",
-    seed="of the random directions and the bootstrap",
-    source="model that is read",
-    strength="0 is the base model",
-    target="model that is written to; beside --choices the one to favour",
-    transplant="file",
-)
+# %% ../nbs/21_cli.ipynb #1b956418
 Said = tuple[dict, str]  # facts for a program, text for a person
-app = Typer(rich_markup_mode=None, add_completion=False, pretty_exceptions_enable=False)
+app = Typer(
+    help="Carry a concept from one language model into another.",
+    rich_markup_mode=None,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
 
 
-@app.callback()
-def _about():
-    "Carry a concept from one language model into another."
-
-
-# %% ../nbs/21_cli.ipynb #2bdafe7a
+# %% ../nbs/21_cli.ipynb #1a0443b3
 def _say(text):
     print(text, file=sys.stderr, flush=True)
 
 
-def _told(message, *_, **__):
+def _warn(message, *_, **__):
+    "A warning, ours or one of Python's."
     _say(f"warning: {message}")
 
 
@@ -96,200 +72,186 @@ def _answer(run, name, as_json, debug):
     try:
         with redirect_stdout(sys.stderr), warnings.catch_warnings():
             if not debug:
-                warnings.showwarning = _told
+                warnings.showwarning = _warn
             facts, text = run()
+        return print(json.dumps(plain(facts), allow_nan=False) if as_json else text)
     except KeyboardInterrupt:
-        _say("interrupted; finished files are whole, and a rerun goes on from them")
-        raise Exit(1) from None
+        why = "interrupted; finished files are whole, and a rerun goes on from them"
     except Exception as e:
-        if debug:
+        if debug or isinstance(e, BadParameter):
             raise
         why = str(e) if isinstance(e, ValueError | OSError) else f"{type(e).__name__}: {e}"
-        _say(f"concept-transfer {name}: {' '.join(why.split())}")
-        raise Exit(1) from None
-    print(json.dumps(plain(facts), allow_nan=False) if as_json else text)
+    _say(f"concept-transfer {name}: {' '.join(why.split())}")
+    raise Exit(1)
 
 
-# %% ../nbs/21_cli.ipynb #65f40a85
-def _everywhere(json: bool = False, debug: bool = False): ...
+# %% ../nbs/21_cli.ipynb #f988be6c
+def _everywhere(
+    json: bool = False,  # one JSON object on standard output
+    debug: bool = False,  # show the traceback of an error
+): ...
 
 
-def _beside_a_task(choices: str | None = None, target: str | None = None): ...
+def _beside_a_task(
+    choices: str | None = None,  # a,b,c for a task file that holds pairs
+    target: str | None = None,  # the choice to favour
+): ...
 
 
-def _declared(p):
-    "A parameter as `Typer` wants it: with its help and, for a switch, without a `--no-` form."
-    if get_origin(p.annotation) is Annotated:
-        return p
-    switch = [f"--{p.name}"] if p.annotation is bool else []
-    return p.replace(annotation=Annotated[p.annotation, Option(*switch, help=HELP[p.name])])
+def _declared(p, words):
+    "A parameter as `Typer` wants it: `file` stands alone, the others are options of their name."
+    kind = str if p.name == "task" else p.annotation
+    option = Option(f"--{p.name.replace('_', '-')}", help=words)
+    return p.replace(annotation=Annotated[kind, Argument(help=words) if p.name == "file" else option])
 
 
-# %% ../nbs/21_cli.ipynb #bfa5df5e
-def command(run: Callable[..., Said]) -> Callable[..., Said]:
+# %% ../nbs/21_cli.ipynb #16481341
+def command(run: Callable) -> Callable:
     "Decorator: the function `cmd_name` becomes the command `name`."
-    name = run.__name__.removeprefix("cmd_")
-    groups = [signature(run).parameters, signature(_everywhere).parameters]
-    if "task" in groups[0]:
-        groups.insert(1, signature(_beside_a_task).parameters)
+    name, own = run.__name__.removeprefix("cmd_"), signature(run).parameters
+    parts: list = [run, _beside_a_task, _everywhere] if "task" in own else [run, _everywhere]
+    options = [_declared(p, docments(f)[k]) for f in parts for k, p in signature(f).parameters.items()]
 
-    def call(json, debug, **given):
-        if "task" in given:
-            listed, chosen = given.pop("choices"), given.pop("target")
-            listed = [c.strip() for c in listed.split(",")] if listed else None
-            given["task"] = given["task"] and partial(load_task, given["task"], choices=listed, target=chosen)
-        _answer(partial(run, **given), name, json, debug)
+    def call(**given):
+        mine = {k: given[k] for k in own}
+        if mine.get("task"):
+            choices = given["choices"] and [c.strip() for c in given["choices"].split(",")]
+            mine["task"] = partial(load_task, mine["task"], choices=choices, target=given["target"])
+        _answer(partial(run, **mine), name, given["json"], given["debug"])
 
-    call.__signature__ = Signature(  # type: ignore[attr-defined]
-        [_declared(p) for group in groups for p in group.values()]
-    )
+    call.__signature__ = Signature(options)  # type: ignore[attr-defined]
     app.command(name, help=run.__doc__)(call)
     return run
 
 
-# %% ../nbs/21_cli.ipynb #7143f169
+# %% ../nbs/21_cli.ipynb #ab5b7320
 def main(argv: list[str] | None = None) -> int:
     "Entry point of `concept-transfer`; returns the exit code."
-    logging.basicConfig(stream=sys.stderr, format="%(message)s", level=logging.WARNING)
     try:
-        app(argv, prog_name="concept-transfer")
+        return app(argv, prog_name="concept-transfer")
     except SystemExit as e:
         return int(e.code or 0)
-    return 0
 
 
-# %% ../nbs/21_cli.ipynb #c426a595
+# %% ../nbs/21_cli.ipynb #7d67cdcf
 @command
-def cmd_info(file: Annotated[str, Argument(help="concept, map or transplant")]) -> Said:
+def cmd_info(
+    file: str,  # concept, map or transplant
+) -> Said:
     "what an artefact is"
-    _, head = load_artefact(file)
-    kinds: dict[str, Any] = {"concept": Concept, "map": LayerGrid, "affine": AffineMap}
-    kind = kinds.get(head["kind"])
-    lines = [f"{k}: {json.dumps(v)[:300]}" for k, v in head.items()]
-    return head, "\n".join(([repr(kind.load(file))] if kind else []) + lines)
+    head = load_artefact(file)[1]
+    scores = [repr(c.load(file)) for c in (Concept, LayerGrid, AffineMap) if c.kind == head["kind"]]
+    return head, "\n".join(scores + [f"{k}: {json.dumps(v)[:300]}" for k, v in head.items()])
 
 
-# %% ../nbs/21_cli.ipynb #3f89c61d
+# %% ../nbs/21_cli.ipynb #6c660ef7
 def _writable(path, folder=False):
-    "The path of a file, or of a folder that need not exist yet. Raises OSError where it cannot be written."
+    "The path of a file, or of a folder, which is made. Raises OSError where it cannot be written."
     out = Path(path).absolute()
-    there = next(p for p in (out, *out.parents) if p.exists())
-    if folder and not there.is_dir():
-        raise NotADirectoryError(f"{str(there)!r} is a file; give a folder.")
-    if not folder and out.is_dir():
+    home = out if folder else out.parent
+    if out.is_dir() and not folder:
         raise IsADirectoryError(f"{path!r} is a folder; give a file name.")
-    if not folder and there not in (out, out.parent):
-        raise FileNotFoundError(f"no folder {str(out.parent)!r} to write {out.name} into. Create it first.")
-    at = there if there.is_dir() else there.parent
     try:
-        tempfile.TemporaryFile(dir=at).close()
+        if folder:
+            out.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=home).close()
     except OSError as e:
-        raise OSError(f"cannot write into {str(at)!r} ({e.strerror}). Give another place.") from None
+        why = f"cannot write into the folder {str(home)!r} ({e.strerror})."
+        raise OSError(f"{why} Create it first, or give another place.") from None
     return Path(path)
 
 
-# %% ../nbs/21_cli.ipynb #70fc23f6
-def _warn(problems):
-    for problem in problems:
-        warnings.warn(problem, stacklevel=1)
+# %% ../nbs/21_cli.ipynb #40024ebf
+def _made(x, out, **facts):
+    "Save an artefact, and say what it is."
+    x.save(out)
+    return facts | {"out": out}, repr(x)
 
 
+# %% ../nbs/21_cli.ipynb #9b8e3cc1
 @command
-def cmd_extract(model: str, pairs: str, out: str) -> Said:
+def cmd_extract(
+    model: str,  # a name, a folder or a .gguf file
+    pairs: str,  # file, or a built-in set such as honesty
+    out: str,  # file that is written
+) -> Said:
     "a concept from contrast pairs"
     _writable(out)
     data = load_pairs(pairs)
-    _warn(lint(data))
+    for problem in lint(data):
+        _warn(problem)
     c = extract_concept(load_model(model), data)
-    c.save(out)
-    return dict(
-        out=out, concept=c.name, model=c.model.name, n_pairs=c.n_pairs, layers=c.layers, auc=c.auc
-    ), repr(c)
+    return _made(c, out, concept=c.name, model=c.model.name, n_pairs=c.n_pairs, layers=c.layers, auc=c.auc)
 
 
-# %% ../nbs/21_cli.ipynb #8cde08f3
-def _method(name):
-    if name not in MAP_METHODS:
-        raise BadParameter(f"{name!r} is not one of {', '.join(MAP_METHODS)}")
-    return name
-
-
-Method = Annotated[str, Option(parser=_method, metavar="|".join(MAP_METHODS), help="how the maps are fitted")]
-
-
-# %% ../nbs/21_cli.ipynb #7653c7b8
+# %% ../nbs/21_cli.ipynb #f41b8277
 @command
-def cmd_align(source: str, target: str, corpus: str, out: str, method: Method = "ridge") -> Said:
+def cmd_align(
+    source: str,  # model that is read
+    target: str,  # model that is written to
+    corpus: str,  # file, or general
+    out: str,  # file that is written
+    method: str = "ridge",  # how the maps are fitted: ridge, contrans, procrustes, lowrank
+) -> Said:
     "maps between all chosen layers of two models"
+    if method not in MAP_METHODS:
+        raise BadParameter(f"--method {method!r} is not one of {', '.join(MAP_METHODS)}.")
     _writable(out)
     texts, a, b = load_corpus(corpus), load_model(source), load_model(target)
-    made_of = [method, texts.hash, str(model_info(a)), str(model_info(b))]
-    part = Path(f"{out}.{data_hash(made_of)}.part")  # what an interrupted run left
-    resumed = part.is_file()
+    made_of = f"{method} {texts.hash} {model_info(a)} {model_info(b)}"
+    part = Path(f"{out}.{data_hash([made_of])}.part")  # what an interrupted run left
     keep: dict[str, Any] = {} if MAP_METHODS[method].fit else {"path": part}
     try:
         m = fit_maps(a, b, texts, method=method, **keep)
     except ValueError:
-        if not resumed:
-            part.unlink(missing_ok=True)
+        part.unlink(missing_ok=True)
         raise
-    m.save(out)
+    names = "method rows texts source_layers target_layers r2 cosine r2_shuffled"
+    facts = {k: np.asarray(getattr(m, k)).tolist() for k in names.split()}
+    said = _made(m, out, source=m.source.name, target=m.target.name, **facts)
     part.unlink(missing_ok=True)
-    facts = {k: getattr(m, k) for k in ("method", "rows", "texts", "source_layers", "target_layers")}
-    scores = {k: getattr(m, k).tolist() for k in ("r2", "cosine", "r2_shuffled")}
-    return dict(source=m.source.name, target=m.target.name, out=out) | facts | scores, repr(m)
+    return said
 
 
-# %% ../nbs/21_cli.ipynb #b6230184
-def _layer_pair(text):
-    if text == "auto":
-        return text
-    try:
-        source, target = map(int, text.split(":"))
-    except ValueError:
-        raise BadParameter(f"{text!r} is neither auto nor LS:LT, such as 20:12") from None
-    return source, target
-
-
-Layers = Annotated[Any, Option(parser=_layer_pair, metavar="auto|LS:LT", help="which, counted from 0")]
-ITEMS = "file, or a built-in task such as emotions/fear, behaviours/honesty, truthfulness"
-Task = Annotated[Any, Option(parser=str, metavar="TASK", help=ITEMS)]
-
-
-# %% ../nbs/21_cli.ipynb #25d75b03
+# %% ../nbs/21_cli.ipynb #805d3385
 @command
 def cmd_transplant(
-    concept: str,
-    map: str,
-    out: str,
-    task: Task = None,  # to choose with
+    concept: str,  # file
+    map: str,  # file
+    out: str,  # file that is written
+    task: Callable | None = None,  # to choose with: file, or a built-in one such as emotions/fear
     pairs: str | None = None,  # the concept's, for the target to read: they rank the layers
-    damage: float = 0.1,
-    layers: Layers = "auto",
+    damage: float = 0.1,  # KL in nats a token that strength 1 may cost
+    layers: str = "auto",  # auto, or LS:LT counted from 0
 ) -> Said:
     "put a concept into the target"
+    pair = re.fullmatch(r"auto|(\d+):(\d+)", layers)
+    if not pair:
+        raise BadParameter(f"--layers {layers!r} is neither auto nor LS:LT, such as 20:12.")
     _writable(out)
     read, maps = Concept.load(concept), LayerGrid.load(map)
-    maps.source.require(read.model, "this map (source side)")
-    items = task and task("tune")
+    items, own = task and task("tune"), load_pairs(pairs) if pairs else None
+    where: Any = (int(pair[1]), int(pair[2])) if pair[1] else layers
     if task and layers != "auto":
-        _warn([f"--task is not used: --layers {layers[0]}:{layers[1]} leaves nothing to choose."])
-    own = load_pairs(pairs) if pairs else None
-    t = transplant(read, maps, maps.target.load(), items, layers, damage, pairs=own)
-    t.save(out)
-    names = dict(concept=t.name, source=maps.source.name, target=t.target.name, out=out)
-    made = dict(dose=t.dose, kl=t.notes.get("kl"), damage_budget=t.notes.get("damage_budget"))
-    return names | dict(layers=[t.source_layer, t.layer]) | made, repr(t)
+        _warn(f"--task is not used: --layers {layers} leaves nothing to choose.")
+    t = transplant(read, maps, maps.target.load(), items, where, damage, pairs=own)
+    notes = {k: t.notes[k] for k in ("kl", "damage_budget")}
+    names = dict(concept=t.name, source=maps.source.name, target=t.target.name)
+    return _made(t, out, dose=t.dose, layers=[t.source_layer, t.layer], **names, **notes)
 
 
-# %% ../nbs/21_cli.ipynb #1e532cbd
+# %% ../nbs/21_cli.ipynb #a16e73d0
 @command
 def cmd_generate(
-    transplant: str, prompt: str, strength: float = 1.0, max_new_tokens: int = 40, compare: bool = False
+    transplant: str,  # file
+    prompt: str,  # text
+    strength: float = 1.0,  # 0 is the base model
+    max_new_tokens: int = 40,  # length
+    compare: bool = False,  # show the base model's text too
 ) -> Said:
     "text of the steered target"
     t = Transplant.load(transplant)
-    text = t.generate(prompt, strength, max_new_tokens)
+    text = t.generate(prompt, strength, max_new_tokens=max_new_tokens)
     facts = dict(prompt=prompt, strength=strength, text=text)
     if not compare:
         return facts, f"{prompt}{text}"
@@ -297,81 +259,94 @@ def cmd_generate(
     return facts | dict(base=base), f"base:    {prompt}{base}\n\nsteered: {prompt}{text}"
 
 
-# %% ../nbs/21_cli.ipynb #0de13b8a
+# %% ../nbs/21_cli.ipynb #3b2b09f9
 @command
 def cmd_evaluate(
-    transplant: str,
-    task: Task,
-    neutral: str,
-    out: str,
-    pairs: str | None = None,  # the concept's: they give the native arm
-    other: str | None = None,
-    random: Annotated[int, Option(min=0, help="how many random directions")] = 20,
-    seed: int = 0,
+    transplant: str,  # file
+    task: Callable,  # file, or a built-in one such as emotions/fear, behaviours/honesty, truthfulness
+    neutral: str,  # file, or neutral
+    out: str,  # folder of the report
+    pairs: str | None = None,  # the concept's, file or built-in set: they give the native arm
+    other: str | None = None,  # another concept's pairs
+    random: int = 20,  # how many random directions
+    seed: int = 0,  # of the random directions and the bootstrap
 ) -> Said:
     "effect and damage beside controls"
+    if random < 0:
+        raise BadParameter(f"--random {random}: give a number of directions, 0 for none.")
     folder = _writable(out, folder=True)
-    given: dict[str, Any] = {k: load_pairs(p) for k, p in (("pairs", pairs), ("other", other)) if p}
+    own, foreign = (load_pairs(p) if p else None for p in (pairs, other))
     items, texts = task("test"), load_corpus(neutral)
-    _warn(lint(given["pairs"], items) if pairs else ())
-    t = Transplant.load(transplant)
-    folder.mkdir(parents=True, exist_ok=True)
-    settings, path = Settings(random=random, seed=seed), folder / "arms.jsonl"
-    e = evaluate(t, items, texts, settings=settings, path=path, **given)
+    for problem in lint(own, items) if own else ():
+        _warn(problem)
+    t, settings = Transplant.load(transplant), Settings(random=random, seed=seed)
+    e = evaluate(t, items, texts, settings=settings, path=folder / "arms.jsonl", pairs=own, other=foreign)
     e.save(folder / "evidence.json")
-    return _reported(e, folder, figures(e))
+    return _reported(e, folder, {})
 
 
-def _reported(e, folder, pictures):
+def _reported(e, folder, more):
+    "Write the report, and say what stands in it."
     (folder / "arms.jsonl").unlink(missing_ok=True)  # what an interrupted run had finished
     report = folder / "report.html"
-    write_report(e, report, pictures)
+    write_report(e, report, figures(e) | more)
     text = f"{e!r}\n\n{verdict(e)}\n{' '.join(details(e))}\n\nReport: {report}"
     return e.data | dict(report=str(report)), text
 
 
-# %% ../nbs/21_cli.ipynb #30a45faa
-@command
-def cmd_demo(out: str = "demo", seed: int = 0) -> Said:
-    "the whole transplant on the two embedded models"
-    folder, start, name = _writable(out, folder=True), time.time(), "emotions/happiness"
-    folder.mkdir(parents=True, exist_ok=True)
+# %% ../nbs/21_cli.ipynb #64f5411d
+def _steps(folder):
+    "A function that makes one file after the other in a folder, or takes what stands there."
     journal = Journal(folder / "made_of.jsonl", str(versions()))
+    made_of: list = []
 
-    def keep(file, make, load, *of):
-        made = journal.artefact(folder / file, str(of), make, load)
-        return made, file_hash(folder / file)
+    def keep(file, make, load, *more):
+        made_of.append(more)
+        made = journal.artefact(folder / file, str(made_of), make, load)
+        made_of.append(file_hash(folder / file))
+        return made
 
+    return keep
+
+
+# %% ../nbs/21_cli.ipynb #1979f9ac
+@command
+def cmd_demo(
+    out: str = "demo",  # folder of the report
+    seed: int = 0,  # of the random directions and the bootstrap
+) -> Said:
+    "the whole transplant on the two embedded models"
+    start, folder = time.time(), _writable(out, folder=True)
+    keep = _steps(folder)
     _say("1/6  models")
     source, target = load_model("smollm2-135m-instruct"), load_model("gemma-3-270m")
     read, written = model_info(source), model_info(target)
     _say(f"     {read}\n     {written}")
 
-    pairs, corpus = load_pairs(name), load_corpus("general").take(300)
+    pairs, other = load_pairs("emotions/happiness"), load_pairs("emotions/sadness")
+    corpus, neutral = load_corpus("general").take(300), load_corpus("neutral")
     _say(f"2/6  concept: happiness, from {len(pairs)} pairs of scenarios")
-    extract = partial(extract_concept, source, pairs)
-    joy, concept = keep("concept.safetensors", extract, Concept.load, pairs.hash, read)
+    joy = keep("concept.safetensors", lambda: extract_concept(source, pairs), Concept.load, read, pairs.hash)
     _say(f"     {joy!r}\n3/6  maps: both models read {len(corpus)} sentences")
     fit = partial(fit_maps, source, target, corpus, template=joy.template)
-    maps, grid = keep("map.safetensors", fit, LayerGrid.load, corpus.hash, joy.template, read, written)
+    maps = keep("map.safetensors", fit, LayerGrid.load, written, corpus.hash)
 
     _say(f"     {maps!r}\n4/6  layers and dose, on scenarios kept for tuning")
-    other, neutral = load_pairs("emotions/sadness"), load_corpus("neutral")
-    tune: Any = load_task(name, "tune").take(32)
-    test: Any = load_task(name).take(50)
+    tune: Any = load_task("emotions/happiness", "tune").take(32)
+    test: Any = load_task("emotions/happiness").take(50)
 
     def select():
         best = [layers for _, layers in offline_scores(joy, maps, target, pairs)[:4]]
         return choose(joy, maps, target, tune, neutral, candidates=best)
 
-    load, texts = partial(Transplant.load, target=target), (pairs.hash, neutral.hash)
-    t, graft = keep("transplant.safetensors", select, load, concept, grid, tune.hash, *texts)
+    load = partial(Transplant.load, target=target)
+    t = keep("transplant.safetensors", select, load, tune.hash, neutral.hash)
 
     _say(f"     {t!r}\n5/6  evidence, on scenarios that made and chose nothing here")
     given = dict(settings=Settings(seed=seed), path=folder / "arms.jsonl", pairs=pairs, other=other)
     judge = partial(evaluate, t, test, neutral, **given)
-    e, _ = keep("evidence.json", judge, Evidence.load, graft, test.hash, other.hash, *texts, seed)
+    e = keep("evidence.json", judge, Evidence.load, test.hash, other.hash, seed)
     _say("6/6  report")
     where = {"Where the concept is found": plot_separation(joy), "Where it can be carried": plot_grid(maps)}
-    facts, text = _reported(e, folder, figures(e) | where)
+    facts, text = _reported(e, folder, where)
     return facts | dict(seconds=round(time.time() - start)), text

@@ -4,27 +4,25 @@
 
 # %% auto #0
 __all__ = [
+    "PositionLike",
     "POSITIONS",
     "REDUCERS",
     "Position",
     "position_rule",
+    "position_name",
     "activations",
     "mean_difference",
     "pca",
     "logistic",
     "held_out_auc",
     "Concept",
-    "save_fields",
-    "load_fields",
     "extract_concept",
 ]
 
-# %% ../nbs/11_concepts.ipynb #4a340bb0
-import math
+# %% ../nbs/11_concepts.ipynb #40bca780
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -33,7 +31,7 @@ from nnsight import TransformersModel
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
-from .artefacts import Journal, load_artefact, save_artefact
+from .artefacts import Artefact, Journal
 from .cards import card, sparkline
 from .data import ContrastPairs, data_hash
 from .engine import encode, engine, layer_numbers, refuse_empty, stream
@@ -41,26 +39,23 @@ from .models import ModelInfo, model_info
 from .stats import auc, scenario_folds
 
 
-# %% ../nbs/11_concepts.ipynb #55bb7b98
+# %% ../nbs/11_concepts.ipynb #8b65a4b5
 @dataclass(frozen=True)
 class Position:
     "A rule for positions: how states of a text are read, and where something is added to them."
 
-    name: str
+    name: str  # what files call it, once it stands in `POSITIONS`
     words: str = ""
-    tokens: Callable | None = None  # number of tokens -> positions to fetch; default: all
     take: Callable | None = None  # states (b, t, d), mask (b, t) -> (b, d), made where the model is
     read: Callable | None = None  # states of one text (t, L, d) -> what is wanted of them, such as (L, d)
-    write: Callable | None = None  # states (b, t, d) -> mask (b, t) of where to add, None for everywhere
-    asked: bool = (
-        False  # whether, when answers are read, the places asked about take the part of the newest token
-    )
-
-    def can(self, use: str) -> bool:  # "read" or "write"
-        return bool(self.write if use == "write" else self.read or self.take)
+    write: Callable | None = None  # states (b, t, d), mask (b, T) -> where to add (b, t), None: everywhere
+    asked: bool = False  # whether answers are read with the newest token's part at the places asked about
 
 
-# %% ../nbs/11_concepts.ipynb #2fb91733
+PositionLike = str | Position | Callable  # a name in `POSITIONS`, an entry, or a function
+
+
+# %% ../nbs/11_concepts.ipynb #1cb81b42
 def _mean(h, mask):  # states (b, t, d), mask (b, t), padded on the right -> (b, d)
     "Mean over the tokens of each text but the first, an attention sink; a single token stands for itself."
     weight = mask.float()  # (b, t)
@@ -68,60 +63,66 @@ def _mean(h, mask):  # states (b, t, d), mask (b, t), padded on the right -> (b,
     return torch.einsum("btd,bt->bd", h.float(), weight) / weight.sum(1, keepdim=True)  # (b, d)
 
 
-def _newest(h):  # states (b, t, d) -> mask (b, t)
+def _last(h, mask):  # the same
+    "The last token of each text."
+    return h[torch.arange(len(h)), mask.sum(1) - 1]
+
+
+def _newest(h, mask):  # states (b, t, d), padded on the left -> (t,) for all texts
     "The last position of each forward pass: when a model writes, the token that it has just chosen."
-    mask = torch.zeros(h.shape[:2], dtype=torch.bool, device=h.device)
-    mask[:, -1] = True
-    return mask
+    return torch.arange(-h.shape[1], 0) == -1
 
 
-# %% ../nbs/11_concepts.ipynb #95f03697
-POSITIONS = {
-    "last": Position("last", "the last token", lambda n: [n - 1], None, lambda h: h[-1], _newest, True),
+# %% ../nbs/11_concepts.ipynb #dc4b3e3f
+POSITIONS: dict = {
+    "last": Position("last", "the last token", take=_last, write=_newest, asked=True),
     "mean": Position("mean", "the mean over tokens without the first", take=_mean),
-    "all": Position("all", "every token", read=lambda h: h, write=lambda h: None),
+    "all": Position("all", "every token", read=lambda h: h, write=lambda h, mask: None),
 }
 
 
+def _can(rule, use):
+    "What a rule does for that use, if anything."
+    return getattr(rule, use) or (use == "read" and rule.take)
+
+
 def position_rule(
-    position: str | Position | Callable,  # a name in `POSITIONS`, an entry, or a function of the states
-    use: str,  # "read": a function gets (t, L, d); "write": it gets (b, t, d) and gives a mask (b, t)
+    position: PositionLike,  # a bare function stands for `read` or `write`
+    use: str,  # "read" or "write"
 ) -> Position:
     "The entry that is meant. Raises ValueError, naming what there is, for one without that use."
-    rule = POSITIONS.get(position) if isinstance(position, str) else position
+    rule = POSITIONS.get(position, position)
     if callable(rule):
         return Position(getattr(rule, "__name__", "custom"), read=rule, write=rule)
-    if rule is None or not rule.can(use):
-        known, name = (k for k, p in POSITIONS.items() if p.can(use)), getattr(rule, "name", position)
-        raise ValueError(f"position {name!r}: use {', '.join(known)}, or a function of the states.")
+    if isinstance(rule, str) or not _can(rule, use):
+        raise ValueError(
+            f"position {getattr(rule, 'name', rule)!r}: use "
+            f"{', '.join(k for k, p in POSITIONS.items() if _can(p, use))}, or a function of the states."
+        )
     return rule
 
 
-# %% ../nbs/11_concepts.ipynb #7e49b771
-def _marks(model, ids, layers, rule) -> list[str]:
-    "For each text a hash of all that its states depend on."
-    on = engine(model)
-    return [data_hash(map(str, (on.weights, on.precision, layers, rule.name, x))) for x in ids]
+# %% ../nbs/11_concepts.ipynb #e1c821b8
+def position_name(
+    position: PositionLike,  # as for `position_rule`
+    use: str,  # "read" or "write"
+) -> str:
+    "The name under which files keep a rule. Raises ValueError, naming what there is, for one without any."
+    rule = position_rule(position, use)
+    if POSITIONS.get(rule.name) != rule:
+        raise ValueError(
+            f"position {rule.name!r} cannot be kept in a file, as it has no entry in POSITIONS; make it one, "
+            f"or use {', '.join(k for k, p in POSITIONS.items() if _can(p, use))}."
+        )
+    return rule.name
 
 
-def _wanted(rule, lengths, states) -> list[Tensor]:
-    """What a rule makes of each text of a batch, of the states of each layer: (b, t, d), (r, d) where it said
-    which `tokens`, or (b, d) where it took one state a text already."""
-    H = torch.stack(states, -2)  # (b, t, L, d), (r, L, d) or (b, L, d)
-    if rule.take:
-        return list(H)
-    parts = H.split([len(rule.tokens(n)) for n in lengths]) if rule.tokens else H  # of (t, L, d)
-    return [rule.read(h[:n].float()) for h, n in zip(parts, lengths, strict=True)]
-
-
-# %% ../nbs/11_concepts.ipynb #adebd388
+# %% ../nbs/11_concepts.ipynb #8cf93955
 def activations(
     model: TransformersModel,
     texts: Sequence[str],
     layers: Sequence[int] | None = None,  # default: every layer; negative ones count from the end
-    position: str
-    | Position
-    | Callable = "last",  # a name in `POSITIONS`, an entry, or a function of (t, L, d)
+    position: PositionLike = "last",  # as for `position_rule`
     batch_tokens: int = 512,  # padded tokens a batch
     path: str | Path | None = None,  # folder that keeps each batch as it arrives; a rerun goes on from there
 ) -> Tensor | list[Tensor]:  # (n, L, d) float32 on the CPU; a list of (t, L, d) for all tokens
@@ -129,32 +130,34 @@ def activations(
     Raises ValueError for empty texts and for states that are not finite."""
     rule, numbers, ids = position_rule(position, "read"), layer_numbers(model, layers), encode(model, texts)
     refuse_empty(texts, ids, model.tokenizer("").input_ids)
-    if path is not None and POSITIONS.get(rule.name) is not rule:
-        raise ValueError(f"states at a position of your own cannot be kept; use {', '.join(POSITIONS)}.")
-    marks, kept = _marks(model, ids, numbers, rule), Journal(path, tensors=True)
+    if path:
+        position_name(rule, "read")
+    on, kept = engine(model), Journal(path, tensors=True)
+    marks = [data_hash(map(str, (on.weights, on.precision, numbers, rule.name, x))) for x in ids]
     todo = [i for i, k in enumerate(marks) if k not in kept.done]
     left = [ids[i] for i in todo]
-    at = [rule.tokens(len(x)) for x in left] if rule.tokens else None
-    for rows, states in stream(model, left, numbers, batch_tokens, at, take=rule.take, numbers=todo):
-        got = _wanted(rule, [len(left[j]) for j in rows], states)
-        kept.keep({marks[todo[j]]: h.float().cpu().clone() for j, h in zip(rows, got, strict=True)})
+    for rows, states in stream(model, left, numbers, batch_tokens, take=rule.take, numbers=todo):
+        H = torch.stack(states, -2).float()  # (r, L, d) text after text, or (b, L, d) where one was taken
+        sizes = [len(left[j]) for j in rows]
+        got = H if rule.take else map(rule.read, H.split(sizes))  # type: ignore[arg-type]
+        kept.keep({marks[todo[j]]: h.cpu().clone() for j, h in zip(rows, got, strict=True)})
     out = [kept.done[k] for k in marks]
     return out if out[0].ndim > 2 else torch.stack(out)
 
 
-# %% ../nbs/11_concepts.ipynb #e72a3f24
+# %% ../nbs/11_concepts.ipynb #5be5c1be
 def mean_difference(P: Tensor, N: Tensor) -> Tensor:  # (n, d), (m, d) -> (d,)
     "Difference of means (ConTrans, Dong et al. 2024, eq. 1)."
     return P.mean(0) - N.mean(0)
 
 
-def _like_mean(v: Tensor, P: Tensor, N: Tensor) -> Tensor:  # -> (d,)
+def _like_mean(v, P, N):  # (d,), (n, d), (m, d) -> (d,)
     "`v` with the length and the sign of the difference of means."
     step = mean_difference(P, N)
     return v / v.norm().clamp_min(1e-12) * step.norm() * torch.sign(v @ step)
 
 
-# %% ../nbs/11_concepts.ipynb #5d8c8e7a
+# %% ../nbs/11_concepts.ipynb #5dba21c6
 def pca(P: Tensor, N: Tensor) -> Tensor:  # (n, d), (m, d) -> (d,)
     "First principal component of the differences row by row, not centred (Zou et al. 2023)."
     n = min(len(P), len(N))
@@ -166,18 +169,18 @@ def logistic(P: Tensor, N: Tensor) -> Tensor:  # (n, d), (m, d) -> (d,)
     "Weights of an L2-regularised logistic regression on standardised states."
     X = torch.cat([P, N])  # (n + m, d)
     scale = X.std(0).clamp_min(1e-6)  # (d,)
-    fit = LogisticRegression(C=0.01, max_iter=500)
-    fit.fit(((X - X.mean(0)) / scale).numpy(), [1] * len(P) + [0] * len(N))
-    return _like_mean(torch.tensor(fit.coef_[0], dtype=X.dtype) / scale, P, N)
+    sides = [1] * len(P) + [0] * len(N)
+    fit = LogisticRegression(C=0.01, max_iter=500).fit(((X - X.mean(0)) / scale).numpy(), sides)
+    return _like_mean(X.new_tensor(fit.coef_[0]) / scale, P, N)
 
 
-REDUCERS = {"mean_difference": mean_difference, "pca": pca, "logistic": logistic}
+REDUCERS: dict = {"mean_difference": mean_difference, "pca": pca, "logistic": logistic}
 
 
-# %% ../nbs/11_concepts.ipynb #855660e0
+# %% ../nbs/11_concepts.ipynb #79208b21
 def _directions(P, N, reducer):  # (n, L, d), (m, L, d) -> (L, d)
     "A direction for each layer."
-    return torch.stack([reducer(p, q) for p, q in zip(P.unbind(1), N.unbind(1), strict=True)])
+    return torch.stack([*map(reducer, P.unbind(1), N.unbind(1))])
 
 
 def held_out_auc(
@@ -189,23 +192,28 @@ def held_out_auc(
     seed: int = 0,
 ) -> np.ndarray:  # (L,)
     "AUC by layer along directions made without the scenario that they judge; NaN for too few scenarios."
-    fold, H = torch.tensor(scenario_folds(groups, folds, seed)), torch.cat([P, N])  # (n + m,), (n + m, L, d)
-    positive, score = torch.arange(len(H)) < len(P), H.new_zeros(H.shape[:2])  # (n + m,), (n + m, L)
+    fold, H, n = (
+        torch.tensor(scenario_folds(groups, folds, seed)),
+        torch.cat([P, N]),
+        len(P),
+    )  # H (n + m, L, d)
+    score = H.new_zeros(H.shape[:2])  # (n + m, L)
     for k in range(folds):
         here = fold == k
-        p, q = H[positive & ~here], H[~positive & ~here]  # what the direction is made of
+        p, q = P[~here[:n]], N[~here[n:]]  # what the direction is made of
         if not (len(p) and len(q)):
             return np.full(P.shape[1], np.nan)
         middle = (p.mean(0) + q.mean(0)) / 2  # (L, d)
         score[here] = torch.einsum("nld,ld->nl", H[here] - middle, _directions(p, q, reducer))
-    return auc(score[positive].numpy(), score[~positive].numpy())
+    return auc(score[:n].numpy(), score[n:].numpy())
 
 
-# %% ../nbs/11_concepts.ipynb #defb3dbb
+# %% ../nbs/11_concepts.ipynb #9769d5c0
 @dataclass(frozen=True)
-class Concept:
+class Concept(Artefact):
     "A direction at every layer of one model, how well each tells held-out texts apart, its origin."
 
+    kind = "concept"
     name: str
     directions: Tensor  # (L, d) float32
     layers: tuple[int, ...]
@@ -224,25 +232,25 @@ class Concept:
         return self.layers[int(np.argmax(np.nan_to_num(self.auc, nan=-1)))]
 
 
-# %% ../nbs/11_concepts.ipynb #9d5ddb11
+# %% ../nbs/11_concepts.ipynb #72af1146
 @patch
 def __getitem__(self: Concept, layer: int) -> Tensor:  # (d,)
     if layer not in self.layers:
-        there = f"it has {self.layers[0]} to {self.layers[-1]}"
-        raise ValueError(f"concept {self.name!r} has no layer {layer}; {there}.")
+        raise ValueError(
+            f"concept {self.name!r} has no layer {layer}; it has {self.layers[0]} to {self.layers[-1]}."
+        )
     return self.directions[self.layers.index(layer)]
 
 
 @patch
 def __repr__(self: Concept):
-    area = self.auc[self.layers.index(self.best)]
     return (
         f"Concept({self.name!r} of {self.model.name}, {self.n_pairs} pairs, layers {self.layers[0]}-"
-        f"{self.layers[-1]}, held-out AUC {area:.2f} at layer {self.best})"
+        f"{self.layers[-1]}, held-out AUC {self.auc[self.layers.index(self.best)]:.2f} at layer {self.best})"
     )
 
 
-# %% ../nbs/11_concepts.ipynb #4296f80f
+# %% ../nbs/11_concepts.ipynb #422363fd
 @patch
 def _repr_html_(self: Concept):
     facts = {
@@ -255,77 +263,32 @@ def _repr_html_(self: Concept):
     return card(f"Concept {self.name}", facts, sparkline(self.auc, self.layers, "held-out AUC by layer"))
 
 
-# %% ../nbs/11_concepts.ipynb #f013ce1d
-def save_fields(
-    x: Any,  # a dataclass
-    path: str | Path,
-    kind: str,  # "concept", "map", ...
-    **more,  # also for the header
-):
-    "Write the fields of an object to one safetensors file."
-    values = {f.name: getattr(x, f.name) for f in fields(x)} | more
-    tensors = {k: v for k, v in values.items() if isinstance(v, Tensor)}
-    head = {k: vars(v) if isinstance(v, ModelInfo) else v for k, v in values.items() if k not in tensors}
-    save_artefact(path, kind, tensors, head)
-
-
-def load_fields(cls: type, path: str | Path, kind: str) -> Any:
-    "Make an object of the fields in a file."
-    tensors, meta = load_artefact(path, kind)
-    known = {f.name: meta[f.name] for f in fields(cls) if f.name in meta}
-    for f in fields(cls):
-        if f.type is ModelInfo:
-            known[f.name] = ModelInfo(**meta[f.name])
-        elif f.type is float and known[f.name] is None:
-            known[f.name] = math.nan
-        elif isinstance(known.get(f.name), list):
-            known[f.name] = tuple(math.nan if a is None else a for a in known[f.name])
-    return cls(**known | tensors)
-
-
-# %% ../nbs/11_concepts.ipynb #0602fe58
-@patch
-def save(self: Concept, path: str | Path):
-    "Write to one safetensors file."
-    save_fields(self, path, "concept")
-
-
-@patch(cls_method=True)
-def load(cls: Concept, path: str | Path) -> Concept:
-    "Read what `save` wrote."
-    return load_fields(cls, path, "concept")
-
-
-# %% ../nbs/11_concepts.ipynb #0a41a2b7
+# %% ../nbs/11_concepts.ipynb #4bf71f89
 def extract_concept(
     model: TransformersModel,
     pairs: ContrastPairs,
     layers: Sequence[int] | None = None,  # default: every layer
-    position: str | Position | Callable = "last",  # as for `activations`; the paper uses the last token
+    position: PositionLike = "last",  # as for `activations`; the paper uses the last token
     reducer: str | Callable = mean_difference,  # a name in `REDUCERS`, or a function (n, d), (m, d) -> (d,)
     seed: int = 0,  # of the folds
     path: str | Path | None = None,  # as for `activations`
 ) -> Concept:
     """The concept that `pairs` show, at every layer, with its AUC on held-out scenarios (five folds).
     Raises ValueError for sides that read the same, and for a position that gives several states a text."""
-    make = REDUCERS.get(reducer) if isinstance(reducer, str) else reducer
-    if make is None:
+    make = REDUCERS.get(reducer, reducer)
+    if not callable(make):
         raise ValueError(
             f"reducer {reducer!r}: use {', '.join(REDUCERS)}, or a function of (n, d) and (m, d)."
         )
     numbers, rule = layer_numbers(model, layers), position_rule(position, "read")
     H = activations(model, [pairs.template.replace("{}", t) for t in pairs.texts], numbers, rule, path=path)
-    if not isinstance(H, Tensor) or H.ndim != 3:
-        raise ValueError(
-            "a concept needs one state a text: use last, mean, or a function that returns (L, d)."
-        )
-    P, N = H[: len(pairs.positive)], H[len(pairs.positive) :]  # (n, L, d), (m, L, d)
+    if isinstance(H, list) or H.ndim != 3:
+        raise ValueError("a concept needs one state a text: last, mean, or a function that returns (L, d).")
+    P, N = H.split([len(pairs.positive), len(pairs.negative)])  # (n, L, d), (m, L, d)
     directions = _directions(P, N, make)  # (L, d)
     if (directions.norm(dim=1) <= 1e-5 * H.norm(dim=-1).mean(0)).any():
-        raise ValueError(
-            f"pairs {pairs.name!r}: both sides give the same mean state; are the texts identical?"
-        )
+        raise ValueError(f"pairs {pairs.name!r}: the same mean state on both sides; are the texts identical?")
     area = tuple(held_out_auc(P, N, pairs.groups, make, seed=seed).tolist())
-    how = (getattr(make, "__name__", "custom"), rule.name, pairs.template, pairs.hash, seed)
-    name = pairs.name.split("/")[-1]
-    return Concept(name, directions, tuple(numbers), area, model_info(model), len(pairs), *how)
+    what = pairs.name.split("/")[-1], directions, tuple(numbers), area, model_info(model), len(pairs)
+    how = getattr(make, "__name__", "custom"), rule.name, pairs.template, pairs.hash, seed
+    return Concept(*what, *how)

@@ -7,22 +7,19 @@ __all__ = [
     "EMOTIONS",
     "CONCEPTS",
     "PAIRS",
-    "CORPORA",
     "SPLITS",
     "EMOTION_PROMPT",
-    "SETS",
     "FAMILIES",
+    "read_file",
+    "find_file",
+    "check_rows",
     "builtin_rows",
+    "emotion_scenes",
     "data_hash",
     "text_key",
     "texts_hash",
     "check_texts",
     "ContrastPairs",
-    "read_json",
-    "read_rows",
-    "find_file",
-    "check_rows",
-    "read_pairs",
     "load_pairs",
     "split_words",
     "overlap",
@@ -31,9 +28,8 @@ __all__ = [
     "load_corpus",
 ]
 
-# %% ../nbs/01_data.ipynb #5fd99e09
+# %% ../nbs/01_data.ipynb #945a1edb
 import csv
-import hashlib
 import io
 import json
 import random
@@ -41,11 +37,12 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
-from functools import lru_cache
-from importlib.resources import files
+from functools import cache
+from hashlib import sha256
+from itertools import combinations
 from pathlib import Path
 from textwrap import shorten
-from typing import Any, NotRequired
+from typing import Any
 
 import numpy as np
 from fastcore.basics import patch
@@ -53,19 +50,76 @@ from pydantic import TypeAdapter, ValidationError
 from scipy.stats import mannwhitneyu
 from typing_extensions import TypedDict
 
+import concept_transfer
 from .cards import card, table
 
-# %% ../nbs/01_data.ipynb #e9469234
-EMOTIONS = ("happiness", "sadness", "anger", "fear", "disgust", "surprise")
-CONCEPTS = ("honesty", "politeness", "harmlessness", "formality", "sentiment", "refusal", "french", "brevity")
-PAIRS = (*(f"emotions/{e}" for e in EMOTIONS), *CONCEPTS)  # contrast pairs
-CORPORA = ("general", "neutral")  # to fit maps; to measure damage
-SPLITS = ("fit", "tune", "test")
+# %% ../nbs/01_data.ipynb #b82ee519
+EMOTIONS = "happiness sadness anger fear disgust surprise".split()
+CONCEPTS = "honesty politeness harmlessness formality sentiment refusal french brevity".split()
+PAIRS = [f"emotions/{e}" for e in EMOTIONS] + CONCEPTS  # contrast pairs
+SPLITS = "fit tune test".split()
 EMOTION_PROMPT = "{} The main emotion in this story is"
+_SETS = Path(concept_transfer.__file__).parent / "sets"  # the files that hold them
 
-# %% ../nbs/01_data.ipynb #92316d58
-SETS = files("concept_transfer") / "sets"
-FAMILIES = json.loads((SETS / "families.json").read_text(encoding="utf-8"))  # see `toys` and `zoo`
+
+# %% ../nbs/01_data.ipynb #6bcb1bd2
+def _parsed(text, path, line=1):
+    "What JSON holds that begins in a line of a file."
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as e:
+        raise ValueError(f"{path}: not valid JSON (line {line + e.lineno - 1}: {e.msg}).") from None
+
+
+def read_file(path: Path) -> Any:
+    "Rows of CSV or JSONL, what JSON holds, or lines. Raises ValueError naming a line that is not JSON."
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError:
+        raise ValueError(f"{path} is not UTF-8 text; save it so.") from None
+    if path.suffix == ".csv":
+        return list(csv.DictReader(io.StringIO(text)))
+    lines = text.split("\n")
+    if path.suffix == ".jsonl":
+        return [_parsed(line, path, i) for i, line in enumerate(lines, 1) if line.strip()]
+    return _parsed(text, path) if path.suffix == ".json" else lines
+
+
+# %% ../nbs/01_data.ipynb #a25f73c4
+def find_file(
+    ref: str | Path,
+    known: Iterable[str],  # names that would have done as well
+) -> Path:
+    "A file of yours, or a text of ours. Raises FileNotFoundError, which names what is built in beside files."
+    for path in Path(ref).expanduser(), _SETS / f"{ref}.txt":
+        if path.is_file():
+            return path
+    meant = "".join(f" Did you mean {near!r}?" for near in get_close_matches(str(ref), known, 1, 0.7))
+    raise FileNotFoundError(
+        f"{str(ref)!r} is neither a file nor built in.{meant} Built in: {', '.join(known)}."
+    )
+
+
+# %% ../nbs/01_data.ipynb #4b8a0850
+def check_rows(
+    rows: Sequence[Any],
+    path: Path,  # where they come from, for the error
+    **fields: Any,  # what every row must have: the type of each field
+) -> Sequence[dict]:
+    "The rows, if all have these fields. Raises ValueError naming file, row and field."
+    row: Any = TypedDict("row", fields)  # type: ignore[misc]
+    try:
+        TypeAdapter(dict[int, row]).validate_python(dict(enumerate(rows, 1)), strict=True)
+        return rows
+    except ValidationError as e:
+        fault, *_ = e.errors()
+    raise ValueError(
+        f"{path}: row {', '.join(map(repr, fault['loc'][:2]))}: {fault['msg']}, found {fault['input']!r}."
+    )
+
+
+# %% ../nbs/01_data.ipynb #693799e2
+FAMILIES = read_file(_SETS / "families.json")  # see `toys` and `zoo`
 
 
 def builtin_rows(
@@ -73,47 +127,54 @@ def builtin_rows(
     split: str = "",  # fit, tune or test; empty: all
 ) -> list[dict]:
     "The rows of a built-in set."
-    lines = (SETS / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
-    return [r for r in map(json.loads, lines) if not split or r["split"] == split]
+    return [r for r in read_file(_SETS / f"{name}.jsonl") if not split or r["split"] == split]
 
 
-# %% ../nbs/01_data.ipynb #a3de6784
+# %% ../nbs/01_data.ipynb #4b81aa2c
+def emotion_scenes(
+    split: str,  # fit, tune or test; empty: all
+) -> dict[str, list[str]]:  # by emotion
+    "Everyday scenarios of six emotions."
+    rows = builtin_rows("emotions", split)
+    return {e: [r["text"] for r in rows if r["label"] == e] for e in EMOTIONS}
+
+
+# %% ../nbs/01_data.ipynb #503f0281
 def data_hash(texts: Iterable[str]) -> str:  # 16 hex digits
     "Fingerprint of a list of texts, kept with everything that was made from them."
-    return hashlib.sha256("\0".join(texts).encode()).hexdigest()[:16]
+    return sha256("\0".join(texts).encode()).hexdigest()[:16]
 
 
-# %% ../nbs/01_data.ipynb #ed193c1c
+# %% ../nbs/01_data.ipynb #d2202d5f
 def text_key(text: str) -> int:
     "A number for a text, the same on every machine: the first 64 bits of its SHA-256, signed."
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big", signed=True)
+    return int.from_bytes(sha256(text.encode()).digest()[:8], "big", signed=True)
 
 
-# %% ../nbs/01_data.ipynb #978e24d5
-def texts_hash(
-    keys: Iterable[str | int],  # texts, or their numbers
-) -> str:  # 16 hex digits
-    "Fingerprint of a set of texts, whatever their order."
-    numbers = sorted({k if isinstance(k, int) else text_key(k) for k in keys})
-    return hashlib.sha256(np.array(numbers, np.int64).tobytes()).hexdigest()[:16]
+# %% ../nbs/01_data.ipynb #e790dae7
+def texts_hash(keys: Iterable[int]) -> str:  # 16 hex digits
+    "Fingerprint of a set of texts from their numbers, whatever their order."
+    return sha256(np.unique([*keys]).tobytes()).hexdigest()[:16]
 
 
-# %% ../nbs/01_data.ipynb #42c5de47
+# %% ../nbs/01_data.ipynb #69927070
 def check_texts(
     texts: Sequence[str],
     what: str,  # what they are, for the error
-) -> None:
-    "Raises ValueError for a list that is empty or holds anything but non-empty strings."
-    if not texts:
-        raise ValueError(f"{what}: no texts. Give at least one.")
+) -> tuple[str, ...]:
+    "The texts. Raises ValueError where there is none, and for one that is empty or no string."
     for i, t in enumerate(texts):
-        if not isinstance(t, str):
-            raise ValueError(f"{what}: item {i} is {type(t).__name__}, not text.")
-        if not t.strip():
-            raise ValueError(f"{what}: item {i} is empty. Remove it, or write what it should say.")
+        if not (isinstance(t, str) and t.strip()):
+            raise ValueError(f"{what}, item {i} is {t!r}. Remove it, or write a text there.")
+    if not texts:
+        raise ValueError(f"{what} is empty. Give at least one text.")
+    return tuple(texts)
 
 
-# %% ../nbs/01_data.ipynb #df25c34a
+# %% ../nbs/01_data.ipynb #ff4de805
+_SIDES = ("positive", "negative")
+
+
 @dataclass(frozen=True)
 class ContrastPairs:
     "Texts that show a concept and texts that do not, each with the scenario it tells."
@@ -123,221 +184,90 @@ class ContrastPairs:
     negative: Sequence[str]
     groups: Sequence[str] = ()  # scenario of each positive, then of each negative; empty: one for each row
     template: str = "{}"  # words around each text ({}) when it is read: best those of steering time
-    split: str = ""  # part of a built-in set
 
     def __post_init__(self):
-        for side in ("positive", "negative"):
-            texts = tuple(getattr(self, side))
-            object.__setattr__(self, side, texts)
-            if not texts:
-                raise ValueError(f"pairs {self.name!r}: the {side} side is empty; a contrast needs both.")
-            check_texts(texts, f"pairs {self.name!r}, {side}")
-        rows = (*range(len(self.positive)), *range(len(self.negative)))
-        groups = tuple(self.groups or map(str, rows))
-        object.__setattr__(self, "groups", groups)
-        if len(groups) != len(rows):
-            raise ValueError(f"pairs {self.name!r}: {len(groups)} groups for {len(rows)} texts.")
+        what = f"pairs {self.name!r}"
+        sides = {side: check_texts(getattr(self, side), f"{what}: the {side} side") for side in _SIDES}
+        rows = [i for texts in sides.values() for i in range(len(texts))]
+        vars(self).update(sides, groups=tuple(map(str, self.groups or rows)))  # as it is frozen
+        if len(self.groups) != len(rows):
+            raise ValueError(f"{what}: {len(self.groups)} groups for {len(rows)} texts.")
         if "{}" not in self.template:
-            raise ValueError(f"pairs {self.name!r}: template {self.template!r} has no {{}} for the text.")
+            raise ValueError(f"{what}: template {self.template!r} has no {{}} for the text.")
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        "The positives, then the negatives."
+        return (*self.positive, *self.negative)
+
+    @property
+    def hash(self) -> str:
+        "Fingerprint of texts and template."
+        return data_hash([*self.texts, self.template])
+
+    def __len__(self):
+        return min(len(self.positive), len(self.negative))
+
+    def __repr__(self):
+        return f"ContrastPairs({self.name!r}, {len(self.positive)} positive, {len(self.negative)} negative)"
 
 
-# %% ../nbs/01_data.ipynb #7a6748fd
-@patch(as_prop=True)
-def texts(self: ContrastPairs) -> tuple[str, ...]:
-    "The positives, then the negatives."
-    return (*self.positive, *self.negative)
-
-
-@patch(as_prop=True)
-def hash(self: ContrastPairs) -> str:
-    "Fingerprint of texts and template."
-    return data_hash([*self.texts, self.template])
-
-
-# %% ../nbs/01_data.ipynb #7af7e80b
+# %% ../nbs/01_data.ipynb #959d5e99
 @patch
-def __len__(self: ContrastPairs) -> int:
-    return min(len(self.positive), len(self.negative))
-
-
-@patch
-def __repr__(self: ContrastPairs) -> str:
-    return f"ContrastPairs({self.name!r}, {len(self.positive)} positive, {len(self.negative)} negative)"
-
-
-# %% ../nbs/01_data.ipynb #f11655b7
-@patch
-def _repr_html_(self: ContrastPairs) -> str:
+def _repr_html_(self: ContrastPairs):
     facts = {
         "pairs": len(self),
-        "split": self.split or None,
-        "scenarios": len(set(self.groups)),
-        "read as": self.template if self.template != "{}" else None,
+        "scenarios": len({*self.groups}),
+        "read as": self.template,
         "hash": self.hash,
     }
-    rows = [[shorten(t, 160) for t in row] for row in zip(self.positive[:3], self.negative[:3], strict=False)]
+    rows = [[shorten(t, 160) for t in row] for row in zip(self.positive[:3], self.negative, strict=False)]
     return card(self.name, facts, table(["positive", "negative"], rows))
 
 
-# %% ../nbs/01_data.ipynb #2290c701
-def _read(path):
-    "The text of a file."
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError:
-        raise ValueError(f"{path} is not UTF-8 text; save it so.") from None
-
-
-# %% ../nbs/01_data.ipynb #8432fc97
-def read_json(path: Path) -> Any:
-    "What a JSON file holds. Raises ValueError naming the line that is not JSON."
-    try:
-        return json.loads(_read(path))
-    except json.JSONDecodeError as e:
-        raise ValueError(f"{path}: not valid JSON (line {e.lineno}: {e.msg}).") from None
-
-
-# %% ../nbs/01_data.ipynb #a6fa49f0
-def read_rows(path: Path) -> list[dict]:
-    "Rows of a JSONL or CSV file, by field. Raises ValueError naming the line that is none."
-    text = _read(path)
-    if path.suffix == ".csv":
-        return list(csv.DictReader(io.StringIO(text)))
-    rows = []
-    for i, line in enumerate(text.split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as e:
-            raise ValueError(f"{path}: line {i} is not JSON ({e.msg}).") from None
-        if not isinstance(row, dict):
-            raise ValueError(f"{path}: line {i} is not an object with named fields.")
-        rows.append(row)
-    return rows
-
-
-# %% ../nbs/01_data.ipynb #ba8e7902
-def find_file(
-    ref: str | Path,
-    known: Sequence[str] = (),  # names that would have done as well
-    what: str = "set",  # what these name
-) -> Path:
-    "A file that is there. Raises FileNotFoundError, which names what is built in beside files."
-    path = Path(ref).expanduser()
-    if path.is_file():
-        return path
-    if not known:
-        raise FileNotFoundError(f"no file {str(ref)!r}.")
-    near = get_close_matches(str(ref), known, 1, 0.7)
-    meant = f" Did you mean {near[0]!r}?" if near else ""
-    raise FileNotFoundError(
-        f"{str(ref)!r} is neither a file nor a built-in {what}.{meant} Built in: {', '.join(known)}."
-    )
-
-
-# %% ../nbs/01_data.ipynb #23801bd3
-def check_rows(
-    rows: Sequence[Any],
-    kind: type,  # a TypedDict: what a row must have
-    path: Path,  # where they come from, for the error
-) -> list:
-    "The rows, if all have the fields of `kind`. Raises ValueError naming file, row and field."
-    try:
-        return TypeAdapter(list[kind]).validate_python(rows, strict=True)  # type: ignore[valid-type]
-    except ValidationError as e:
-        fault = e.errors()[0]
-    row, *field = fault["loc"][:2] or (0,)
-    where = f"{path}: row {int(row) + 1}" if fault["loc"] else str(path)
-    if field and (fault["type"] == "missing" or fault["input"] is None):
-        raise ValueError(f"{where} has no {field[0]!r}. Add it, or remove the row.")
-    where += f", {field[0]!r}" if field else ""
-    raise ValueError(f"{where}: {fault['msg']}, but is {fault['input']!r}.")
-
-
-# %% ../nbs/01_data.ipynb #4453d02e
-class _PairRow(TypedDict):
-    "A row with both sides of a pair."
-
-    positive: str
-    negative: str
-    group: NotRequired[Any]  # the scenario; left out: the row itself
-
-
-class _LabelledRow(TypedDict):
-    "A row with one text and its side."
-
-    text: str
-    label: str | int | float | bool  # one of `_SIDES`
-
-
-_SIDES = {
-    "positive": ("positive", "pos", "1", "true", "yes"),
-    "negative": ("negative", "neg", "0", "false", "no"),
-}
-
-
-# %% ../nbs/01_data.ipynb #acddad68
-def _json_pairs(path):
-    "Pairs of a JSON file with two lists."
-    d = read_json(path)
-    if not isinstance(d, dict) or not (_SIDES.keys() <= d.keys() or {"pos", "neg"} <= d.keys()):
-        lists = "the lists 'positive' and 'negative' (or 'pos' and 'neg')"
-        raise ValueError(f"{path}: pairs in JSON are an object with {lists}.")
-    if not all(isinstance(d.get(k, []), list) for k in (*_SIDES, "pos", "neg")):
-        raise ValueError(f"{path}: both sides must be lists of texts.")
-    sides: dict[str, Any] = {side: d.get(side, d.get(side[:3])) for side in _SIDES}
-    return ContrastPairs(path.stem, **sides, template=d.get("template", "{}"))
-
-
-# %% ../nbs/01_data.ipynb #9cb5f102
-def _labelled_pairs(path, rows):
+# %% ../nbs/01_data.ipynb #19176da6
+def _labelled(path, rows):
     "Pairs of rows that hold one text each."
-    sides: dict[str, Any] = {side: [] for side in _SIDES}
-    for r in check_rows(rows, _LabelledRow, path):
-        label = str(r["label"]).strip().lower()
-        side = next((side for side, names in _SIDES.items() if label in names), None)
-        if side is None:
-            use = "use positive/negative, pos/neg or 1/0"
-            raise ValueError(f"{path}: label {r['label']!r} is neither positive nor negative ({use}).")
-        sides[side].append(r["text"])
-    return ContrastPairs(path.stem, **sides)
+    positive: list[str] = []
+    negative: list[str] = []
+    for r in check_rows(rows, path, text=str, label=Any):
+        match str(r["label"]).strip().lower():
+            case "positive" | "pos" | "1" | "true" | "yes":
+                positive.append(r["text"])
+            case "negative" | "neg" | "0" | "false" | "no":
+                negative.append(r["text"])
+            case label:
+                use = "use positive/negative, pos/neg or 1/0"
+                raise ValueError(f"{path}: label {label!r} is neither positive nor negative ({use}).")
+    return ContrastPairs(path.stem, positive, negative)
 
 
-# %% ../nbs/01_data.ipynb #e6cf3ef4
-def read_pairs(
-    path: Path,  # .json, .jsonl or .csv
-) -> ContrastPairs:
-    "Pairs of JSON with two lists, or of rows: positive,negative or text,label. Raises ValueError."
-    if path.suffix == ".json":
-        return _json_pairs(path)
-    rows = read_rows(path)
-    columns = rows[0].keys() if rows else ()
-    if {"positive", "negative"} <= {*columns}:
-        rows = check_rows(rows, _PairRow, path)
-        groups = [str(r.get("group", i)) for i, r in enumerate(rows)]
-        return ContrastPairs(
-            path.stem, [r["positive"] for r in rows], [r["negative"] for r in rows], groups * 2
-        )
-    if {"text", "label"} <= {*columns}:
-        return _labelled_pairs(path, rows)
-    found = ", ".join(map(str, columns)) or "no rows"
-    raise ValueError(f"{path}: needs the columns positive,negative or text,label; found {found}.")
+# %% ../nbs/01_data.ipynb #cb52ea42
+def _paired(name, rows):
+    "Pairs of rows that hold both sides."
+    positive, negative = ([r[side] for r in rows] for side in _SIDES)
+    groups = [r.get("group", i) for i, r in enumerate(rows)]
+    return ContrastPairs(name, positive, negative, groups * 2)
 
 
-# %% ../nbs/01_data.ipynb #22088d06
-def _emotion_pairs(emotion, split, seed):
-    rows = builtin_rows("emotions", split)
-    scenes = {e: [r["text"] for r in rows if r["label"] == e] for e in EMOTIONS}
-    positive = scenes.pop(emotion)
-    rng = random.Random(f"{seed} {emotion} {split}")
-    pools = [rng.sample(texts, len(texts)) for texts in scenes.values()]
-    negative = [pools[i % len(pools)].pop() for i in range(len(positive))]
-    groups = positive + negative
-    return ContrastPairs(f"emotions/{emotion}", positive, negative, groups, EMOTION_PROMPT, split)
+# %% ../nbs/01_data.ipynb #3c423fec
+def _read_pairs(path):
+    "Pairs of a file, by what it looks like."
+    match read_file(path):
+        case {"positive": list(p), "negative": list(n)} | {"pos": list(p), "neg": list(n)} as d:
+            return ContrastPairs(path.stem, p, n, template=d.get("template", "{}"))
+        case [{"positive": _, "negative": _}, *_] as rows:
+            return _paired(path.stem, check_rows(rows, path, positive=str, negative=str))
+        case [{"text": _, "label": _}, *_] as rows:
+            return _labelled(path, rows)
+        case found:
+            raise ValueError(
+                f"{path}: pairs are an object with the lists 'positive' and 'negative' (or 'pos' and 'neg'), "
+                f"or rows with the columns positive,negative or text,label; found {shorten(repr(found), 90)}."
+            )
 
 
-# %% ../nbs/01_data.ipynb #36d7200b
+# %% ../nbs/01_data.ipynb #3078ffd1
 def load_pairs(
     ref: str | Path,  # a built-in set ("honesty", "emotions/fear") or a .json, .jsonl or .csv file
     split: str = "fit",  # which part of a built-in set: fit, tune or test; a file is one part
@@ -348,12 +278,15 @@ def load_pairs(
         raise ValueError(f"split {split!r}: use one of {', '.join(SPLITS)}.")
     name = str(ref)
     if name not in PAIRS:
-        return read_pairs(find_file(ref, PAIRS))
-    if name not in CONCEPTS:
-        return _emotion_pairs(name.removeprefix("emotions/"), split, seed)
-    rows = builtin_rows(name, split)
-    positive, negative, groups = ([r[k] for r in rows] for k in ("positive", "negative", "group"))
-    return ContrastPairs(name, positive, negative, groups * 2, split=split)
+        return _read_pairs(find_file(ref, PAIRS))
+    if name in CONCEPTS:
+        return _paired(name, builtin_rows(name, split))
+    scenes, emotion = emotion_scenes(split), name.removeprefix("emotions/")
+    positive = scenes.pop(emotion)
+    rng = random.Random(f"{seed} {emotion} {split}")
+    pools = [rng.sample(texts, len(texts)) for texts in scenes.values()]
+    negative = [pools[i % len(pools)].pop() for i in range(len(positive))]
+    return ContrastPairs(name, positive, negative, positive + negative, EMOTION_PROMPT)
 
 
 # %% ../nbs/01_data.ipynb #fc3f7700
@@ -362,77 +295,67 @@ def split_words(text: str) -> list[str]:
     return re.findall(r"[\w']+", text.lower())
 
 
-# %% ../nbs/01_data.ipynb #a6ba5d9d
-@lru_cache(4096)
+# %% ../nbs/01_data.ipynb #aa956a4c
+@cache
 def _trigrams(text):
     words = split_words(text)
-    return frozenset(zip(words, words[1:], words[2:], strict=False)) or frozenset([tuple(words)])
+    return {*zip(words, words[1:], words[2:], strict=False)} or {tuple(words)}
 
 
 def overlap(a: str, b: str) -> float:
     "Jaccard overlap of word trigrams: 1 for a repetition, near 0 for two texts on one topic."
-    both = _trigrams(a) | _trigrams(b)
-    return len(_trigrams(a) & _trigrams(b)) / len(both)
+    one, two = _trigrams(a), _trigrams(b)
+    return len(one & two) / len(one | two)
 
 
-# %% ../nbs/01_data.ipynb #9077f38d
+# %% ../nbs/01_data.ipynb #6dae1d9b
 def _length_tells(pairs):
     "A sentence where length alone tells the sides apart."
-    lengths = [[len(split_words(t)) for t in side] for side in (pairs.positive, pairs.negative)]
-    auc = mannwhitneyu(*lengths).statistic / (len(lengths[0]) * len(lengths[1]))
+    p, n = ([len(split_words(t)) for t in getattr(pairs, side)] for side in _SIDES)
+    auc = mannwhitneyu(p, n).statistic / (len(p) * len(n))
     if abs(auc - 0.5) > 0.2:
         return (
-            f"length alone tells the sides apart (AUC {auc:.2f}; mean {np.mean(lengths[0]):.0f} and "
-            f"{np.mean(lengths[1]):.0f} words): the direction will carry length."
+            f"length alone tells the sides apart (AUC {auc:.2f}; mean {np.mean(p):.0f} and {np.mean(n):.0f} "
+            "words): the direction will carry length."
         )
 
 
-# %% ../nbs/01_data.ipynb #c70c0491
+# %% ../nbs/01_data.ipynb #9450db57
 def _repetition(pairs, side, near):
     "A sentence where a side holds two texts that are nearly one."
-    texts = getattr(pairs, side)
-    for i, later in enumerate(texts):
-        for text in texts[:i]:
-            if overlap(text, later) >= near:
-                which = f"{text[:50]!r} and {later[:50]!r}"
-                return f"{side} texts repeat: {which}; held-out scores will be too high."
+    for text, later in combinations(getattr(pairs, side), 2):
+        if overlap(text, later) >= near:
+            return f"{side} texts repeat: {text[:50]!r}, {later[:50]!r}; held-out scores will be too high."
 
 
-# %% ../nbs/01_data.ipynb #0447d15a
+# %% ../nbs/01_data.ipynb #7676c19f
 def _leak(pairs, task, near):
     "A sentence where a task asks about scenarios of the pairs."
-    groups = {i.group for i in task.items} & set(pairs.groups)
-    shared = sorted(g for g in groups if not g.isdigit())  # bare numbers are only rows
     for item in task.items:
-        if any(t in item.prompt or overlap(t, item.prompt) >= near for t in pairs.texts):
-            shared.insert(0, item.prompt)
-            break
-    if shared:
-        scene = shared[0][:60]
-        return f"the task shares scenarios with the pairs, e.g. {scene!r}: its result would be leakage."
+        known = item.group in pairs.groups and not item.group.isdigit()  # bare numbers are only rows
+        if known or any(t in item.prompt or overlap(t, item.prompt) >= near for t in pairs.texts):
+            return f"task and pairs share scenarios, e.g. {item.prompt[:60]!r}: its result would be leakage."
 
 
-# %% ../nbs/01_data.ipynb #0a86a4b1
+# %% ../nbs/01_data.ipynb #69f3889b
 def lint(
     pairs: ContrastPairs,
-    task: Any = None,  # a `ChoiceTask` or `MultipleChoice`: also look for scenarios that it asks about
+    task: Any = None,  # a `ChoiceTask`: also look for scenarios that it asks about
     near: float = 0.5,  # trigram overlap that counts as a near-duplicate
 ) -> list[str]:  # one sentence a problem; empty when none was found
     "What would make a direction from these pairs mean something else."
-    found = [_length_tells(pairs)]
-    both = set(pairs.positive) & set(pairs.negative)
-    if both:
-        found.append(f"{len(both)} texts stand on both sides, e.g. {min(both)[:60]!r}: they only add noise.")
-    found += [_repetition(pairs, side, near) for side in _SIDES]
-    if task is not None:
-        found.append(_leak(pairs, task, near))
-    if len(pairs) < 10:
-        few = f"only {len(pairs)} pairs: held-out scores will be very uncertain; 20 or more are usual."
-        found.append(few)
-    return [problem for problem in found if problem]
+    both = {*pairs.positive} & {*pairs.negative}
+    problems: list[Any] = [
+        _length_tells(pairs),
+        both and f"{len(both)} texts stand on both sides, e.g. {min(both)[:60]!r}: they only add noise.",
+        *(_repetition(pairs, side, near) for side in _SIDES),
+        task and _leak(pairs, task, near),
+        len(pairs) < 10 and f"only {len(pairs)} pairs: held-out scores will be very uncertain; 20 are usual.",
+    ]
+    return list(filter(None, problems))
 
 
-# %% ../nbs/01_data.ipynb #d49b2924
+# %% ../nbs/01_data.ipynb #020e8020
 @dataclass(frozen=True)
 class Corpus:
     "Ordinary text, one passage an item."
@@ -441,13 +364,16 @@ class Corpus:
     texts: Sequence[str]
 
     def __post_init__(self):
-        object.__setattr__(self, "texts", tuple(self.texts))
-        check_texts(self.texts, f"corpus {self.name!r}")
+        vars(self)["texts"] = check_texts(self.texts, f"corpus {self.name!r}")  # as it is frozen
 
     @property
     def hash(self) -> str:
         "Fingerprint of the texts in their order."
         return data_hash(self.texts)
+
+    def take(self, n: int) -> "Corpus":
+        "The first `n` texts."
+        return Corpus(self.name, self.texts[:n])
 
     def __len__(self):
         return len(self.texts)
@@ -456,37 +382,21 @@ class Corpus:
         return f"Corpus({self.name!r}, {len(self)} texts)"
 
 
-# %% ../nbs/01_data.ipynb #e18f836c
+# %% ../nbs/01_data.ipynb #05187980
 @patch
-def take(self: Corpus, n: int) -> Corpus:
-    "The first `n` texts."
-    return Corpus(self.name, self.texts[:n])
-
-
-@patch
-def _repr_html_(self: Corpus) -> str:
+def _repr_html_(self: Corpus):
     words = sum(len(split_words(t)) for t in self.texts)
     facts = {"texts": len(self), "words": words, "hash": self.hash}
     return card(self.name, facts, table(["the first texts"], [[shorten(t, 200)] for t in self.texts[:4]]))
 
 
-# %% ../nbs/01_data.ipynb #5fbc106b
-class _TextRow(TypedDict):
-    "A row of a corpus."
-
-    text: str
-
-
+# %% ../nbs/01_data.ipynb #4267541d
 def load_corpus(
     ref: str | Path,  # "general" (to fit maps), "neutral" (to measure damage), or a file
 ) -> Corpus:
-    "A corpus by name or from a file: one text a line, or JSONL with `text`. Blank lines are skipped."
-    name = str(ref)
-    if name in CORPORA:
-        return Corpus(name, (SETS / f"{name}.txt").read_text(encoding="utf-8").splitlines())
-    path = find_file(ref, CORPORA)
-    if path.suffix == ".jsonl":
-        texts = [r["text"] for r in check_rows(read_rows(path), _TextRow, path)]
-    else:
-        texts = [line.strip("\r") for line in _read(path).split("\n")]
+    "A corpus by name or from a file: one text a line, or rows with `text`. Blank ones are skipped."
+    path = find_file(ref, ("general", "neutral"))
+    texts = read_file(path)
+    if path.suffix in (".csv", ".json", ".jsonl"):
+        texts = [r["text"] for r in check_rows(texts, path, text=str)]
     return Corpus(path.stem, [t for t in texts if t.strip()])

@@ -4,13 +4,11 @@
 
 # %% auto #0
 __all__ = [
+    "Number",
+    "Interval",
     "EXPERIMENTS",
     "STARTS",
-    "DIRECTIONS",
-    "IN_WORDS",
-    "SOURCE",
     "ARMS",
-    "MEASURED",
     "FOLLOWED",
     "Run",
     "recorded",
@@ -20,30 +18,25 @@ __all__ = [
     "Unsteered",
     "Arm",
     "native_direction",
-    "random_directions",
     "few_shot",
-    "measure_arm",
     "Provenance",
     "ArmResult",
     "Effect",
+    "Evidence",
     "Capability",
     "OffTarget",
-    "Evidence",
-    "summarise",
-    "check_asked",
-    "run_arms",
     "evaluate",
     "evaluate_text",
     "off_target",
 ]
 
-# %% ../nbs/17_evidence.ipynb #bfcf9530
+# %% ../nbs/17_evidence.ipynb #75cf5549
 import json
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field, fields, replace
-from functools import partial
+from dataclasses import dataclass, field, fields, replace
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -63,17 +56,13 @@ from .data import ContrastPairs, Corpus, data_hash, load_corpus
 from .measure import METRICS, STRENGTHS, Answers, Bench, Damage, dose_curve, steerability
 from .stats import bootstrap, holm, interval, mcnemar, permutation_p, smallest_effect, wilson
 from .steering import Transplant, generate
-from concept_transfer.tasks import (
-    BEHAVIOURS,
-    ChoiceTask,
-    GenerationTask,
-    MultipleChoice,
-    load_task,
-    repetition,
-)
+from .tasks import BEHAVIOURS, ChoiceTask, GenerationTask, load_task, repetition
+
+# %% ../nbs/17_evidence.ipynb #aa2db89b
+Number = float | None  # None: was not asked, or cannot be said
+Interval = list[float] | None  # lower and upper end
 
 
-# %% ../nbs/17_evidence.ipynb #12263dc7
 @dataclass(frozen=True)
 class Run:
     "One draw of one arm, as it was measured."
@@ -81,8 +70,8 @@ class Run:
     arm: str
     experiment: str  # one of `EXPERIMENTS`
     draw: int = 0
-    dose: float | None = None  # None: words, or another model
-    strength: float | None = None  # of a point of a dose curve
+    dose: Number = None  # None: words, or another model
+    strength: Number = None  # of a point of a dose curve
     task: str = ""  # where it is not the task of the evidence
     answers: dict[str, list] = field(default_factory=dict)  # (n,) for each metric
     kl: list | None = None  # (texts, keep) in nats
@@ -95,22 +84,22 @@ class Run:
         return None if self.kl is None else Damage(np.array(self.kl), np.array(self.lost))
 
 
-# %% ../nbs/17_evidence.ipynb #98d02d2c
+# %% ../nbs/17_evidence.ipynb #e43f1dd8
 def recorded(
     arm: str,
     experiment: str,
     answers: Answers,
     damage: Damage | None = None,
-    **where,  # draw, dose, strength, task
+    dose: Number = None,
+    **where,  # draw, strength, task
 ) -> Run:
     "A run from answers and damage, with numbers as they are kept: rounded to five digits."
-    rows = {k: m.value(answers) for k, m in METRICS.items() if m.applies(answers)}
-    kept = {k: v.astype(float).round(5).tolist() for k, v in rows.items()}
-    hurt = {} if damage is None else dict(kl=damage.kl.round(5).tolist(), lost=damage.lost.round(5).tolist())
-    return Run(arm, experiment, answers=kept, **hurt, **where)
+    kept = {k: v.astype(float).round(5).tolist() for k, v in answers.metrics.items()}
+    hurt = {k: v.round(5).tolist() for k, v in vars(damage).items()} if damage else {}
+    return Run(arm, experiment, dose=dose, answers=kept, **hurt, **where)
 
 
-# %% ../nbs/17_evidence.ipynb #55c5febd
+# %% ../nbs/17_evidence.ipynb #e60fe173
 EXPERIMENTS = {
     "equal_damage": "every arm at the dose that does the same damage",
     "equal_norm": "every arm at the dose of the transplant",
@@ -119,6 +108,8 @@ EXPERIMENTS = {
     "texts": "greedy texts, before and after, and how they repeat themselves",
     "off_target": "what else moves: other behaviours",
 }
+
+# %% ../nbs/17_evidence.ipynb #578fa0ec
 STARTS = (
     "Today I met my neighbour and",
     "When the letter arrived, she",
@@ -131,30 +122,24 @@ STARTS = (
 )
 
 
-# %% ../nbs/17_evidence.ipynb #94361a2a
+# %% ../nbs/17_evidence.ipynb #aaac4932
 @dataclass(frozen=True)
 class Settings:
     "How an evaluation is done. Raises ValueError for what cannot be."
 
     random: int = 20  # random directions
-    damage: float | None = (
-        None  # nats a token for every arm; default: what the transplant was made for, else 0.1
-    )
+    damage: Number = None  # nats a token for every arm; default: that of the transplant, else 0.1
     seed: int = 0  # of the random directions and the bootstrap
     bootstrap: int = 2000  # draws
     strengths: Sequence[float] = STRENGTHS  # of the dose curves
-    off: Sequence[ChoiceTask] | None = (
-        None  # what else may move; default: some items of every built-in behaviour
-    )
+    off: Sequence[ChoiceTask] | None = None  # what else may move; default: items of built-in behaviours
 
     def __post_init__(self):
         if self.random < 0:
             raise ValueError(f"random={self.random}: give the number of random directions, 0 for none.")
-        if self.damage is not None and not self.damage > 0:
-            raise ValueError(f"damage {self.damage}: give a positive KL in nats a token, such as 0.1.")
 
 
-# %% ../nbs/17_evidence.ipynb #62ebe42e
+# %% ../nbs/17_evidence.ipynb #d89406f4
 @dataclass(frozen=True)
 class Trial:
     "What every arm of an evaluation can use."
@@ -168,44 +153,48 @@ class Trial:
 
     def keep(self, name: str, make: Callable[[], list[Run]]) -> list[Run]:
         "Runs that an earlier evaluation finished under this name, else made now."
-        return [Run(**r) for r in self.journal(name, lambda: [asdict(r) for r in make()])]
+        return [Run(**r) for r in self.journal(name, lambda: [vars(r) for r in make()])]
 
 
-# %% ../nbs/17_evidence.ipynb #41530d64
+# %% ../nbs/17_evidence.ipynb #3759e430
 @dataclass(frozen=True)
 class Words:
-    "Words before every prompt instead of a direction."
+    "Words before every prompt instead of a direction; they do what damage they do."
 
     text: str
 
+    def __call__(self, bench: Bench) -> tuple:
+        "Answers and damage."
+        return bench.words(self.text)
 
+
+# %% ../nbs/17_evidence.ipynb #30749b89
 @dataclass(frozen=True)
 class Unsteered:
     "A model as it is: the target, or another one."
 
     model: TransformersModel
 
+    def __call__(self, bench: Bench) -> tuple:
+        "Answers; of the target itself also damage and dose, which are zero."
+        own = self.model is bench.model
+        return (bench.ask(), bench.hurt(), 0.0) if own else (Bench(self.model, -1, bench.task).ask(),)
 
-# %% ../nbs/17_evidence.ipynb #53c6e64c
+
+# %% ../nbs/17_evidence.ipynb #6e6539f4
 @dataclass(frozen=True)
 class Arm:
     "One way to treat the target, and how it is shown."
 
     name: str
     words: str  # in tables and pictures
-    make: Callable[[Trial], list]  # its draws
+    make: Callable[[Trial], list]  # its draws; none where they cannot be made
     input: str = ""  # what it needs of what `evaluate` is given
-    needs: Callable[[Trial], object] | None = None  # whether it can be made; default: its input is there
-    reason: str = ""  # said where it cannot
     colour: str = "#444444"
     marker: str = "o"
+    reason: str = ""  # said where there are no draws; default: that its input is needed
     optional: bool = False  # left out without a word where it cannot be made
     followed: bool = False  # dose curves, knowledge, texts and other behaviours are asked too
-
-    def missing(self, trial: Trial) -> str | None:
-        "Why this arm cannot be made, None where it can."
-        there = self.needs(trial) if self.needs else not self.input or trial.given.get(self.input) is not None
-        return None if there else self.reason or f"needs {self.input}="
 
 
 # %% ../nbs/17_evidence.ipynb #f2bb3ec4
@@ -226,13 +215,12 @@ def native_direction(trial: Trial, pairs: ContrastPairs) -> list[Transplant]:
     return [trial.bench.place(concept, dose=t.dose, positions=t.positions)]
 
 
-# %% ../nbs/17_evidence.ipynb #320cf595
-def random_directions(trial: Trial) -> list[Transplant]:
+# %% ../nbs/17_evidence.ipynb #e3d789e5
+def _random_directions(trial):
     "The same place and dose with Gaussian directions."
-    g = torch.Generator().manual_seed(trial.settings.seed)
-    size = len(trial.t.direction)
+    t, g = trial.t, torch.Generator().manual_seed(trial.settings.seed)
     return [
-        replace(trial.t, name=f"random {i}", direction=torch.randn(size, generator=g), notes={})
+        replace(t, name=f"random {i}", direction=torch.randn(len(t.direction), generator=g), notes={})
         for i in range(trial.settings.random)
     ]
 
@@ -250,67 +238,59 @@ def few_shot(
     return "".join(f"{i.prompt}{i.choices[(i.target + rotate) % len(i.choices)]}\n\n" for i in shown)
 
 
-# %% ../nbs/17_evidence.ipynb #617a9dd4
-DIRECTIONS = (
-    Arm("base", "base model", lambda x: [Unsteered(x.bench.model)], colour="#555555", marker="s"),
-    Arm("transplanted", "transplanted", lambda x: [x.t], colour="#0072b2", followed=True),
+# %% ../nbs/17_evidence.ipynb #4c5f6338
+_DIRECTIONS = (
+    Arm("base", "base model", lambda x: [Unsteered(x.bench.model)], "", "#555555", "s"),
+    Arm("transplanted", "transplanted", lambda x: [x.t], "", "#0072b2", followed=True),
     Arm(
         "native",
         "native (ceiling)",
         lambda x: native_direction(x, x.given["pairs"]),
         "pairs",
-        reason="needs the concept's pairs (--pairs)",
-        colour="#e69f00",
-        marker="D",
+        "#e69f00",
+        "D",
+        "needs the concept's pairs (--pairs)",
         followed=True,
     ),
-    Arm(
-        "random",
-        "random directions",
-        random_directions,
-        needs=lambda x: x.settings.random,
-        reason="no draws were asked for",
-        colour="#999999",
-        marker="v",
-    ),
+    Arm("random", "random directions", _random_directions, "", "#999999", "v", "no draws were asked for"),
     Arm(
         "shuffled_map",
         "shuffled-pair map",
-        lambda x: [replace(x.t, direction=x.t.shuffled)],
-        needs=lambda x: x.t.shuffled is not None,
-        reason="the transplant carries no shuffled control",
-        colour="#cc79a7",
-        marker="P",
+        lambda x: [replace(x.t, direction=v) for v in [x.t.shuffled] if v is not None],
+        "",
+        "#cc79a7",
+        "P",
+        "the transplant carries no shuffled control",
     ),
     Arm(
         "other_concept",
         "other concept",
         lambda x: native_direction(x, x.given["other"]),
         "other",
-        reason="needs the pairs of another concept (--other)",
-        colour="#009e73",
-        marker="X",
+        "#009e73",
+        "X",
+        "needs the pairs of another concept (--other)",
     ),
 )
 
-# %% ../nbs/17_evidence.ipynb #524365cd
-IN_WORDS = (
+# %% ../nbs/17_evidence.ipynb #f311a1e0
+_OTHERS = (
     Arm(
         "prompt",
         "prompt",
-        lambda x: [Words(x.bench.task.instruction)],
-        needs=lambda x: x.bench.task.instruction,
-        reason="the task has no instruction",
-        colour="#d55e00",
-        marker="^",
+        lambda x: [Words(text) for text in [x.bench.task.instruction] if text],
+        "",
+        "#d55e00",
+        "^",
+        "the task has no instruction",
     ),
     Arm(
         "few_shot",
         "few examples",
         lambda x: [Words(few_shot(x.given["examples"]))],
         "examples",
-        colour="#882255",
-        marker="<",
+        "#882255",
+        "<",
         optional=True,
     ),
     Arm(
@@ -318,89 +298,72 @@ IN_WORDS = (
         "few examples, wrong labels",
         lambda x: [Words(few_shot(x.given["examples"], rotate=True))],
         "examples",
-        colour="#bb8899",
-        marker=">",
+        "#bb8899",
+        ">",
+        optional=True,
+    ),
+    Arm(
+        "source",
+        "source model",
+        lambda x: [Unsteered(x.given["source"])],
+        "source",
+        "#117733",
+        "p",
         optional=True,
     ),
 )
-SOURCE = Arm(
-    "source",
-    "source model",
-    lambda x: [Unsteered(x.given["source"])],
-    "source",
-    colour="#117733",
-    marker="p",
-    optional=True,
-)
-ARMS = {a.name: a for a in (*DIRECTIONS, *IN_WORDS, SOURCE)}
+ARMS = {a.name: a for a in (*_DIRECTIONS, *_OTHERS)}
 
 
-# %% ../nbs/17_evidence.ipynb #d9b92b7a
-def _directions(trial, arm, ts, first):
-    "Directions at the damage of the bench; the first ones also at the dose of the transplant."
+# %% ../nbs/17_evidence.ipynb #ba3043b3
+def _measured(trial, arm, some, first):
+    "Runs of some draws of an arm; `first` is the number of the first of them."
     bench, at = trial.bench, {}
+    if not isinstance(some[0], Transplant):
+        return [recorded(arm, "equal_damage", *ask(bench), draw=i) for i, ask in enumerate(some, first)]
     if first == 0 and "equal_norm" in trial.experiments:
-        at["equal_norm"] = [replace(t, dose=trial.t.dose) for t in ts]
-    at["equal_damage"] = bench.at_damage(ts)
+        at["equal_norm"] = [replace(t, dose=trial.t.dose) for t in some]
+    at["equal_damage"] = bench.at_damage(some)
     return [
-        recorded(arm, experiment, *found, draw=first + i, dose=t.dose)
-        for experiment, some in at.items()
-        for i, (t, *found) in enumerate(zip(some, bench.ask(some), bench.hurt(some), strict=True))
+        recorded(arm, experiment, answers, damage, t.dose, draw=i)
+        for experiment, ts in at.items()
+        for i, (t, answers, damage) in enumerate(zip(ts, bench.ask(ts), bench.hurt(ts), strict=True), first)
     ]
 
 
-def _words(trial, arm, some, first):
-    "Words before the prompt, whatever damage they do."
-    return [
-        recorded(arm, "equal_damage", *trial.bench.words(w.text), draw=first + i) for i, w in enumerate(some)
-    ]
-
-
-def _models(trial, arm, some, first):
-    "Models as they are."
-    runs = []
-    for i, u in enumerate(some):
-        own = u.model is trial.bench.model
-        bench = trial.bench if own else Bench(u.model, -1, trial.bench.task)
-        runs.append(recorded(arm, "equal_damage", bench.ask(), draw=first + i, dose=0.0 if own else None))
-    return runs
-
-
-MEASURED = {Transplant: _directions, Words: _words, Unsteered: _models}
-
-
-# %% ../nbs/17_evidence.ipynb #bd3ad613
-def measure_arm(trial: Trial, arm: Arm) -> tuple[list, list[Run]]:  # its draws, and what was measured of them
-    "An arm, measured by what its draws are."
+# %% ../nbs/17_evidence.ipynb #0a213b57
+def _measure_arm(trial, arm):
+    "The draws of an arm, and what was measured of them; none where they cannot be made."
+    if arm.input and trial.given.get(arm.input) is None:
+        return [], []
     draws = arm.make(trial)
     runs: list[Run] = []
     for first in range(0, len(draws), 4):
         some = draws[first : first + 4]
         if runs and runs[-1].dose:
             some = [replace(t, dose=runs[-1].dose) for t in some]
-        make = partial(MEASURED[type(some[0])], trial, arm.name, some, first)
-        runs += trial.keep(f"{arm.name} {first}", make)
+        runs += trial.keep(f"{arm.name} {first}", partial(_measured, trial, arm.name, some, first))
     return draws, runs
 
 
-# %% ../nbs/17_evidence.ipynb #e7611b89
+# %% ../nbs/17_evidence.ipynb #761f75e2
 def _curves(trial, placed):
     "Effect and damage at several strengths, negative ones among them."
     return [
-        recorded(arm, "curves", p.answers, p.damage, strength=p.strength, dose=p.dose)
+        recorded(arm, "curves", **vars(point))
         for arm, t in placed.items()
-        if t
-        for p in dose_curve(t, trial.bench, trial.settings.strengths)
+        for point in (dose_curve(t, trial.bench, trial.settings.strengths) if t else ())
     ]
 
 
+# %% ../nbs/17_evidence.ipynb #a6d6e8da
 def _elsewhere(experiment, tasks, trial, placed):
     "Answers to other tasks."
     bench = Bench(trial.bench.model, trial.t.layer)
     return [
         recorded(arm, experiment, answers, task=task.name)
         for task in tasks(trial)
-        for arm, answers in zip(placed, bench.with_task(task).ask(list(placed.values())), strict=True)
+        for arm, answers in zip(placed, bench.with_task(task).ask([*placed.values()]), strict=True)
     ]
 
 
@@ -409,16 +372,20 @@ def _behaviours(trial):
     return [load_task(f"behaviours/{b}").take(8) for b in BEHAVIOURS] if off is None else off
 
 
-# %% ../nbs/17_evidence.ipynb #9dbd7e16
+# %% ../nbs/17_evidence.ipynb #b3b745ee
+def _written(t, model, prompts, tokens=30):
+    "Greedy continuations by a steered model, or by the model as it is."
+    write = t.generate if t else partial(generate, model)
+    return list(write(prompts, max_new_tokens=tokens))
+
+
+# %% ../nbs/17_evidence.ipynb #c16fe40a
 def _texts(trial, placed):
     "Greedy continuations of a few beginnings."
-    runs = []
-    for arm, t in placed.items():
-        texts = t.generate(STARTS, 1.0, 30) if t else generate(trial.bench.model, STARTS, 30)
-        runs.append(Run(arm, "texts", texts=list(texts)))
-    return runs
+    return [Run(arm, "texts", texts=_written(t, trial.bench.model, STARTS)) for arm, t in placed.items()]
 
 
+# %% ../nbs/17_evidence.ipynb #31ef8306
 FOLLOWED: dict[str, Callable] = {
     "curves": _curves,
     "knowledge": partial(_elsewhere, "knowledge", lambda trial: [load_task("knowledge")]),
@@ -427,7 +394,7 @@ FOLLOWED: dict[str, Callable] = {
 }
 
 
-# %% ../nbs/17_evidence.ipynb #2ebd4db7
+# %% ../nbs/17_evidence.ipynb #b168653f
 @dataclass(frozen=True)
 class Provenance:
     "Which question was asked of what."
@@ -449,145 +416,190 @@ class Provenance:
     versions: dict[str, str]
 
 
+# %% ../nbs/17_evidence.ipynb #c8c87a28
 def _provenance(t, bench, settings):
     "Where an evaluation comes from."
-    task, neutral = bench.task, bench.neutral
+    task, where = bench.task, t.positions if isinstance(t.positions, str) else "a function"
+    notes = plain({k: v for k, v in t.notes.items() if k != "tuning_items"})
     return Provenance(
-        transplant=t.name,
-        task=task.name,
-        n=len(task),
-        damage_budget=bench.damage,
-        layers=[t.source_layer, t.layer],
-        positions=t.positions if isinstance(t.positions, str) else "a function",
-        source=str(t.source) if t.source else None,
-        target=str(t.target),
-        task_hash=task.hash,
-        neutral_hash=neutral.hash,
-        seed=settings.seed,
-        bootstrap=settings.bootstrap,
-        notes=plain({k: v for k, v in t.notes.items() if k != "tuning_items"}),
-        groups=[i.group for i in task.items],
-        versions=versions(),
+        t.name,
+        task.name,
+        len(task),
+        bench.damage,
+        [t.source_layer, t.layer],
+        where,
+        t.source and str(t.source),
+        str(t.target),
+        task.hash,
+        bench.neutral.hash,
+        settings.seed,
+        settings.bootstrap,
+        notes,
+        task.groups,
+        versions(),
     )
 
 
-# %% ../nbs/17_evidence.ipynb #ca3a89e3
+# %% ../nbs/17_evidence.ipynb #9cc825ef
 @dataclass(frozen=True)
 class ArmResult:
     "Effect and damage of one arm, means over its draws; all None where it was not run."
 
     reason: str | None = None  # why it was not run
-    dose: float | None = None  # median over draws
-    choice_rate: float | None = None  # share of items whose target is the likeliest choice
-    ci: list[float] | None = None  # 95 % interval of the choice rate
-    target_rate: float | None = None  # share where the likeliest next token of all starts the target
-    logit_shift: float | None = None  # mean change of the margin from the base model, in nats
-    logit_shift_ci: list[float] | None = None
-    kl: float | None = None  # nats a token
-    kl_ci: list[float] | None = None  # over texts
-    kl_p95: float | None = None
-    perplexity_ratio: float | None = None
+    dose: Number = None  # median over draws
+    choice_rate: Number = None  # share of items whose target is the likeliest choice
+    ci: Interval = None  # 95 % interval of the choice rate
+    target_rate: Number = None  # share where the likeliest next token of all starts the target
+    logit_shift: Number = None  # mean change of the margin from the base model, in nats
+    logit_shift_ci: Interval = None
+    kl: Number = None  # nats a token
+    kl_ci: Interval = None  # over texts
+    kl_p95: Number = None
+    perplexity_ratio: Number = None
     draws: list[float] | None = None  # choice rate of each
     score_means: dict | None = None  # mean and interval of every further metric
     same_norm: "ArmResult | None" = None  # the first draws at the dose of the transplant
 
 
-# %% ../nbs/17_evidence.ipynb #def7d43e
-def _damage_of(runs, spread):
-    "Damage of an arm with an interval over texts; nothing where none was asked."
-    hurt = [r.damage for r in runs if r.damage]
-    if not hurt:
-        return dict(kl=0.0, kl_ci=[0.0, 0.0], kl_p95=0.0, perplexity_ratio=1.0) if runs[0].dose == 0 else {}
-    by_text = np.mean([d.kl for d in hurt], (0, 2))  # (draws, texts, keep) -> (texts,)
-    kl, p95, ratio = np.mean([(d.mean, d.p95, d.perplexity_ratio) for d in hurt], 0).tolist()
-    return dict(kl=kl, kl_ci=spread(by_text, range(len(by_text))), kl_p95=p95, perplexity_ratio=ratio)
-
-
-# %% ../nbs/17_evidence.ipynb #645dd798
-def _arm_result(runs, base, spread):
-    "What follows for one arm, from its draws and a base run; `spread` gives the interval of values (n,)."
-    means = {k: np.mean([r.answers[k] for r in runs], 0) for k in runs[0].answers}  # (n,) each
-    chosen, first, margin = (means.pop(k) for k in ("chosen", "first", "margin"))
-    shift = margin - base.answers["margin"]
-    doses = [r.dose for r in runs if r.dose is not None]
-    return ArmResult(
-        dose=float(np.median(doses)) if doses else None,
-        choice_rate=float(chosen.mean()),
-        ci=spread(chosen),
-        target_rate=float(first.mean()),
-        logit_shift=float(shift.mean()),
-        logit_shift_ci=spread(shift),
-        draws=[float(np.mean(r.answers["chosen"])) for r in runs],
-        score_means={k: dict(mean=float(v.mean()), ci=spread(v)) for k, v in means.items()} or None,
-        **_damage_of(runs, spread),
-    )
-
-
-# %% ../nbs/17_evidence.ipynb #da950d6b
+# %% ../nbs/17_evidence.ipynb #bffa25a1
 @dataclass(frozen=True)
 class Effect:
     "The transplanted arm against the base model, the native direction and random ones."
 
-    gain: float | None = None  # of the choice rate
-    gain_ci: list[float] | None = None
-    p_mcnemar: float | None = None  # against the base model, item by item
-    smallest_effect: float | None = None  # what this many scenarios would have shown four times in five
-    recovery: float | None = None  # of the native gain
-    recovery_ci: list[float] | None = None  # None: open
-    p_value: float | None = None  # against random directions
+    gain: Number = None  # of the choice rate
+    gain_ci: Interval = None
+    p_mcnemar: Number = None  # against the base model, item by item
+    smallest_effect: Number = None  # what this many scenarios would have shown four times in five
+    recovery: Number = None  # of the native gain
+    recovery_ci: Interval = None  # None: open
+    p_value: Number = None  # against random directions
 
 
-# %% ../nbs/17_evidence.ipynb #fc52d284
-def _effect_of(chosen, of):
-    "Gain, recovery and tests, from the answers (draws, n) of each arm."
-    rates = bootstrap([c.mean(0) for c in chosen.values()], of.groups, of.bootstrap, of.seed)  # (draws, arms)
-    boot = dict(zip(chosen, rates.T, strict=True))
-    base, mine = chosen["base"], chosen["transplanted"]
-    above, differ = boot["transplanted"] - boot["base"], float(np.mean(base[0] != mine[0]))
-    e = Effect(float(mine.mean() - base.mean()), interval(above), mcnemar(base[0] > 0, mine[0] > 0))
+# %% ../nbs/17_evidence.ipynb #defada88
+@dataclass(frozen=True)
+class Evidence:
+    "What `evaluate` found: what was measured, and what follows from it."
+
+    provenance: Provenance
+    runs: list[Run]
+    missing: dict[str, str] = field(default_factory=dict)  # why an arm was not run
+
+    @cached_property
+    def arms(self) -> dict[str, ArmResult]:
+        "Effect and damage of every arm, in the order of `ARMS`."
+        equal, same = self.of("equal_damage"), self.of("equal_norm")
+        result = partial(_arm_result, self.provenance, equal["base"][0])
+        found = {k: ArmResult(reason=why) for k, why in self.missing.items()}
+        for k, runs in equal.items():
+            found[k] = replace(result(runs), same_norm=result(same[k]) if k in same else None)
+        return {k: found[k] for k in (*ARMS, *found) if k in found}
+
+    @cached_property
+    def effect(self) -> Effect:
+        "The transplanted arm beside the others."
+        equal = self.of("equal_damage")
+        return _effect(self.provenance, equal) if "transplanted" in equal else Effect()
+
+
+# %% ../nbs/17_evidence.ipynb #075c4b33
+@patch
+def of(self: Evidence, experiment: str) -> dict[str, list[Run]]:
+    "Runs of an experiment, by arm."
+    found: dict[str, list[Run]] = {}
+    for r in self.runs:
+        if r.experiment == experiment:
+            found.setdefault(r.arm, []).append(r)
+    return found
+
+
+# %% ../nbs/17_evidence.ipynb #38950903
+def _damage_of(of, runs):
+    "Damage of an arm with an interval over texts; nothing where none was asked."
+    hurt = [r.damage for r in runs if r.damage]
+    if not hurt:
+        return {}
+    by_text = np.mean([d.kl for d in hurt], (0, 2))  # (draws, texts, keep) -> (texts,)
+    ci = interval(bootstrap([by_text], range(len(by_text)), of.bootstrap, of.seed))
+    kl, p95, ratio = np.mean([(d.mean, d.p95, d.perplexity_ratio) for d in hurt], 0).tolist()
+    return dict(kl=kl, kl_ci=ci, kl_p95=p95, perplexity_ratio=ratio)
+
+
+# %% ../nbs/17_evidence.ipynb #7df71a2b
+def _arm_result(of, base, runs):
+    "What follows for one arm, from where it comes from, a base run, and its draws."
+    change = {k for k, m in METRICS.items() if m.change}
+    values = {
+        k: np.mean([r.answers[k] for r in runs], 0) - (base.answers[k] if k in change else 0)  # (n,)
+        for k in base.answers
+    }
+    boot = bootstrap([*values.values()], of.groups, of.bootstrap, of.seed)  # (draws, metrics)
+    found = zip(values.items(), boot.T, strict=True)
+    means: dict = {k: dict(mean=float(v.mean()), ci=interval(drawn)) for (k, v), drawn in found}
+    (rate, ci), (first, _), (shift, shift_ci) = (means.pop(k).values() for k in ("chosen", "first", "margin"))
+    return ArmResult(
+        dose=None if runs[0].dose is None else float(np.median([r.dose for r in runs])),
+        choice_rate=rate,
+        ci=ci,
+        target_rate=first,
+        logit_shift=shift,
+        logit_shift_ci=shift_ci,
+        draws=[float(np.mean(r.answers["chosen"])) for r in runs],
+        score_means=means or None,
+        **_damage_of(of, runs),
+    )
+
+
+# %% ../nbs/17_evidence.ipynb #094ec831
+def _effect(of, equal):
+    "Gain, recovery and tests, from where they come from and the runs of each arm."
+    chosen = {k: np.array([r.answers["chosen"] for r in runs]) for k, runs in equal.items()}  # (draws, n)
+    boot = bootstrap([c.mean(0) for c in chosen.values()], of.groups, of.bootstrap, of.seed)
+    drawn = pd.DataFrame(boot, columns=[*chosen])  # (draws, arms)
+    base, mine = chosen["base"][0], chosen["transplanted"][0]
+    above = drawn.transplanted - drawn.base
+    e: dict = dict(gain=mine.mean() - base.mean(), gain_ci=interval(above), p_mcnemar=mcnemar(base, mine))
     with suppress(ValueError):  # too few scenarios to show anything
-        e = replace(e, smallest_effect=smallest_effect(len(set(of.groups)), differ))
+        e["smallest_effect"] = smallest_effect(len({*of.groups}), np.mean(base != mine))
     if "random" in chosen:
-        e = replace(e, p_value=permutation_p(mine.mean(), chosen["random"].mean(1)))
-    room = float(chosen["native"].mean() - base.mean()) if "native" in chosen else 0.0
-    if room > 0:
-        below = boot["native"] - boot["base"]
+        e["p_value"] = permutation_p(mine.mean(), chosen["random"].mean(1))
+    if "native" in chosen and (room := chosen["native"].mean() - base.mean()) > 0:
+        below = drawn.native - drawn.base
         on = below > 0
-        closed = on.mean() > 0.975  # else the ratio has no finite interval
-        ci = interval(above[on] / below[on]) if closed else None
-        e = replace(e, recovery=e.gain / room, recovery_ci=ci)
-    return e
+        e["recovery"] = e["gain"] / room
+        if on.mean() > 0.975:  # else the ratio has no finite interval
+            e["recovery_ci"] = interval(above[on] / below[on])
+    return Effect(**plain(e))
 
 
-# %% ../nbs/17_evidence.ipynb #f2282849
+# %% ../nbs/17_evidence.ipynb #2ad8304e
 @dataclass(frozen=True)
 class Capability:
     "What one arm knows and how it repeats itself."
 
-    knowledge: float | None = None  # share of easy questions that are right
-    knowledge_ci: list[float] | None = None
+    knowledge: Number = None  # share of easy questions that are right
+    knowledge_ci: Interval = None
     knowledge_n: int | None = None
-    knowledge_p: float | None = None  # against the base model (McNemar)
-    repetition: float | None = None  # share of repeated 4-grams
+    knowledge_p: Number = None  # against the base model (McNemar)
+    repetition: Number = None  # share of repeated 4-grams
     texts: list[str] | None = None  # greedy continuations of `STARTS`
 
 
-def _capabilities(runs):
-    "Knowledge and repetition by arm, from the runs of these two experiments."
-    found: dict = {}
-    right = {r.arm: r.answers["chosen"] for r in runs if r.experiment == "knowledge"}
+# %% ../nbs/17_evidence.ipynb #2d9b652f
+@patch(as_prop=True)
+def capability(self: Evidence) -> dict[str, Capability]:
+    "What each arm knows, and how it repeats itself."
+    found: dict[str, Capability] = {}
+    right = {k: r.answers["chosen"] for k, (r,) in self.of("knowledge").items()}
     for arm, hits in right.items():
-        n, p = len(hits), None if arm == "base" else mcnemar(right["base"], hits)
-        ci = list(wilson(sum(hits), n))
-        found[arm] = dict(knowledge=sum(hits) / n, knowledge_ci=ci, knowledge_n=n, knowledge_p=p)
-    for r in runs:
-        if r.texts:
-            again = float(np.mean([repetition(x) for x in r.texts]))
-            found.setdefault(r.arm, {}).update(texts=r.texts, repetition=again)
-    return {arm: Capability(**facts) for arm, facts in found.items()}
+        k, n, p = sum(hits), len(hits), None if arm == "base" else mcnemar(right["base"], hits)
+        found[arm] = Capability(k / n, list(wilson(k, n)), n, p)
+    for arm, (r,) in self.of("texts").items():
+        again = float(np.mean([*map(repetition, r.texts)]))
+        found[arm] = replace(found.get(arm, Capability()), repetition=again, texts=r.texts)
+    return found
 
 
-# %% ../nbs/17_evidence.ipynb #4372e9d3
+# %% ../nbs/17_evidence.ipynb #f830d1ad
 @dataclass(frozen=True)
 class OffTarget:
     "How one other behaviour moved, by arm."
@@ -598,76 +610,27 @@ class OffTarget:
     p: dict[str, float]  # McNemar's, adjusted over all behaviours (Holm)
 
 
-def _others_moved(runs):
-    "Change of every other behaviour; Holm's adjustment pays for having looked at all of them."
-    asked: dict = {}
-    for r in runs:
-        if r.experiment == "off_target":
-            asked.setdefault(r.task, {})[r.arm] = r.answers["chosen"]
-    out = [OffTarget(task, float(np.mean(arms["base"])), {}, {}) for task, arms in asked.items()]
-    for arm in dict.fromkeys(a for arms in asked.values() for a in arms if a != "base"):
-        p = holm([mcnemar(arms["base"], arms[arm]) for arms in asked.values()])
-        for row, arms, adjusted in zip(out, asked.values(), p.tolist(), strict=True):
-            row.change[arm] = float(np.mean(arms[arm])) - row.base
-            row.p[arm] = adjusted
-    return out
-
-
-# %% ../nbs/17_evidence.ipynb #130f9112
-@dataclass(frozen=True)
-class Evidence:
-    "What `evaluate` found."
-
-    provenance: Provenance
-    runs: list[Run]
-    arms: dict[str, ArmResult]
-    effect: Effect
-    capability: dict[str, Capability]
-    off_target: list[OffTarget]
-
-
-# %% ../nbs/17_evidence.ipynb #0e8ad602
-def summarise(
-    made_of: Provenance,
-    runs: list[Run],
-    missing: dict[str, str],  # why an arm was not run
-) -> Evidence:
-    "Rates, damage, intervals, recovery, tests: all that follows from what was measured."
-
-    def spread(values, groups=made_of.groups):
-        return interval(bootstrap([values], groups, made_of.bootstrap, made_of.seed)[:, 0])
-
-    def of(experiment):
-        found: dict = {}
-        for r in runs:
-            if r.experiment == experiment:
-                found.setdefault(r.arm, []).append(r)
-        return found
-
-    equal, arms = of("equal_damage"), {k: ArmResult(reason=why) for k, why in missing.items()}
-    for k, v in equal.items():
-        arms[k] = _arm_result(v, equal["base"][0], spread)
-    for k, v in of("equal_norm").items():
-        arms[k] = replace(arms[k], same_norm=_arm_result(v, equal["base"][0], spread))
-    chosen = {k: np.array([r.answers["chosen"] for r in v]) for k, v in equal.items()}  # (draws, n)
-    effect = _effect_of(chosen, made_of) if "transplanted" in chosen else Effect()
-    order = [*(k for k in ARMS if k in arms), *(k for k in arms if k not in ARMS)]
-    return Evidence(
-        made_of, runs, {k: arms[k] for k in order}, effect, _capabilities(runs), _others_moved(runs)
+# %% ../nbs/17_evidence.ipynb #58bf27b3
+@patch(as_prop=True)
+def off_target(self: Evidence) -> list[OffTarget]:
+    "How every other behaviour moved; Holm's adjustment pays for having looked at all of them."
+    hits = pd.DataFrame(
+        {k: {r.task: r.answers["chosen"] for r in v} for k, v in self.of("off_target").items()}
     )
+    arms = [k for k in self.of("off_target") if k != "base"]
+    p = {k: holm([*map(mcnemar, hits.base, hits[k])]).tolist() for k in arms}
+    rate = hits.map(np.mean).T.to_dict()  # task: arm: share
+    return [
+        OffTarget(str(task), r["base"], {k: r[k] - r["base"] for k in arms}, {k: p[k][i] for k in arms})
+        for i, (task, r) in enumerate(rate.items())
+    ]
 
 
-# %% ../nbs/17_evidence.ipynb #fadc9ec7
-@patch
-def curve(self: Evidence, arm: str = "transplanted") -> list[Run]:
-    "Points of an arm's dose curve, in the order of their strengths; none where it was not asked."
-    return [r for r in self.runs if (r.experiment, r.arm) == ("curves", arm)]
-
-
+# %% ../nbs/17_evidence.ipynb #9353e279
 @patch
 def steered(self: Evidence, arm: str = "transplanted") -> dict | None:
     "Slope of the margin for one unit of strength, and the share of items that move the wrong way."
-    points = [(p.strength, p.answers["margin"]) for p in self.curve(arm)]
+    points = [(p.strength, p.answers["margin"]) for p in self.of("curves").get(arm, ())]
     return steerability(points) if points else None
 
 
@@ -685,20 +648,31 @@ def table(self: Evidence) -> pd.DataFrame:
     return pd.concat(parts, ignore_index=True)
 
 
-# %% ../nbs/17_evidence.ipynb #c0434103
+# %% ../nbs/17_evidence.ipynb #d3bf6923
+@patch(as_prop=True)
+def further(self: Evidence) -> dict[str, str]:
+    "Metrics beside the three that every task has: name and words. Their means are in `score_means`."
+    return {k: METRICS[k].words if k in METRICS else k for k in self.arms["base"].score_means or ()}
+
+
+# %% ../nbs/17_evidence.ipynb #67f1d27e
 @patch(as_prop=True)
 def summary(self: Evidence) -> pd.DataFrame:
     "A row for every arm, with means and intervals."
     columns = "choice_rate ci target_rate logit_shift kl perplexity_ratio dose reason".split()
-    return pd.DataFrame([asdict(a) for a in self.arms.values()], index=list(self.arms))[columns]
+    table = pd.DataFrame([vars(a) for a in self.arms.values()], index=list(self.arms))[columns]
+    for k in self.further:
+        table[k] = [a.score_means[k]["mean"] if a.score_means else None for a in self.arms.values()]
+    return table
 
 
+# %% ../nbs/17_evidence.ipynb #41e29048
 @patch(as_prop=True)
 def lines(self: Effect) -> list[str]:
     "Recovery and tests in words."
     out = []
     if self.recovery is not None:
-        ci = "[{:.2f}, {:.2f}]".format(*self.recovery_ci) if self.recovery_ci else "(interval open)"
+        ci = _shown(self.recovery_ci) if self.recovery_ci else "(interval open)"
         out.append(f"recovery of the native effect at this layer {self.recovery:.2f} {ci}")
     if self.p_value is not None:
         chance = f"p against random directions {self.p_value:.3f}"
@@ -706,14 +680,15 @@ def lines(self: Effect) -> list[str]:
     return out
 
 
-# %% ../nbs/17_evidence.ipynb #4724836f
+# %% ../nbs/17_evidence.ipynb #aab7d898
 def _shown(x):
     "A cell of the summary as text."
     if isinstance(x, list):
         return "[{:.2f}, {:.2f}]".format(*x)
-    return f"{x:.3f}" if isinstance(x, float) and x == x else x if isinstance(x, str) else "-"
+    return "-" if pd.isna(x) else f"{x:.3f}"
 
 
+# %% ../nbs/17_evidence.ipynb #7dc398a2
 @patch
 def __repr__(self: Evidence) -> str:
     of = self.provenance
@@ -724,29 +699,28 @@ def __repr__(self: Evidence) -> str:
     return "\n".join([head, ran.to_string(), *missing, *self.effect.lines])
 
 
-# %% ../nbs/17_evidence.ipynb #7fc8c242
+# %% ../nbs/17_evidence.ipynb #92907945
 @patch
 def _repr_html_(self: Evidence) -> Markup:
-    of, rows = self.provenance, []
+    of, rows, further = self.provenance, [], self.further
+    shown = self.summary[["choice_rate", "logit_shift", "kl", *further]].map(_shown)
     for name, a in self.arms.items():
-        arm = ARMS.get(name) or Arm(name, name, lambda x: [])
-        low, high = a.ci or (0, 0)
-        picture = bar(a.choice_rate, low, high, arm.colour) if a.ci else a.reason
-        rows.append([arm.words, picture, *map(_shown, (a.choice_rate, a.logit_shift, a.kl))])
+        arm = ARMS.get(name) or replace(ARMS["base"], words=name)
+        rows.append([arm.words, bar(a.choice_rate, a.ci, arm.colour) if a.ci else a.reason, *shown.loc[name]])
     facts = {"task": f"{of.task}, {of.n} items", "layers": of.layers, "tests": "; ".join(self.effect.lines)}
-    columns = ["arm", "from 0 to 1", "chosen", "logit shift", "KL"]
+    columns = ["arm", "from 0 to 1", "chosen", "logit shift", "KL, nats", *further.values()]
     return card(f"Evidence for {of.transplant}", facts, html_table(columns, rows))
 
 
-# %% ../nbs/17_evidence.ipynb #f2f1f373
+# %% ../nbs/17_evidence.ipynb #a71e0b0e
 @patch(as_prop=True)
 def data(self: Evidence) -> dict:
     "The evidence as `evidence.json` holds it."
-    whole = asdict(self)
-    return plain(whole.pop("provenance") | whole.pop("effect") | whole)
+    parts = {k: getattr(self, k) for k in ("runs", "arms", "capability", "off_target")}
+    return plain(vars(self.provenance) | vars(self.effect) | parts)
 
 
-# %% ../nbs/17_evidence.ipynb #0861026c
+# %% ../nbs/17_evidence.ipynb #6ee3eaa8
 @patch
 def save(self: Evidence, path: str | Path):
     "Write `evidence.json`, whole or not at all: one line a part, so that it can be read and stays small."
@@ -755,25 +729,22 @@ def save(self: Evidence, path: str | Path):
         tmp.write_text("{\n" + ",\n".join(parts) + "\n}\n", encoding="utf-8")
 
 
+# %% ../nbs/17_evidence.ipynb #bd9b124f
 @patch(cls_method=True)
 def load(cls: Evidence, path: str | Path) -> Evidence:
     "Read what `save` wrote and compute again what follows from the runs. Raises ValueError for another file."
     try:
         d = json.loads(Path(path).read_text(encoding="utf-8"))
         made_of = Provenance(**{f.name: d[f.name] for f in fields(Provenance)})
-        runs = [Run(**r) for r in d["runs"]]
         missing = {k: a["reason"] for k, a in d["arms"].items() if a["reason"]}
+        return Evidence(made_of, [Run(**r) for r in d["runs"]], missing)
     except (ValueError, KeyError, TypeError) as e:
-        raise ValueError(
-            f"{str(path)!r} is not evidence that this version wrote ({e!r}); evaluate again."
-        ) from None
-    return summarise(made_of, runs, missing)
+        why = f"is not evidence that this version wrote ({e!r}); evaluate again."
+        raise ValueError(f"{str(path)!r} {why}") from None
 
 
-# %% ../nbs/17_evidence.ipynb #73039ba8
-def check_asked(
-    t: Transplant, task: ChoiceTask | MultipleChoice, experiments: Sequence[str], given: dict, arms: dict
-):
+# %% ../nbs/17_evidence.ipynb #7293cb62
+def _check_asked(t, task, experiments, given, arms):
     """Raise ValueError for an experiment and TypeError for an input that is not known. Warn of items that
     chose the layers, which would flatter the result."""
     if unknown := [x for x in experiments if x not in EXPERIMENTS]:
@@ -781,41 +752,35 @@ def check_asked(
     known = sorted({a.input for a in arms.values() if a.input})
     if strange := [k for k in given if k not in known]:
         raise TypeError(f"evaluate: no arm needs {strange[0]!r}; arms need {', '.join(known)}.")
-    tuned = set(t.notes.get("tuning_items", ()))
-    if seen := {data_hash([i.prompt]) for i in task.items} & tuned:
+    if seen := {data_hash([x]) for x in task.prompts} & {*t.notes.get("tuning_items", ())}:
         say = f"{len(seen)} of these items chose layers and dose; the result will be too good. Use others."
         warnings.warn(say, stacklevel=3)
 
 
-# %% ../nbs/17_evidence.ipynb #951e230b
-def run_arms(
-    trial: Trial, arms: dict[str, Arm]
-) -> tuple[list[Run], dict[str, str]]:  # runs, and why others are missing
-    "All arms, and then the experiments on those that are followed, at the doses they were brought to."
-    runs: list[Run] = []
-    missing: dict[str, str] = {}
-    placed = {"base": None}
+# %% ../nbs/17_evidence.ipynb #9e5494af
+def _run_arms(trial, arms):
+    "Runs of all arms, then of the experiments on those that are followed, and why others are missing."
+    runs: list = []
+    missing, placed = {}, {"base": None}
     for arm in tqdm(arms.values(), desc="arms", disable=None, leave=False):
-        why = arm.missing(trial)
-        if why is None and arm.name != "base" and "equal_damage" not in trial.experiments:
-            why = "equal damage was not asked for"
-        if why is None:
-            draws, new = measure_arm(trial, arm)
-            runs += new
-            if arm.followed:
-                placed[arm.name] = replace(draws[0], dose=new[-1].dose)
-        elif not arm.optional:
-            missing[arm.name] = why
+        asked = arm.name == "base" or "equal_damage" in trial.experiments
+        draws, new = _measure_arm(trial, arm) if asked else ([], [])
+        runs += new
+        if draws and arm.followed:
+            placed[arm.name] = replace(draws[0], dose=new[-1].dose)
+        if not draws and not arm.optional:
+            why = arm.reason or f"needs {arm.input}="
+            missing[arm.name] = why if asked else "equal damage was not asked for"
     for name, follow in FOLLOWED.items():
         if name in trial.experiments:
             runs += trial.keep(name, partial(follow, trial, placed))
     return runs, missing
 
 
-# %% ../nbs/17_evidence.ipynb #a857349f
+# %% ../nbs/17_evidence.ipynb #ca2e4f23
 def evaluate(
     t: Transplant,
-    task: ChoiceTask | MultipleChoice,
+    task: ChoiceTask,
     neutral: Corpus | None = None,  # default: the built-in neutral corpus
     arms: dict[str, Arm] | None = None,  # default: `ARMS`; {**ARMS, "mine": Arm(...)} adds one
     experiments: Sequence[str] = tuple(EXPERIMENTS),
@@ -825,21 +790,19 @@ def evaluate(
 ) -> Evidence:
     """All arms on one task at equal damage, at the layer of `t`, and the other experiments that are chosen.
     Raises ValueError or TypeError for settings, experiments or inputs that are not known."""
-    arms = arms or ARMS
-    check_asked(t, task, experiments, given, arms)
-    damage = settings.damage or t.notes.get("damage_budget", 0.1)
-    bench = Bench(t.model, t.layer, task, neutral or load_corpus("neutral"), damage)
+    arms, damage = arms or ARMS, settings.damage
+    _check_asked(t, task, experiments, given, arms)
+    damage = t.notes.get("damage_budget", 0.1) if damage is None else damage
+    bench = Bench(t.model, t.layer, task, neutral, damage)
     made_of = _provenance(t, bench, settings)
-    off = [x.hash for x in settings.off or ()]
-    inputs = {k: getattr(v, "hash", str(v)) for k, v in given.items()}
-    key = data_hash(
-        [repr(x) for x in (made_of, t.vector().tolist(), replace(settings, off=None), off, inputs)]
+    others = [x.hash for x in settings.off or ()], {k: getattr(v, "hash", str(v)) for k, v in given.items()}
+    key = data_hash([repr((made_of, t.vector().tolist(), replace(settings, off=None), *others))])
+    return Evidence(
+        made_of, *_run_arms(Trial(bench, t, given, settings, experiments, Journal(path, key)), arms)
     )
-    trial = Trial(bench, t, given, settings, experiments, Journal(path, key))
-    return summarise(made_of, *run_arms(trial, arms))
 
 
-# %% ../nbs/17_evidence.ipynb #67013efc
+# %% ../nbs/17_evidence.ipynb #03560c90
 def evaluate_text(
     arms: dict[str, Transplant | None],  # None: the base model
     task: GenerationTask,
@@ -851,19 +814,17 @@ def evaluate_text(
     pd.DataFrame
 ):  # a row an arm: mean, its interval, that of the gain over `base`, and the lists scores and texts
     "Score of greedy continuations for every arm."
-    rows: dict[str, Any] = {}
-    for k, t in arms.items():
-        texts = t.generate(task.prompts, 1.0, tokens) if t else generate(model, task.prompts, tokens)
-        rows[k] = dict(scores=[float(x) for x in task.score(texts)], texts=list(texts))
-    means = bootstrap([r["scores"] for r in rows.values()], task.groups, draws, seed)  # (draws, arms)
-    boot = dict(zip(rows, means.T, strict=True))
-    for k, r in rows.items():
-        gain = interval(boot[k] - boot["base"]) if "base" in boot else None
-        r |= dict(mean=np.mean(r["scores"]), ci=interval(boot[k]), gain_ci=gain)
-    return pd.DataFrame(rows.values(), index=list(rows))
+    texts = {k: _written(t, model, task.prompts, tokens) for k, t in arms.items()}
+    found = pd.DataFrame({"texts": texts})
+    found["scores"] = [[float(x) for x in task.score(said)] for said in found.texts]
+    found["mean"] = found.scores.map(np.mean)
+    boot = pd.DataFrame(bootstrap([*found.scores], task.groups, draws, seed), columns=[*arms])
+    found["ci"] = [interval(boot[k]) for k in boot]
+    found["gain_ci"] = [interval(boot[k] - boot.base) if "base" in boot else None for k in boot]
+    return found
 
 
-# %% ../nbs/17_evidence.ipynb #74b3d6dd
+# %% ../nbs/17_evidence.ipynb #25985d5a
 def off_target(
     transplants: Sequence[Transplant],  # at the doses they will be used at
     tasks: Sequence[ChoiceTask],
@@ -871,14 +832,12 @@ def off_target(
     np.ndarray, np.ndarray
 ]:  # (transplants, tasks): change of choice rate, Holm-adjusted p of McNemar's test
     "How every transplant moves every behaviour."
-    shift = np.zeros((len(transplants), len(tasks)))
-    p = np.ones_like(shift)
+    shift, p = np.zeros((2, len(transplants), len(tasks)))
     for layer in {t.layer for t in transplants}:
         here = [i for i, t in enumerate(transplants) if t.layer == layer]
         for k, task in enumerate(tasks):
             bench = Bench(transplants[0].model, layer, task)
-            base, *steered = bench.ask([None, *(transplants[i] for i in here)])
-            for i, answers in zip(here, steered, strict=True):
-                shift[i, k] = answers.chosen.mean() - base.chosen.mean()
-                p[i, k] = mcnemar(base.chosen, answers.chosen)
+            base, *steered = (x.chosen for x in bench.ask([None, *(transplants[i] for i in here)]))
+            for i, chosen in zip(here, steered, strict=True):
+                shift[i, k], p[i, k] = chosen.mean() - base.mean(), mcnemar(base, chosen)
     return shift, holm(p.ravel()).reshape(p.shape)

@@ -5,26 +5,14 @@
 # %% auto #0
 __all__ = [
     "LAMBDAS",
-    "RANKS",
     "MAP_METHODS",
     "SourceLayer",
-    "Folds",
     "cv_error",
     "ridge",
     "control",
-    "procrustes",
-    "matrix_power",
-    "whitened",
-    "reduced_rank",
-    "choose_ranks",
     "contrans",
     "random_map",
     "AffineMap",
-    "GridScores",
-    "judge",
-    "deals",
-    "dealt",
-    "grid_p",
     "LayerGrid",
     "MapMethod",
     "map_method",
@@ -33,12 +21,13 @@ __all__ = [
     "downstream",
 ]
 
-# %% ../nbs/14_maps.ipynb #d0feb337
+# %% ../nbs/14_maps.ipynb #ee9b9fc3
 import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property, partial
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -48,27 +37,30 @@ from nnsight import TransformersModel
 from torch import Tensor
 from tqdm import tqdm
 
+from .artefacts import Artefact, save_fields
 from .cards import card, heat
-from .concepts import Concept, activations, load_fields, mean_difference, save_fields
+from .concepts import Concept, activations, mean_difference
 from .data import ContrastPairs, Corpus, text_key
 from .models import ModelInfo
 from .moments import Moments, Reading, collect, fresh
 from .pairing import last_token, paired_states
 from .stats import auc, permutation_p
 
-# %% ../nbs/14_maps.ipynb #0db0695d
-LAMBDAS = tuple(
-    float(x) for x in np.logspace(-5, 1, 13)
-)  # relative to the variance of a standardised dimension
+# %% ../nbs/14_maps.ipynb #8e9c3f1c
+LAMBDAS = tuple(np.logspace(-5, 1, 13))  # relative to the variance of a standardised dimension
 
 
 def _deviation(variance, mean):
     "Standard deviations; infinite for a dimension that only rounding moves."
-    moves = variance > (1e-6 * mean) ** 2
-    return torch.where(moves, variance.clamp_min(0).sqrt(), torch.inf)
+    return torch.where(variance > (1e-6 * mean) ** 2, variance.sqrt(), torch.inf)
 
 
-# %% ../nbs/14_maps.ipynb #76e8e64d
+def _inverse(R, lam):  # (..., d, d), () -> (..., d, d)
+    "Of R + lam I."
+    return torch.cholesky_inverse(torch.linalg.cholesky(R + lam * torch.eye(R.shape[-1])))
+
+
+# %% ../nbs/14_maps.ipynb #423d83fd
 @dataclass
 class SourceLayer:
     "One source layer with all target layers, in units of standard deviations about the overall means."
@@ -79,211 +71,147 @@ class SourceLayer:
 
     def __post_init__(self):
         m, s, n = self.m, self.s, self.m.n.sum()
-        self.mean_x, self.mean_y = m.x[:, s].sum(0) / n, m.y.sum(0) / n  # (d1,), (L2, d2) of shifted rows
-        R = (m.xx[:, s].sum(0) / n).addr_(self.mean_x, self.mean_x, alpha=-1)  # (d1, d1)
+        x, y, squares, R, S = (A.sum(0).div_(n) for A in (m.x[:, s], m.y, m.squares, m.xx[:, s], m.xy[:, s]))
+        R.addr_(x, x, alpha=-1)
+        self.n, self.mean_x, self.mean_y, self.S = n, x, y, S  # (), (d1,), (L2, d2), (d1, L2, d2) float64
         self.sx = _deviation(R.diagonal(), m.shift_x[s])  # (d1,)
-        self.sy = _deviation(m.squares.sum(0) / n - self.mean_y**2, m.shift_y)  # (L2, d2)
+        self.sy = _deviation(squares - y**2, m.shift_y)  # (L2, d2)
         self.R = R / torch.outer(self.sx, self.sx)  # (d1, d1) float64
+        self.inverse = cache(partial(_inverse, self.R))  # penalty -> (d1, d1)
 
     @cached_property
     def lam(self) -> Tensor:  # (L2,) for each target layer the penalty of least error, of equals the weakest
+        lambdas = torch.tensor(self.lambdas, dtype=torch.float64)
+        if len(lambdas) == 1:
+            return lambdas.expand(len(self.sy))
         error = cv_error(self)  # (lambdas, L2)
-        worse = error > error.amin(0) + 1e-6
-        return torch.tensor(self.lambdas, dtype=error.dtype)[(~worse).int().argmax(0)]
-
-    @cached_property
-    def inverses(self) -> tuple[list[Tensor], Tensor]:  # (d1, d1) each; (L2,) which of them
-        return _penalised(self)
+        return lambdas[(error <= error.amin(0) + 1e-6).int().argmax(0)]
 
 
-# %% ../nbs/14_maps.ipynb #b2cb88b6
-@patch(as_prop=True)
-def products(self: SourceLayer) -> Tensor:  # (d1, L2, d2) float64, about the shift
-    "Sums of products of shifted rows, without a copy where there is one fold."
-    xy = self.m.xy[:, self.s]  # (K, d1, L2, d2)
-    return xy[0] if len(xy) == 1 else xy.sum(0)
-
-
-@patch(as_prop=True)
-def C(self: SourceLayer) -> Tensor:  # (d1, L2, d2) float64
-    "Covariances of standardised rows with those of all target layers."
-    means = self.mean_x[:, None, None] * self.mean_y  # (d1, L2, d2)
-    return (self.products / self.m.n.sum() - means) / self.sx[:, None, None] / self.sy
-
-
-# %% ../nbs/14_maps.ipynb #732c1a7d
-def _outer(a, b):  # (K, d1), (K, d2) -> (K, d1, d2)
-    return a[:, :, None] * b[:, None, :]
-
-
-@dataclass
-class Folds:
-    "Moments of a source layer by fold, standardised: of all other rows, and of its own about their mean."
-
-    u: SourceLayer
-
-    def __post_init__(self):
-        m, s, sx = self.u.m, self.u.s, self.u.sx
-        self.on = (m.n > 0) & (m.n < m.n.sum())  # folds with rows that others can judge
-        if not self.on.any():
-            raise ValueError("cross-validation needs rows in two folds; use more folds, or give one lambda.")
-        self.n = m.n[self.on][:, None]  # (K, 1)
-        self.others = m.n.sum() - self.n  # (K, 1)
-        self.x, G = m.x[self.on, s] / sx, m.xx[self.on, s] / torch.outer(sx, sx)  # (K, d1), (K, d1, d1)
-        self.a = (self.x.sum(0) - self.x) / self.others  # (K, d1) mean of the others
-        self.R = (G.sum(0) - G) / self.others[..., None] - _outer(self.a, self.a)  # (K, d1, d1)
-        self.Rk = G - _outer(self.x, self.a) - _outer(self.a, self.x - self.n * self.a)  # (K, d1, d1)
-
-
-# %% ../nbs/14_maps.ipynb #46b48db4
+# %% ../nbs/14_maps.ipynb #429b6b78
 @patch
-def target(
-    self: Folds,
-    t: int,  # index of the target layer
-) -> tuple[Tensor, Tensor, Tensor]:  # C, Ck (K, d1, d2), squares of Yk (K,)
-    "Products with a target layer, of the others and of the fold itself about their mean."
-    m, s, sx, sy, on = self.u.m, self.u.s, self.u.sx, self.u.sy[t], self.on
-    xy = m.xy[:, s] if on.all() else m.xy[on, s]  # (K, d1, L2, d2), no copy where all folds count
-    F = xy[:, :, t].float().mul_((1 / torch.outer(sx, sy)).float())  # (K, d1, d2)
-    y = m.y[on, t] / sy  # (K, d2)
-    c = (y.sum(0) - y) / self.others  # (K, d2) mean of the others
-    x, a = self.x.float(), self.a.float()  # (K, d1)
-    C = ((F.sum(0) - F) / self.others[..., None].float()).sub_(_outer(a, c.float()))  # (K, d1, d2)
-    Ck = F.sub_(_outer(x, c.float())).sub_(_outer(a, (y - self.n * c).float()))  # (K, d1, d2)
-    return C, Ck, (m.squares[on, t] / sy**2 - 2 * y * c + self.n * c**2).sum(1)
+def maps(
+    self: SourceLayer,
+    make: Callable,  # (this, index of a target layer, C (d1, d2)) -> standardised map (d1, d2)
+    S: Tensor,  # (d1, L2, d2) mean products of shifted rows
+) -> Tensor:  # (L2, d1, d2)
+    "A map to each target layer; zero to a dimension that does not move."
+    x, y, sx, sy = (A.to(S) for A in (self.mean_x, self.mean_y, self.sx, self.sy))
+    out = []
+    for t, unit in enumerate(sy):
+        W = make(self, t, S[:, t].addr(x, y[t], alpha=-1).div_(torch.outer(sx, unit)))
+        out.append(W * torch.outer(1 / sx, unit.nan_to_num(posinf=0)))
+    return torch.stack(out)
 
 
-# %% ../nbs/14_maps.ipynb #d1b7c224
+# %% ../nbs/14_maps.ipynb #5671a252
+def _folds(u, t=None):  # `SourceLayer`, index of a target layer; default: the source itself
+    "Standardised covariances of all other rows, a fold's own products about the others' means, those of y."
+    m, s = u.m, u.s
+    if t is None:
+        S, y, sy = m.xx[:, s], m.x[:, s], u.sx  # (K, d1, d), (K, d), (d,)
+    else:
+        S, y, sy = m.xy[:, s, :, t].float(), m.y[:, t], u.sy[t]
+    x, y, n = (A.to(S) for A in (m.x[:, s] / u.sx, y / sy, m.n[:, None]))  # (K, d1), (K, d), (K, 1)
+    S = S / torch.outer(u.sx, sy).to(S)
+    rest, others = x.sum(0) - x, n.sum() - n  # (K, d1), (K, 1)
+    a, c = rest / others, (y.sum(0) - y) / others  # (K, d1), (K, d)
+    C = torch.baddbmm(S.sum(0) - S, rest[..., None], c[:, None], alpha=-1).div_(others[..., None])
+    return C, torch.baddbmm(S, torch.stack([x, a], 2), torch.stack([c, y - n * c], 1), alpha=-1), c
+
+
+# %% ../nbs/14_maps.ipynb #afce3f91
 def cv_error(u: SourceLayer) -> Tensor:  # (lambdas, L2)
-    "Exact k-fold cross-validated squared error of ridge, relative to the variance; NaN for one penalty."
-    if len(u.lambdas) == 1:
-        return torch.full((1, len(u.sy)), torch.nan, dtype=torch.float64)
-    f, out = Folds(u), []
-    e, U = torch.linalg.eigh(f.R)  # (K, d1), (K, d1, d1)
-    V, B = U.mT.float().contiguous(), (U.mT @ f.Rk @ U).float()  # (K, d1, d1)
-    lam = torch.tensor(u.lambdas, dtype=torch.float64)[:, None]  # (lambdas, 1)
-    S = (1 / (e.clamp_min(0)[:, None] + lam)).float()  # (K, lambdas, d1)
-    for t in range(len(u.sy)):
-        C, Ck, squares = f.target(t)
+    "Exact k-fold cross-validated squared error of ridge, relative to the variance."
+    (R, Rk, _), out, n = _folds(u), [], u.m.n[:, None]  # (K, d1, d1) twice, (K, 1)
+    if (n > 0).sum() < 2:
+        raise ValueError("cross-validation needs rows in two folds; use more folds, or give one lambda.")
+    e, U = torch.linalg.eigh(R)  # (K, d1), (K, d1, d1)
+    V, B = U.mT.float(), (U.mT @ Rk @ U).float()  # (K, d1, d1)
+    S = (1 / (e.clamp_min(0)[:, None] + torch.tensor(u.lambdas)[:, None])).float()  # (K, lambdas, d1)
+    for t, sy in enumerate(u.sy):
+        C, Ck, c = _folds(u, t)
         A, D = V @ C, V @ Ck  # (K, d1, d2)
         H = (A @ A.mT).mul_(B)  # (K, d1, d1)
-        explained = (S @ (A * D).sum(-1, keepdim=True)).sum((0, 2))  # (lambdas,)
-        change = ((H @ S.mT) * S.mT).sum((0, 1)) - 2 * explained  # (lambdas,)
-        out.append(1 + change.double() / squares.sum())
+        change = S * (S @ H - 2 * (A * D).sum(-1)[:, None])  # (K, lambdas, d1)
+        squares = u.m.squares[:, t] / sy**2 - 2 * u.m.y[:, t] / sy * c + n * c**2  # (K, d2)
+        out.append(1 + change.sum((0, 2)).double() / squares.sum())
     return torch.stack(out, 1)
 
 
-# %% ../nbs/14_maps.ipynb #9ee5fbf3
-def _penalised(u):
-    "Inverses of R + lambda I in the units of the states (d1, d1), one for each penalty; (L2,) which of them."
-    used, which = u.lam.unique(return_inverse=True)
-    eye, units = torch.eye(len(u.R), dtype=u.R.dtype), torch.outer(u.sx, u.sx)  # (d1, d1)
-    return [torch.cholesky_inverse(torch.linalg.cholesky(u.R + x * eye)) / units for x in used], which
+# %% ../nbs/14_maps.ipynb #703e5852
+def _ridge(u, t, C):
+    return u.inverse(u.lam[t].item()).to(C) @ C  # (d1, d2)
 
 
-@patch
-def apply(
-    self: SourceLayer,
-    S: Tensor,  # (d1, L2, d2) sums of products of shifted rows
-    n: Tensor,  # () of so many rows
-) -> Tensor:  # (L2, d1, d2) in the units of the states
-    "The ridge solution for these products."
-    (inverses, which), out = self.inverses, []
-    for i, G in enumerate(inverses):
-        t = which == i if len(inverses) > 1 else slice(None)
-        G = G.to(S)  # (d1, d1)
-        W = G / n.to(S) @ S[:, t].flatten(1)  # (d1, L2 d2)
-        W.addr_(G @ self.mean_x.to(S), self.mean_y[t].flatten().to(S), alpha=-1)
-        out.append(W.view(len(G), -1, S.shape[2]))  # (d1, L2, d2)
-    W = out[0] if len(out) == 1 else torch.cat(out, 1)[:, which.argsort(stable=True).argsort()]
-    moves = self.sy.isfinite()  # (L2, d2)
-    return (W if moves.all() else W * moves).transpose(0, 1)
-
-
-# %% ../nbs/14_maps.ipynb #b1f11ec6
 def ridge(u: SourceLayer) -> Tensor:  # (L2, d1, d2) float64
     "Centred, standardised ridge from a source layer to every target layer, at the penalties it chose."
-    return u.apply(u.products, u.m.n.sum())
+    return u.maps(_ridge, u.S)
 
 
 def control(u: SourceLayer) -> Tensor:  # (L2, d1, d2) float32
     "The same for rows that were paired at random, scaled to the chance of as many rows as the map has."
     rows = u.m.n_shuffled
-    return u.apply(u.m.shuffled[u.s], rows.clamp_min(1)).mul_((rows / u.m.n.sum()).sqrt())
+    return u.maps(_ridge, u.m.shuffled[u.s] / rows.clamp_min(1)).mul_((rows / u.n).sqrt())
 
 
-# %% ../nbs/14_maps.ipynb #54c74f85
-@patch
-def each(
-    self: SourceLayer,
-    make: Callable,  # (index of a target layer, C (d1, d2)) -> standardised map (d1, d2)
-) -> Tensor:  # (L2, d1, d2) in the units of the states
-    "A standardised map for each target layer."
-    C = self.C  # (d1, L2, d2)
-    W = torch.stack([make(t, C[:, t]) for t in range(len(self.sy))])  # (L2, d1, d2)
-    return W / self.sx[:, None] * self.sy.where(self.sy.isfinite(), 0)[:, None]
-
-
-# %% ../nbs/14_maps.ipynb #fbcebcdc
-def procrustes(R: Tensor, C: Tensor, lam: float = 0) -> Tensor:  # (d1, d1), (d1, d2) -> (d1, d2)
+# %% ../nbs/14_maps.ipynb #36e23a50
+def _procrustes(u, t, C):  # `SourceLayer`, (), (d1, d2) -> (d1, d2)
     "Orthogonal map with the best single scale (Schoenemann 1966); a rotation needs no penalty."
     U, S, V = torch.linalg.svd(C, full_matrices=False)
     Q = U @ V  # (d1, d2)
-    return Q * (S.sum() / torch.einsum("ab,ac,bc->", R, Q, Q))
+    return Q * (S.sum() / (Q * (u.R @ Q)).sum())
 
 
-# %% ../nbs/14_maps.ipynb #a363980a
-def matrix_power(R: Tensor, lam: Tensor, power: float = -1.0) -> Tensor:  # (d, d), (l,) -> (l, d, d)
-    "(R + lam I)^power for each penalty, from one factorisation."
-    e, U = torch.linalg.eigh(R)
-    return (U * (e.clamp_min(0) + lam[:, None])[:, None, :] ** power) @ U.T
+# %% ../nbs/14_maps.ipynb #a4ae8c98
+def _whitened(u, t, C):  # `SourceLayer`, (), (d1, d2) -> (d1, d2)
+    """Orthogonal map between whitened spaces, regularised (Smith et al. 2017).
+    Raises ValueError where a server kept only the squares of the target."""
+    if not u.m.products:
+        raise ValueError(
+            "whitened maps need the target's own products, which a server makes on request: "
+            "fit_maps(..., products=True)."
+        )
+    y, sy = u.mean_y[t], u.sy[t]  # (d2,)
+    Ry = (u.m.yy[:, t].sum(0) / u.n).addr_(y, y, alpha=-1) / torch.outer(sy, sy)  # (d2, d2)
+    A, B = (torch.linalg.cholesky(M + u.lam[t] * torch.eye(len(M))) for M in (u.R, Ry))  # (d1, d1), (d2, d2)
+    inverse, inverse_y = map(torch.linalg.inv, (A, B))
+    U, _, V = torch.linalg.svd(inverse @ C @ inverse_y.T, full_matrices=False)
+    return inverse.T @ U @ V @ B.T
 
 
-def whitened(R: Tensor, C: Tensor, Ry: Tensor, lam: float | Tensor) -> Tensor:  # -> (d1, d2)
-    "Orthogonal map between whitened spaces, regularised (Smith et al. 2017)."
-    at = torch.tensor([float(lam)], dtype=R.dtype)
-    inverse, inverse_y = matrix_power(R, at, -0.5)[0], matrix_power(Ry, at, -0.5)[0]
-    U, _, V = torch.linalg.svd(inverse @ C @ inverse_y, full_matrices=False)
-    return inverse @ U @ V @ matrix_power(Ry, at, 0.5)[0]
-
-
-# %% ../nbs/14_maps.ipynb #cc077f3f
-def reduced_rank(W: Tensor, R: Tensor, rank: int) -> Tensor:  # (d1, d2), (d1, d1) -> (d1, d2)
+# %% ../nbs/14_maps.ipynb #8c03600a
+def _reduced_rank(W, R, rank):  # (d1, d2), (d1, d1) -> (d1, d2)
     "`W` followed by the projection on the directions in which its predictions vary most (Izenman 1975)."
     V = torch.linalg.eigh(W.T @ R @ W)[1][:, -rank:]  # (d2, rank)
     return W @ V @ V.T
 
 
-# %% ../nbs/14_maps.ipynb #f5d81b62
-RANKS = (8, 16, 32, 64, 128, 256)
+# %% ../nbs/14_maps.ipynb #5c969504
+def _low_rank(u, t, C):
+    "Ridge of the rank with the least cross-validated error at its penalty."
+    (R, Rk, _), (others, own, _) = _folds(u), _folds(u, t)  # (K, d1, d1) twice, (K, d1, d2) twice
+    full = min(C.shape)
+    ranks = torch.tensor([r for r in (8, 16, 32, 64, 128, 256) if r < full] + [full])
+    W = _inverse(R, u.lam[t]) @ others.double()  # (K, d1, d2)
+    V = torch.linalg.eigh(W.mT @ R @ W)[1].flip(2)  # (K, d2, d2), the strongest first
+    G = W.mT @ (Rk @ W - 2 * own)  # (K, d2, d2)
+    error = torch.einsum("kai,kab,kbi->i", V, G, V).cumsum(0)  # (d2,) of the first r directions
+    return _reduced_rank(_ridge(u, t, C), u.R, ranks[error[ranks - 1].argmin()])
 
 
-def choose_ranks(u: SourceLayer) -> list[int]:  # (L2,)
-    "For each target layer the rank with the least cross-validated error at its penalty."
-    f, full = Folds(u), min(len(u.R), u.sy.shape[1])
-    ranks = torch.tensor([r for r in RANKS if r < full] + [full])
-    parts = [f.target(t) for t in range(len(u.sy))]
-    error = torch.zeros(len(parts), len(ranks), dtype=torch.float64)
-    for k, R in enumerate(f.R):
-        inverse = matrix_power(R, u.lam)  # (L2, d1, d1)
-        for t, (C, Ck, _) in enumerate(parts):
-            W = inverse[t] @ C[k].double()  # (d1, d2)
-            V = torch.linalg.eigh(W.T @ R @ W)[1].flip(1)  # (d2, d2), the strongest first
-            G = W.T @ (f.Rk[k] @ W - 2 * Ck[k].double())  # (d2, d2)
-            error[t] += torch.einsum("ai,ab,bi->i", V, G, V).cumsum(0)[ranks - 1]  # of the first r directions
-    return ranks[error.argmin(1)].tolist()
-
-
-# %% ../nbs/14_maps.ipynb #c7f7a705
+# %% ../nbs/14_maps.ipynb #b6654d5e
 def contrans(X: Tensor, Y: Tensor) -> Tensor:  # (n, d1), (n, d2) -> (d1, d2)
     "Minimum-norm least squares by SVD (ConTrans, Dong et al. 2024, eq. 3)."
     n, d = X.shape
     if 0.8 < n / d < 1.5:
-        do = "unregularised least squares collapses near n = d. Use more text, or method='ridge'."
-        warnings.warn(f"contrans with {n} rows for {d} dimensions: {do}", stacklevel=2)
-    U, s, V = torch.linalg.svd(X.double(), full_matrices=False)
-    keep = s > s[0] * max(n, d) * torch.finfo(X.dtype).eps
-    return (V[keep].T / s[keep] @ (U[:, keep].T @ Y.double())).to(X.dtype)
+        warnings.warn(
+            f"contrans with {n} rows for {d} dimensions: unregularised least squares collapses near n = d. "
+            "Use more text, or method='ridge'.",
+            stacklevel=2,
+        )
+    small = max(n, d) * torch.finfo(X.dtype).eps  # what counts as a singular value of zero, relative
+    return (torch.linalg.pinv(X.double(), rtol=small) @ Y.double()).to(X.dtype)
 
 
 # %% ../nbs/14_maps.ipynb #aef4716a
@@ -293,11 +221,12 @@ def random_map(W: Tensor, seed: int = 0) -> Tensor:
     return Z * (W.norm() / Z.norm())
 
 
-# %% ../nbs/14_maps.ipynb #fb79e44c
+# %% ../nbs/14_maps.ipynb #b0c3ff6a
 @dataclass(frozen=True)
-class AffineMap:
+class AffineMap(Artefact):
     "Source state `x` to target state `x @ W + b`; a direction is moved by the linear part alone."
 
+    kind = "affine"
     W: Tensor  # (d1, d2)
     b: Tensor  # (d2,)
     layers: tuple[int, int]
@@ -311,15 +240,15 @@ class AffineMap:
         return X @ self.W + self.b
 
 
-# %% ../nbs/14_maps.ipynb #5c2218ce
+# %% ../nbs/14_maps.ipynb #6ef81145
 def _check_template(template, concept):
     "Warn of a concept that was read inside other words than a map."
     if template != concept.template:
-        here = (
-            f"concept {concept.name!r} was read inside {concept.template!r}, this map fitted on texts inside"
+        warnings.warn(
+            f"concept {concept.name!r} was read inside {concept.template!r}, this map fitted on texts inside "
+            f"{template!r}. Fit it with template={concept.template!r}, so that it knows these words.",
+            stacklevel=3,
         )
-        do = f"Fit it with template={concept.template!r}, so that it knows these words."
-        warnings.warn(f"{here} {template!r}. {do}", stacklevel=3)
 
 
 @patch
@@ -327,11 +256,12 @@ def direction(self: AffineMap, concept: Concept, shuffled: bool = False) -> Tens
     "A concept's direction in the target, or by the control. Raises ValueError for another model's concept."
     s, t = self.layers
     self.source.require(concept.model, f"this map (source side, layers {s}:{t})")
-    _check_template(self.notes.get("template", concept.template), concept)
+    if not shuffled:
+        _check_template(self.notes.get("template", concept.template), concept)
     return concept[s] @ (self.shuffled.float() if shuffled else self.W)
 
 
-# %% ../nbs/14_maps.ipynb #7d684b60
+# %% ../nbs/14_maps.ipynb #a6d9fb31
 @patch
 def then(self: AffineMap, after: AffineMap) -> AffineMap:
     "This map followed by another. Raises ValueError unless that one starts where this one ends."
@@ -348,15 +278,17 @@ def then(self: AffineMap, after: AffineMap) -> AffineMap:
 def inverse(self: AffineMap) -> AffineMap:
     "The way back by the pseudo-inverse; the regression backwards is `solve(moments.reversed())`."
     W, shuffled = (torch.linalg.pinv(A.double()).float() for A in (self.W, self.shuffled))  # (d2, d1)
-    b, notes = -self.b @ W, {"inverse_of": self.notes}
-    return AffineMap(W, b, self.layers[::-1], self.target, self.source, math.nan, shuffled, notes)
+    notes = {"inverse_of": self.notes}
+    return AffineMap(W, -self.b @ W, self.layers[::-1], self.target, self.source, math.nan, shuffled, notes)
 
 
-# %% ../nbs/14_maps.ipynb #d6d198d1
+# %% ../nbs/14_maps.ipynb #579b4aa1
 @patch
 def __repr__(self: AffineMap):
-    (s, t), a, b = self.layers, self.source.name, self.target.name
-    return f"AffineMap({a}[{s}] -> {b}[{t}], held-out R2 {self.r2:.2f})"
+    return (
+        f"AffineMap({self.source.name}[{self.layers[0]}] -> {self.target.name}[{self.layers[1]}], "
+        f"held-out R2 {self.r2:.2f})"
+    )
 
 
 @patch
@@ -370,76 +302,39 @@ def _repr_html_(self: AffineMap):
     return card("Affine map", facts)
 
 
-# %% ../nbs/14_maps.ipynb #2eb76d5d
-@patch
-def save(self: AffineMap, path: str | Path):
-    "Write to one safetensors file."
-    save_fields(self, path, "affine")
-
-
-@patch(cls_method=True)
-def load(cls: AffineMap, path: str | Path) -> AffineMap:
-    "Read what `save` wrote."
-    return load_fields(cls, path, "affine")
-
-
-# %% ../nbs/14_maps.ipynb #9641618c
-@dataclass(frozen=True, kw_only=True)
-class GridScores:
-    "How well each map of a grid does on texts that none of them saw."
-
-    r2: Tensor  # (L1, L2) held-out R2 of standardised states
-    r2_by_dim: Tensor  # (L1, L2, d2) the same for each dimension of the target
-    cosine: Tensor  # (L1, L2) mean cosine of predicted and true states, standardised
-    r2_shuffled: Tensor  # (L1, L2) held-out R2 of the shuffled control
-    rank: Tensor  # (L1, L2) effective rank of the standardised map
-    p_value: float  # of the best cosine, against the best over all pairs of layers when texts are shuffled
-
-
-# %% ../nbs/14_maps.ipynb #bba6ae31
-def judge(
-    P: Tensor,  # (n, d2) predictions of held-out rows
-    N: Tensor,  # (n, d2) those of the control
-    T: Tensor,  # (n, d2) the truth; all in standard deviations about the mean
-    W: Tensor,  # (d1, d2) the standardised map
-) -> dict[str, Tensor]:
-    "Scores of one map, by name."
-    lost, there, G = (T - P).square().sum(0), T.square().sum(0), W @ W.T  # (d2,), (d2,), (d1, d1)
+# %% ../nbs/14_maps.ipynb #026b57c7
+def _scores(T, P, N, W):  # (..., n, d2) truth, predictions and those of the control; (..., d1, d2)
+    "Scores of standardised maps by name."
+    lost, other, there = ((T - A).square().sum(-2) for A in (P, N, 0))  # (..., d2)
     return {
-        "r2": 1 - lost.sum() / there.sum(),
+        "r2": 1 - lost.sum(-1) / there.sum(-1),
         "r2_by_dim": 1 - lost / there.clamp_min(1e-12),
-        "cosine": torch.cosine_similarity(P, T).mean(),
-        "r2_shuffled": 1 - (T - N).square().sum() / there.sum(),
-        "rank": G.trace() ** 2 / G.square().sum().clamp_min(1e-30),
+        "cosine": torch.cosine_similarity(P, T, -1).mean(-1),
+        "r2_shuffled": 1 - other.sum(-1) / there.sum(-1),
+        "rank": W.square().sum((-2, -1)) ** 2 / (W @ W.mT).square().sum((-2, -1)).clamp_min(1e-30),
     }
 
 
-# %% ../nbs/14_maps.ipynb #468b088b
-def deals(of: Tensor, draws: int = 1000) -> tuple[Tensor, Tensor]:  # (n,) -> (texts,), (1 + draws, texts)
-    "The last row of each text, which has read most of it; their own order, and random ones."
+# %% ../nbs/14_maps.ipynb #7e5f79b9
+def _deals(of):  # (n,) text of each row
+    "The last row of each text, which read most of it; their own order and random ones (1 + 1000, texts)."
     last = sorted({k: i for i, k in enumerate(of.tolist())}.values())
-    rng, orders = np.random.default_rng(0), [np.arange(len(last))]
-    orders += [rng.permutation(len(last)) for _ in range(draws)]
-    return torch.tensor(last), torch.tensor(np.array(orders))
+    rng, n = np.random.default_rng(0), len(last)
+    return last, torch.tensor(np.array([np.arange(n), *(rng.permutation(n) for _ in range(1000))]))
 
 
-def dealt(P: Tensor, T: Tensor, orders: Tensor) -> Tensor:  # (texts, d2) twice -> (1 + draws,)
-    "Mean cosine of predictions with truths in each order."
-    P, T = (torch.nn.functional.normalize(A, dim=1) for A in (P, T))
-    return (P @ T.T)[orders[0], orders].mean(1)
+def _dealt(P, T, orders):  # (L2, texts, d2) twice, (1 + 1000, texts) -> (1 + 1000,)
+    "Mean cosine of predictions with truths in each order, of the best target layer."
+    P, T = (torch.nn.functional.normalize(A, dim=-1) for A in (P, T))
+    return (P @ T.mT)[:, orders[0], orders].mean(-1).amax(0)
 
 
-def grid_p(cosines: Tensor) -> float:  # (pairs of layers, 1 + draws)
-    "P of the best pair of layers, against the best of each deal."
-    best = cosines.amax(0)
-    return permutation_p(float(best[0]), best[1:].numpy())
-
-
-# %% ../nbs/14_maps.ipynb #40a13a80
+# %% ../nbs/14_maps.ipynb #96723b51
 @dataclass(frozen=True, kw_only=True)
-class LayerGrid(GridScores):
+class LayerGrid(Artefact):
     "One map for each pair of layers of two models, judged on texts that none of them saw."
 
+    kind = "map"
     source: ModelInfo
     target: ModelInfo
     source_layers: tuple[int, ...]  # L1 of them
@@ -450,6 +345,12 @@ class LayerGrid(GridScores):
     lam: Tensor  # (L1, L2) ridge penalty chosen by cross-validation
     span: Tensor  # (L1, d1, d1) projection on the span of the standardised states that fitted
     scale: Tensor  # (L1, d1) their standard deviations
+    r2: Tensor  # (L1, L2) held-out R2 of standardised states
+    r2_by_dim: Tensor  # (L1, L2, d2) the same for each dimension of the target
+    cosine: Tensor  # (L1, L2) mean cosine of predicted and true states, standardised
+    r2_shuffled: Tensor  # (L1, L2) held-out R2 of the shuffled control
+    rank: Tensor  # (L1, L2) effective rank of the standardised map
+    p_value: float  # of the best cosine, against the best over all pairs of layers when texts are shuffled
     method: str
     rows: int  # paired rows that fitted the maps
     texts: int  # texts that were read, held-out ones among them
@@ -458,72 +359,47 @@ class LayerGrid(GridScores):
     settings: dict = field(default_factory=dict)  # how they were read: thin, weight, folds, held_out
 
 
-# %% ../nbs/14_maps.ipynb #ec4132bf
-def _judged(m, maps, b_shuffled, units, method, rows) -> LayerGrid:
-    """Maps with their scores on the held-out rows of `m`: W, b, shuffled and lam as of `LayerGrid`; offsets
-    of the control (L1, L2, d2); of each source layer R (d1, d1) and its deviations (d1,)."""
-    (last, orders), centre, sy = (
-        deals(m.held_of),
-        m.held_y.mean(0),
-        m.held_y.std(0, correction=0),
-    )  # (L2, d2)
-    sy = torch.where(sy > 1e-6 * sy.amax(1, keepdim=True), sy, torch.inf)
-    spans, scores, cosines = [], [], []
-    for s, (R, sx) in enumerate(units):
-        e, V = torch.linalg.eigh(R)  # (d1,), (d1, d1)
-        V, sx = V[:, e > 1e-8 * e[-1]], sx.float().where(sx.isfinite(), 0)[:, None]  # (d1, rank), (d1, 1)
-        spans.append((V @ V.T).float())
-        for t, (y, c, d) in enumerate(zip(m.held_y.unbind(1), centre, sy, strict=True)):
-            x, W, Z = m.held_x[:, s], maps["W"][s, t], maps["shuffled"][s, t].float()  # (n, d1), (d1, d2)
-            T, P, N = ((A - c) / d for A in (y, x @ W + maps["b"][s, t], x @ Z + b_shuffled[s, t]))  # (n, d2)
-            scores.append(judge(P, N, T, W * sx / d))
-            cosines.append(dealt(P[last], T[last], orders))
-    found = {k: torch.stack([a[k] for a in scores]).unflatten(0, maps["lam"].shape) for k in scores[0]}
-    found |= {"span": torch.stack(spans), "scale": torch.stack([sx for _, sx in units]).float()}
-    same = ("source", "target", "source_layers", "target_layers", "texts_hash", "template", "settings")
-    found |= {k: getattr(m, k) for k in same} | {"p_value": grid_p(torch.stack(cosines))}
-    return LayerGrid(**maps, **found, method=method, rows=rows, texts=len(m.seen))
+# %% ../nbs/14_maps.ipynb #274333d2
+def _judged(u, W, N, x, y, last, orders):  # maps, controls (L2, d1, d2); means (d1,), (L2, d2); of `_deals`
+    "Scores on held-out rows, by name; and the mean cosine of each deal, of the best target layer."
+    T, X = u.m.held_y.transpose(0, 1), u.m.held_x[:, u.s] - x  # (L2, n, d2), (n, d1)
+    centre, sy = T.mean(1, keepdim=True), T.std(1, correction=0, keepdim=True)  # (L2, 1, d2)
+    sy = sy.where(sy > 1e-6 * sy.amax(-1, keepdim=True), torch.inf)
+    P, N = ((X @ A.float() + (y[:, None] - centre)) / sy for A in (W, N))  # (L2, n, d2)
+    T, W = (T - centre) / sy, W * u.sx.float().nan_to_num(posinf=0)[:, None] / sy
+    return _scores(T, P, N, W) | {"deals": _dealt(P[:, last], T[:, last], orders)}
 
 
-# %% ../nbs/14_maps.ipynb #df04a1fb
+# %% ../nbs/14_maps.ipynb #67ab0910
+def _grid(m, make, method, lambdas=LAMBDAS, centred=True):
+    "The maps that `make` gives for a `SourceLayer`, with their controls (L2, d1, d2), judged."
+    rows, deals = [], _deals(m.held_of)
+    for s in tqdm(range(len(m.shift_x)), desc="solving", disable=None, leave=False):
+        u = SourceLayer(m, s, lambdas)
+        W, N = make(u)
+        W, N = W.float(), N.bfloat16()
+        means = m.shift_x[s] + u.mean_x, m.shift_y + u.mean_y
+        x, y = (A.float() * centred for A in means)  # (d1,), (L2, d2)
+        e, V = torch.linalg.eigh(u.R)  # (d1,), (d1, d1)
+        V = V[:, e > 1e-8 * e[-1]]  # (d1, rank)
+        row = {"W": W, "shuffled": N, "b": y - x @ W, "lam": u.lam.float(), "scale": u.sx.float()}
+        rows.append(row | {"span": (V @ V.T).float()} | _judged(u, W, N, x, y, *deals))
+    found = vars(m) | {k: torch.stack([row[k] for row in rows]) for k in rows[0]}
+    best = found["deals"].amax(0).numpy()  # (1 + 1000,) the best pair of layers of each deal
+    found |= {"method": method, "p_value": permutation_p(best[0], best[1:])}
+    found |= {"rows": round(float(m.n.sum())), "texts": len(m.seen), "texts_hash": m.texts_hash}
+    return LayerGrid(**{k: found[k] for k in LayerGrid.__annotations__})
+
+
+# %% ../nbs/14_maps.ipynb #3fc4cd41
 @dataclass(frozen=True)
 class MapMethod:
     "A way to get a map; give one of the two functions."
 
     name: str
     words: str = ""
-    solve: Callable | None = None  # `SourceLayer` -> maps to all target layers (L2, d1, d2)
-    fit: Callable | None = (
-        None  # (source, target, corpus, source_layers, target_layers, **options) -> `LayerGrid`
-    )
-
-
-def _from_covariances(make: Callable) -> Callable:
-    "`solve` of a function (R (d1, d1), C (d1, d2), lam) -> W (d1, d2), all standardised."
-
-    def solve(u: SourceLayer) -> Tensor:  # (L2, d1, d2)
-        return u.each(lambda t, C: make(u.R, C, u.lam[t]))
-
-    return solve
-
-
-# %% ../nbs/14_maps.ipynb #bf272475
-def _low_rank(u: SourceLayer) -> Tensor:  # (L2, d1, d2)
-    "Ridge of a rank that cross-validation chose."
-    inverse, ranks = matrix_power(u.R, u.lam), choose_ranks(u)  # (L2, d1, d1)
-    return u.each(lambda t, C: reduced_rank(inverse[t] @ C, u.R, ranks[t]))
-
-
-def _whitening(u: SourceLayer) -> Tensor:  # (L2, d1, d2)
-    "Whitened maps. Raises ValueError where a server kept only the squares of the target."
-    if u.m.yy is None:
-        raise ValueError(
-            "whitened maps need the target's own products, which a server makes on request: "
-            "fit_maps(..., products=True)."
-        )
-    Ry = u.m.yy.sum(0) / u.m.n.sum() - torch.einsum("ta,tb->tab", u.mean_y, u.mean_y)  # (L2, d2, d2)
-    Ry = Ry / (u.sy[:, :, None] * u.sy[:, None])
-    return u.each(lambda t, C: whitened(u.R, C, Ry[t], u.lam[t]))
+    solve: Callable | None = None  # `SourceLayer`, index of a target layer, C -> standardised map (d1, d2)
+    fit: Callable | None = None  # (source, target, corpus, their layers, **options) -> `LayerGrid`
 
 
 # %% ../nbs/14_maps.ipynb #b48a51bf
@@ -533,54 +409,45 @@ def _cut_short(text, i):  # i: number of the text
     return " ".join(words[: max(1, len(words) - 2 - i % 3)])
 
 
-# %% ../nbs/14_maps.ipynb #114b4598
-def _pairwise(m, X, Y):  # provenance and held-out rows, (n, L1, d1), (n, L2, d2)
-    "A grid of least-squares maps of these rows; for the control, of rows half of them further on."
-    (L1, d1), (L2, d2), sx = (
-        X.shape[1:],
-        Y.shape[1:],
-        _deviation(X.double().var(0, correction=0), X.double().mean(0)),
-    )
-    W, shuffled = (
-        torch.stack([contrans(x, y) for x in X.unbind(1) for y in Z.unbind(1)]).view(L1, L2, d1, d2)
-        for Z in (Y, Y.roll(len(Y) // 2 + 1, 0))
-    )
-    b, Z = torch.zeros(L1, L2, d2), ((X - X.mean(0)) / sx).unbind(1)  # L1 of (n, d1)
-    units = [(A.T @ A / len(A), s) for A, s in zip(Z, sx, strict=True)]
-    maps = {"W": W, "b": b, "shuffled": shuffled.bfloat16(), "lam": b[:, :, 0]}
-    return _judged(m, maps, b, units, "contrans", len(X))
-
-
-# %% ../nbs/14_maps.ipynb #32b7e586
+# %% ../nbs/14_maps.ipynb #6b669d07
 def _published(source, target, corpus, *layers, **options):
     "The paper's maps: least squares without centring, penalty or offset, judged as all others are."
     if other := options.keys() - {"held_out", "most_rows", "template"}:
-        do = "leave that out, or use method='ridge'."
-        raise ValueError(f"method 'contrans' reads last tokens at once and knows no {', '.join(other)}; {do}")
-    how = Reading(1, products=False, **options)
-    m, texts = fresh(source, target, layers, how), dict.fromkeys(corpus.texts)
+        raise ValueError(
+            f"method 'contrans' reads last tokens at once and knows no {', '.join(other)}; leave that out, "
+            "or use method='ridge'."
+        )
+    how, texts = Reading(1, products=False, **options), dict.fromkeys(corpus.texts)
+    m = fresh(source, target, layers, how)
+    m.seen, m.settings["thin"] = {text_key(t) for t in texts}, "last token of sentences cut short"
     fit, judge = ([t for t in texts if m.fold(t) == k] for k in (0, -1))
     if len(fit) < 2 or not judge:
         raise ValueError(f"{len(texts)} texts are too few for a map and a held-out part; use hundreds.")
-    m.seen, m.settings["thin"] = {text_key(t) for t in texts}, "last token of sentences cut short"
-    layers, short = (m.source_layers, m.target_layers), [_cut_short(t, i) for i, t in enumerate(fit)]
-    fit, whole = ([how.template.replace("{}", t) for t in part] for part in (short, judge))
-    X, Y, _ = paired_states(source, target, fit, *layers, last_token)  # (n, L1, d1), (n, L2, d2)
-    *held, of = paired_states(source, target, whole, *layers)
-    held.append(torch.tensor([text_key(t) for t in judge])[of])
+    short = [_cut_short(t, i) for i, t in enumerate(fit)]
+    short, whole = ([how.template.replace("{}", t) for t in part] for part in (short, judge))
+    layers = m.source_layers, m.target_layers
+    X, Y, _ = paired_states(source, target, short, *layers, last_token)  # (n, L1, d1), (n, L2, d2)
+    m.add(X.double(), Y.double())
+    held = paired_states(source, target, whole, *layers)
     m.held_x, m.held_y, m.held_of = (A[: how.most_rows] for A in held)
-    return _pairwise(m, X, Y)
+    Y = torch.cat([Y, Y.roll(len(Y) // 2 + 1, 0)], 1)  # (n, 2 L2, d2), control: rows half of them further on
+
+    def make(u):
+        W = contrans(X[:, u.s], Y.flatten(1))  # (d1, 2 L2 d2)
+        return W.unflatten(1, Y.shape[1:]).transpose(0, 1).chunk(2)
+
+    return _grid(m, make, "contrans", (0.0,), False)
 
 
-# %% ../nbs/14_maps.ipynb #49b7f802
-MAP_METHODS = {
+# %% ../nbs/14_maps.ipynb #65d2214a
+MAP_METHODS: dict = {
     m.name: m
     for m in (
-        MapMethod("ridge", "standardised ridge, the penalty by cross-validation", ridge),
+        MapMethod("ridge", "standardised ridge, the penalty by cross-validation", _ridge),
         MapMethod("contrans", "the published recipe: least squares on last tokens", fit=_published),
-        MapMethod("procrustes", "a rotation and one scale", _from_covariances(procrustes)),
+        MapMethod("procrustes", "a rotation and one scale", _procrustes),
         MapMethod("lowrank", "ridge of a rank chosen by cross-validation", _low_rank),
-        MapMethod("whitened", "a rotation between whitened spaces", _whitening),
+        MapMethod("whitened", "a rotation between whitened spaces", _whitened),
     )
 }
 
@@ -589,17 +456,18 @@ def map_method(
     method: str | MapMethod | Callable,  # a name, an entry, or a function (R (d1, d1), C (d1, d2), lam) -> W
 ) -> MapMethod:
     "The entry that is meant. Raises ValueError, naming what there is."
-    entry = MAP_METHODS.get(method) if isinstance(method, str) else method
+    entry = MAP_METHODS.get(method, method)
     if callable(entry):
-        return MapMethod(getattr(entry, "__name__", "custom"), solve=_from_covariances(entry))
-    if entry is None:
+        name = getattr(entry, "__name__", "custom")
+        return MapMethod(name, solve=lambda u, t, C: entry(u.R, C, u.lam[t]))
+    if isinstance(entry, str):
         raise ValueError(
             f"method {method!r}: use one of {', '.join(MAP_METHODS)}, or a function of R, C, lam."
         )
     return entry
 
 
-# %% ../nbs/14_maps.ipynb #cb97883b
+# %% ../nbs/14_maps.ipynb #5fad50cc
 def solve(
     m: Moments,
     method: str | MapMethod | Callable = "ridge",  # as for `map_method`, but one that is solved from moments
@@ -607,20 +475,11 @@ def solve(
     "Maps between all layers from moments, judged on their held-out rows."
     entry = map_method(method)
     if entry.solve is None:
-        names = ", ".join(k for k, e in MAP_METHODS.items() if e.solve)
-        raise ValueError(f"method {entry.name!r} is not solved from moments: use {names}.")
-    (L1, d1), (L2, d2) = m.shift_x.shape, m.shift_y.shape
-    W, (b, b_shuffled), units = torch.empty(L1, L2, d1, d2), torch.empty(2, L1, L2, d2), []
-    shuffled, lam = torch.empty_like(W, dtype=torch.bfloat16), torch.empty(L1, L2)
-    for s in tqdm(range(L1), desc="solving", disable=None, leave=False):
-        u = SourceLayer(m, s)
-        one, other, lam[s] = entry.solve(u), control(u), u.lam  # (L2, d1, d2) twice, (L2,)
-        mean_x, mean_y = m.shift_x[s] + u.mean_x, m.shift_y + u.mean_y  # (d1,), (L2, d2)
-        W[s], b[s] = one, mean_y - torch.einsum("a,tab->tb", mean_x, one)
-        shuffled[s], b_shuffled[s] = other, mean_y - torch.einsum("a,tab->tb", mean_x.to(other), other)
-        units.append((u.R, u.sx))
-    maps = {"W": W, "b": b, "shuffled": shuffled, "lam": lam}
-    return _judged(m, maps, b_shuffled, units, entry.name, round(float(m.n.sum())))
+        raise ValueError(
+            f"method {entry.name!r} is not solved from moments: use "
+            f"{', '.join(k for k, e in MAP_METHODS.items() if e.solve)}."
+        )
+    return _grid(m, lambda u: (u.maps(entry.solve, u.S), control(u)), entry.name)
 
 
 # %% ../nbs/14_maps.ipynb #a97731cc
@@ -638,25 +497,28 @@ def fit_maps(
     return entry.fit(*given, **collecting) if entry.fit else solve(collect(*given, **collecting), entry)
 
 
-# %% ../nbs/14_maps.ipynb #24b5cdd7
+# %% ../nbs/14_maps.ipynb #bc719d94
 @patch
 def __getitem__(self: LayerGrid, layers: tuple[int, int]) -> AffineMap:
     s, t = layers
-    if s not in self.source_layers or t not in self.target_layers:
-        there = f"source layers are {list(self.source_layers)}, target layers {list(self.target_layers)}"
-        raise ValueError(f"no map for layers {s}:{t}; {there}.")
-    at = self.source_layers.index(s), self.target_layers.index(t)
-    kept = ("method", "rows", "texts", "texts_hash", "template", "settings")
-    notes = {"lam": float(f"{self.lam[at]:.6g}"), **{k: getattr(self, k) for k in kept}}
-    models = (self.source, self.target)
-    return AffineMap(self.W[at], self.b[at], (s, t), *models, float(self.r2[at]), self.shuffled[at], notes)
+    try:
+        at = self.source_layers.index(s), self.target_layers.index(t)
+    except ValueError:
+        raise ValueError(
+            f"no map for layers {s}:{t}; source layers are {list(self.source_layers)}, "
+            f"target layers {list(self.target_layers)}."
+        ) from None
+    notes: dict = {"lam": float(f"{self.lam[at]:.6g}")}
+    # method, rows, texts, texts_hash, template, settings
+    notes |= {k: v for k, v in vars(self).items() if isinstance(v, str | int | dict)}
+    r2, models = float(self.r2[at]), (self.source, self.target)
+    return AffineMap(self.W[at], self.b[at], (s, t), *models, r2, self.shuffled[at], notes)
 
 
 @patch(as_prop=True)
 def layer_pairs(self: LayerGrid) -> list[tuple[int, int]]:
     "All pairs of layers, the best predicted first."
-    order, n = self.r2.flatten().argsort(descending=True).tolist(), len(self.target_layers)
-    return [(self.source_layers[k // n], self.target_layers[k % n]) for k in order]
+    return sorted(product(self.source_layers, self.target_layers), key=lambda layers: -self[layers].r2)
 
 
 # %% ../nbs/14_maps.ipynb #11d12ad6
@@ -668,13 +530,13 @@ def inside(self: LayerGrid, concept: Concept) -> Tensor:  # (L1,)
     return torch.einsum("sab,sb->sa", self.span, v).norm(dim=1) / v.norm(dim=1)
 
 
-# %% ../nbs/14_maps.ipynb #a3cbeec0
+# %% ../nbs/14_maps.ipynb #557eb379
 @patch
 def __repr__(self: LayerGrid):
-    (s, t), grid = self.layer_pairs[0], f"{len(self.source_layers)} x {len(self.target_layers)} layers"
     return (
-        f"LayerGrid({self.source.name} -> {self.target.name}, {self.method}, {grid}, {self.rows} rows of "
-        f"{self.texts} texts, held-out R2 up to {self.r2.max():.2f} at {s}:{t}, "
+        f"LayerGrid({self.source.name} -> {self.target.name}, {self.method}, {len(self.source_layers)} x "
+        f"{len(self.target_layers)} layers, {self.rows} rows of {self.texts} texts, held-out R2 up to "
+        f"{self.r2.max():.2f} at {':'.join(map(str, self.layer_pairs[0]))}, "
         f"shuffled {self.r2_shuffled.max():.2f}, p {self.p_value:.3f})"
     )
 
@@ -687,27 +549,21 @@ def _repr_html_(self: LayerGrid):
         "fitted": f"{self.method}, {self.rows:,} rows of {self.texts:,} texts",
         "read inside": None if self.template == "{}" else self.template,
         "best pair": ":".join(map(str, self.layer_pairs[0])),
-        "of shuffled pairs": f"at most {self.r2_shuffled.max():.2f}",
+        "R2 of shuffled pairs": f"at most {self.r2_shuffled.max():z.2f}",
         "p of the best": f"{self.p_value:.3f}",
     }
     return card("Layer grid", facts, heat(self.r2.numpy(), self.source_layers, self.target_layers, "R2"))
 
 
-# %% ../nbs/14_maps.ipynb #10afece2
+# %% ../nbs/14_maps.ipynb #a8784c6f
 @patch
 def save(self: LayerGrid, path: str | Path):
     "Write to one safetensors file, the scores in the header too, to be read without the tensors."
-    named = ("r2", "cosine", "r2_shuffled", "lam", "rank")
-    save_fields(self, path, "map", scores={k: getattr(self, k).tolist() for k in named})
+    scores = {k: getattr(self, k).tolist() for k in ("r2", "cosine", "r2_shuffled", "lam", "rank")}
+    save_fields(self, path, self.kind, scores=scores)
 
 
-@patch(cls_method=True)
-def load(cls: LayerGrid, path: str | Path) -> LayerGrid:
-    "Read what `save` wrote."
-    return load_fields(cls, path, "map")
-
-
-# %% ../nbs/14_maps.ipynb #aa481445
+# %% ../nbs/14_maps.ipynb #8afc2a78
 def downstream(
     maps: LayerGrid,
     concept: Concept,
@@ -721,5 +577,5 @@ def downstream(
     v = torch.stack([concept[s] for s in maps.source_layers])  # (L1, d1)
     D = torch.einsum("sa,stab->stb", v, maps.W)  # (L1, L2, d2)
     score = torch.einsum("ntb,stb->nst", H, D).numpy()  # (n + m, L1, L2)
-    native = torch.stack([mean_difference(h[:n], h[n:]) for h in H.unbind(1)])  # (L2, d2)
-    return torch.tensor(auc(score[:n], score[n:])), torch.cosine_similarity(D, native[None], dim=-1)
+    native = mean_difference(H[:n], H[n:])  # (L2, d2)
+    return torch.tensor(auc(score[:n], score[n:])), torch.cosine_similarity(D, native, dim=-1)

@@ -20,14 +20,14 @@ __all__ = [
     "steerability",
 ]
 
-# %% ../nbs/16_measure.ipynb #8e5c1161
+# %% ../nbs/16_measure.ipynb #e072db96
 import warnings
 from collections.abc import Callable, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from os.path import commonprefix
-from typing import Any, Generic, TypeVar, overload
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
@@ -35,114 +35,131 @@ from fastcore.basics import patch
 from nnsight import TransformersModel
 
 from .cards import card
-from .concepts import Concept, Position, position_rule
+from .concepts import Concept, position_rule
 from .data import Corpus, load_corpus
-from .engine import Batch, context_length, encode, engine, layer_numbers, left_batches, pad
+from .engine import context_length, encode, engine, layer_numbers, left_batches, pad
 from .maps import AffineMap
 from .models import model_info
 from .stats import slope_per_item, wrong_way
 from .steering import Transplant, adding, place, residual_norm
-from .tasks import ChoiceTask, MultipleChoice, mc_scores
+from .tasks import ChoiceItem, ChoiceTask, mc_scores
 
 
-# %% ../nbs/16_measure.ipynb #5fc80b21
+# %% ../nbs/16_measure.ipynb #d6bbb726
 class _Shown:
     "What shows itself by its `facts`."
 
-    @property
-    def facts(self) -> dict:
-        raise NotImplementedError
-
     def __repr__(self):
-        return f"{type(self).__name__}({', '.join(f'{k} {v}' for k, v in self.facts.items())})"
+        facts = self.facts.items()  # type: ignore[attr-defined]
+        return f"{type(self).__name__}({', '.join(f'{k} {v}' for k, v in facts)})"
 
     def _repr_html_(self):
-        return card(type(self).__name__, self.facts)
+        return card(type(self).__name__, self.facts)  # type: ignore[attr-defined]
 
 
-# %% ../nbs/16_measure.ipynb #852cbda8
+# %% ../nbs/16_measure.ipynb #4eb7dbc4
 @dataclass(frozen=True, repr=False)
 class Answers(_Shown):
-    "What a model answered, item by item."
+    "What a model answered, item by item; all that is said of it is made of this."
 
-    chosen: np.ndarray  # (n,) the target is likelier than all it is compared with (with several true: MC1)
-    first: np.ndarray  # (n,) the arg-max next token starts the target
-    margin: np.ndarray  # (n,) log-probability of the target minus the mean of what it is compared with
-    logp: tuple = ()  # n arrays: log-probability of each choice
-    lengths: tuple = ()  # n arrays: its tokens
-    n_true: tuple = ()  # n numbers of true choices, which come first; empty where the target alone is right
-
-    def values(self, metric: str) -> np.ndarray:  # (n,)
-        "A metric of every item, by its name in `METRICS`."
-        return METRICS[metric].value(self)
+    items: Sequence[ChoiceItem]  # n items, as they were asked
+    logp: tuple  # n arrays: log-probability of each choice
+    lengths: tuple  # n arrays: its tokens
+    starts: tuple  # n arrays: whether the arg-max next token starts it
 
     @property
-    def facts(self) -> dict:
-        "Number of items and the mean of every metric."
-        means = {m.name: f"{m.mean(self):.3f}" for m in METRICS.values() if m.applies(self)}
-        return {"items": len(self.chosen), **means}
+    def target(self) -> np.ndarray:  # (n,)
+        "The choice that is wanted, as an index."
+        return np.array([i.target for i in self.items])
+
+    @cached_property
+    def compared(self) -> list[tuple]:
+        "Of each item the log-probability of the target, and those of the choices that are not right."
+        asked = zip(self.logp, self.items, strict=True)
+        return [(x[i.target], np.delete(x, [*range(i.n_true), i.target])) for x, i in asked]
+
+    @property
+    def chosen(self) -> np.ndarray:  # (n,)
+        "The target is likelier than all it is compared with (with several true: MC1)."
+        return np.array([x > rest.max() for x, rest in self.compared])
+
+    @property
+    def first(self) -> np.ndarray:  # (n,)
+        "The arg-max next token starts the target."
+        return np.array([x[k] for x, k in zip(self.starts, self.target, strict=True)])
+
+    @property
+    def margin(self) -> np.ndarray:  # (n,)
+        "Log-probability of the target minus the mean of what it is compared with."
+        return np.array([x - rest.mean() for x, rest in self.compared])
 
 
-# %% ../nbs/16_measure.ipynb #9c5b9c25
+# %% ../nbs/16_measure.ipynb #ac2dc810
 @dataclass(frozen=True)
 class Metric:
     "One number an item, made of answers."
 
-    name: str
-    key: str  # of its mean over items in `evidence.json`
-    words: str  # on the axis of a picture
+    name: str  # in tables and in `evidence.json`
+    words: str  # in reports and pictures
     value: Callable[[Answers], np.ndarray]  # (n,)
-    applies: Callable[[Answers], bool] = lambda answers: True
-    change: bool = False  # its mean is reported as change from the base model
-
-    def mean(self, answers: Answers, base: Answers | None = None) -> float:
-        "Mean over items; of a `change` the base model's mean is subtracted."
-        before = self.value(base) if self.change and base else 0.0
-        return float(np.mean(self.value(answers) - before))
+    applies: Callable[[Answers], Any] = lambda answers: True  # whether these answers have it
+    change: bool = False  # reported as change from the base model
 
 
-# %% ../nbs/16_measure.ipynb #f979c67f
-def _truthful(name: str, answers: Answers) -> np.ndarray:  # (n,)
-    "One of TruthfulQA's scores, see `mc_scores`."
-    return mc_scores(answers.logp, answers.lengths, answers.n_true)[name]
+def _truthful(name, words):
+    "One of TruthfulQA's scores, see `mc_scores`; for tasks with several true answers."
+
+    def value(a):
+        return mc_scores(a.logp, a.lengths, [i.n_true for i in a.items])[name]
+
+    return Metric(name, words, value, lambda a: all(i.n_true for i in a.items))
 
 
-# %% ../nbs/16_measure.ipynb #0c502b0a
-_TRUTHFUL = {"mc1": "MC1", "mc2": "MC2", "mc1_norm": "MC1 per token", "mc2_norm": "MC2 per token"}
+# %% ../nbs/16_measure.ipynb #39c2ff55
 METRICS = {
     m.name: m
     for m in (
-        Metric("chosen", "choice_rate", "target chosen", lambda a: a.chosen),
-        Metric("first", "target_rate", "next token starts the target", lambda a: a.first),
-        Metric("margin", "logit_shift", "change of margin, nats", lambda a: a.margin, change=True),
-        *(Metric(k, k, v, partial(_truthful, k), lambda a: bool(a.n_true)) for k, v in _TRUTHFUL.items()),
+        Metric("chosen", "target chosen", lambda a: a.chosen),
+        Metric("first", "next token starts the target", lambda a: a.first),
+        Metric("margin", "change of margin, nats", lambda a: a.margin, change=True),
+        _truthful("mc1", "MC1"),
+        _truthful("mc2", "MC2"),
+        _truthful("mc1_norm", "MC1 per token"),
+        _truthful("mc2_norm", "MC2 per token"),
     )
 }
 
-# %% ../nbs/16_measure.ipynb #0bf8803e
+
+# %% ../nbs/16_measure.ipynb #ae61b81f
+@patch(as_prop=True)
+def metrics(self: Answers) -> dict[str, np.ndarray]:  # (n,) each
+    "Every metric that these answers have, by its name in `METRICS`."
+    return {m.name: m.value(self) for m in METRICS.values() if m.applies(self)}
+
+
+@patch(as_prop=True)
+def facts(self: Answers) -> dict:
+    "Number of items and the mean of every metric."
+    return {"items": len(self.items), **{k: f"{v.mean():.3f}" for k, v in self.metrics.items()}}
+
+
+# %% ../nbs/16_measure.ipynb #10a0d49c
 Steered = Transplant | Callable | None  # what is done to the residual stream; None: nothing
 
 
-def _untouched(h: torch.Tensor) -> torch.Tensor:
-    return h
-
-
-# %% ../nbs/16_measure.ipynb #db0dfe33
-def _change(batch: Batch, steered: Steered, everywhere: bool) -> Callable:
+def _change(batch, steered):
     "What is done to the residual stream of a batch."
     if not isinstance(steered, Transplant):
-        return steered or _untouched
+        return steered or (lambda h: h)
     where, asked = steered.positions, batch.asked
-    if position_rule(where, "write").asked:
-        where = "all" if everywhere else lambda h: asked
-    return adding(steered.vector(), where)
+    follows = position_rule(where, "write").asked
+    return adding(steered.vector(), (lambda *_: asked) if follows else where, batch.mask)
 
 
-# %% ../nbs/16_measure.ipynb #f88dd061
+# %% ../nbs/16_measure.ipynb #f4652dbb
 _R = TypeVar("_R")  # a record
 
 
-# %% ../nbs/16_measure.ipynb #ea4973f8
 @dataclass(frozen=True)
 class Probe(Generic[_R]):
     "Texts made ready at one layer of one model. Call it with what is done to the stream, or a list of that."
@@ -151,52 +168,48 @@ class Probe(Generic[_R]):
     run: Any  # of the engine: changes -> what came back of each batch
     judge: Callable[[list], _R]  # what came back of all batches -> the record
     texts: Sequence[str] = ()  # of neutral text
-    everywhere: bool = False  # a rule that follows decoding steers every token
 
-    @overload
-    def __call__(self, changes: list) -> list[_R]: ...
-    @overload
-    def __call__(self, changes: Steered = None) -> _R: ...
-    def __call__(self, changes=None):
-        "One record for each change. Raises ValueError for a transplant of another layer."
+    def __call__(self, changes: Steered | list = None) -> Any:
+        "A record, or a list of them for a list. Raises ValueError for a transplant of another layer."
         if not isinstance(changes, list):
             return self([changes])[0]
         for t in changes:
             if isinstance(t, Transplant) and t.layer != self.layer:
                 raise ValueError(f"{t} stands at layer {t.layer}, this bench at layer {self.layer}.")
-        work = [partial(_change, steered=t, everywhere=self.everywhere) for t in changes]
-        return [self.judge(parts) for parts in self.run(work)]
+        return [self.judge(parts) for parts in self.run([partial(_change, steered=t) for t in changes])]
 
 
-# %% ../nbs/16_measure.ipynb #6ef04da8
-def _rows(model: TransformersModel, task: ChoiceTask | MultipleChoice, words: str) -> list[tuple]:
+# %% ../nbs/16_measure.ipynb #3f7a483a
+def _rows(model, task, words):
     """Rows to read: ids, the part of each token (0: the prompt, else the number of its choice), and what is
     asked: after which position, for which token, item, choice. A choice's last token need not be read."""
     size, rows = context_length(model), []
     window = getattr(model._module.config.get_text_config(), "sliding_window", None) or size
     for i, item in enumerate(task.items):
-        alone, *whole = encode(model, [words + item.prompt + c for c in ("", *item.choices)])
-        prompt, what = commonprefix([alone, *whole]), f"task {task.name!r}, item {i}"
-        p, every = len(prompt), range(len(whole))
-        tails = [w[p:] for w in whole]
+        whole = encode(model, [words + item.prompt + c for c in ("", *item.choices)])
+        prompt, what = commonprefix(whole), f"task {task.name!r}, item {i}"
+        p = len(prompt)
+        tails = [ids[p:] for ids in whole[1:]]
+        each = [[x] for x in enumerate(tails)]  # by itself, if not all of them in one row
         if not p or max(map(len, whole)) >= size:
             why = f"do not fit the context of {size} tokens, or share no token. Shorten the prompt."
             raise ValueError(f"{what}: prompt and choices {why}")
         if not all(tails):
             raise ValueError(f"{what}: a choice adds no token to its prompt.")
         fits = p + sum(map(len, tails)) < min(window, size) and engine(model).branching
-        for some in [every] if fits or all(len(t) == 1 for t in tails) else [[c] for c in every]:
-            row, part, asked = list(prompt), [0] * p, []
-            for c in some:
-                at = [p - 1, *range(len(row), len(row) + len(tails[c]) - 1)]
-                asked += [(*x, i, c) for x in zip(at, tails[c], strict=True)]
-                row, part = row + tails[c][:-1], part + [c + 1] * (len(tails[c]) - 1)
+        for some in [sum(each, [])] if fits or {*map(len, tails)} == {1} else each:
+            row, part, asked = [*prompt], [0] * p, []
+            for c, tail in some:
+                at = [p - 1, *range(len(row), len(row) + len(tail) - 1)]
+                asked += [(*x, i, c) for x in zip(at, tail, strict=True)]
+                row += tail[:-1]
+                part += [c + 1] * (len(tail) - 1)
             rows.append((row, part, asked))
     return rows
 
 
-# %% ../nbs/16_measure.ipynb #f1b0ec9d
-def _asked(logits: torch.Tensor, base: None, extra: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+# %% ../nbs/16_measure.ipynb #52c30a43
+def _asked(logits, base, extra):
     "Of each token that is asked for: its log-probability (r,), and whether it is the likeliest of all (r,)."
     extra = extra.to(logits.device)  # (r, 3): row, position from the end, token
     spots, which = extra[:, :2].unique(dim=0, return_inverse=True)  # (u, 2), (r,)
@@ -204,29 +217,23 @@ def _asked(logits: torch.Tensor, base: None, extra: torch.Tensor) -> tuple[torch
     return z[which, token] - z.logsumexp(-1)[which], z.argmax(-1)[which] == token
 
 
-# %% ../nbs/16_measure.ipynb #532373e2
-def _answers(task: ChoiceTask | MultipleChoice, reads: list, parts: list) -> Answers:
+# %% ../nbs/16_measure.ipynb #bea93bb0
+def _answers(task, reads, parts):
     "Answers from what `_asked` gave; `reads` as of `_rows`, in the order of the batches."
-    items, n_true, rows = task.items, getattr(task, "n_true", ()), []
-    logp, lengths, first = ([np.zeros(len(i.choices), kind) for i in items] for kind in (float, int, bool))
+    logp, lengths, starts = ([np.zeros(len(i.choices), t) for i in task.items] for t in (float, int, bool))
     scores, likeliest = (torch.cat(x).tolist() for x in zip(*parts, strict=True))  # (r,) each
     for (_, _, i, c), score, hit in zip(reads, scores, likeliest, strict=True):
-        first[i][c] |= hit and not lengths[i][c]
+        starts[i][c] |= hit and not lengths[i][c]
         logp[i][c] += score
         lengths[i][c] += 1
-    for i, (item, x) in enumerate(zip(items, logp, strict=True)):
-        target, true = item.target, range(n_true[i] if n_true else 0)
-        false = np.delete(x, [*true, target])
-        rows.append((x[target] > false.max(), first[i][target], x[target] - false.mean()))
-    chosen, starts, margin = (np.array(x) for x in zip(*rows, strict=True))  # (n,) each
-    return Answers(chosen, starts, margin, tuple(logp), tuple(lengths), n_true)
+    return Answers(task.items, tuple(logp), tuple(lengths), tuple(starts))
 
 
-# %% ../nbs/16_measure.ipynb #7f2848d9
+# %% ../nbs/16_measure.ipynb #c7bd39c0
 def choices(
     model: TransformersModel,
     layer: int,
-    task: ChoiceTask | MultipleChoice,
+    task: ChoiceTask,
     words: str = "",  # before every prompt
 ) -> Probe[Answers]:
     "A task made ready. Raises ValueError for an item that does not fit the model."
@@ -244,7 +251,7 @@ def choices(
 KEEP = 4  # last tokens of a text
 
 
-# %% ../nbs/16_measure.ipynb #538f87b8
+# %% ../nbs/16_measure.ipynb #1af1ae42
 @dataclass(frozen=True, repr=False)
 class Damage(_Shown):
     "How far steering moved the model on neutral text, token by token."
@@ -270,31 +277,36 @@ class Damage(_Shown):
     @property
     def facts(self) -> dict:
         "The three, and how many texts."
-        names = {"KL": self.mean, "95th percentile": self.p95, "perplexity ratio": self.perplexity_ratio}
-        return {"texts": len(self.kl), **{k: f"{v:.3f}" for k, v in names.items()}}
+        p95, ratio = f"{self.p95:.3f}", f"{self.perplexity_ratio:.3f}"
+        return {
+            "texts": len(self.kl),
+            "KL": f"{self.mean:.3f}",
+            "95th percentile": p95,
+            "perplexity ratio": ratio,
+        }
 
 
-# %% ../nbs/16_measure.ipynb #66b4cbe2
-def _drift(logits: torch.Tensor, base: torch.Tensor | None, tokens: torch.Tensor) -> torch.Tensor:
+# %% ../nbs/16_measure.ipynb #aaf924ce
+def _drift(logits, base, tokens):
     "KL from the base and log-probability lost (2, b, keep); of the base itself its log-probabilities."
     if base is None:
         return logits.log_softmax(-1)  # (b, keep, vocabulary)
     out = []
     for z, p, token in zip(logits, base, tokens.to(logits.device), strict=True):
-        q = z.log_softmax(-1)  # (keep, vocabulary)
-        kl = torch.nn.functional.kl_div(q, p, reduction="none", log_target=True).sum(-1).clamp_min(0)
-        out.append(torch.stack([kl, (p - q).gather(-1, token[:, None])[:, 0]]))  # (2, keep)
+        gap = p - z.log_softmax(-1)  # (keep, vocabulary)
+        kl = (p.exp() * gap).sum(-1).clamp_min(0)
+        out.append(torch.stack([kl, gap[range(len(gap)), token]]))  # (2, keep)
     return torch.stack(out, 1)
 
 
-# %% ../nbs/16_measure.ipynb #166713e3
-def _damage(rows: list[int], parts: list[torch.Tensor]) -> Damage:
+# %% ../nbs/16_measure.ipynb #ad5e9c33
+def _damage(rows, parts):
     "What `_drift` gave of each batch, with the texts in their order; `rows` as they stand in the batches."
     found = torch.cat(parts, 1).double().cpu().numpy()  # (2, texts, keep)
     return Damage(*found[:, np.argsort(rows)])
 
 
-# %% ../nbs/16_measure.ipynb #3d84be3a
+# %% ../nbs/16_measure.ipynb #61a33ac0
 def neutral_text(
     model: TransformersModel,
     layer: int,
@@ -302,10 +314,11 @@ def neutral_text(
     words: str = "",  # before every text
 ) -> Probe[Damage]:
     "Neutral texts made ready; those that are too short are left out. Raises ValueError where all are."
-    texts = [t for t, x in zip(texts, encode(model, texts), strict=True) if len(x) > KEEP]
-    if not texts:
+    read = [(t, x) for t, x in zip(texts, encode(model, texts), strict=True) if len(x) > KEEP]
+    if not read:
         raise ValueError(f"no neutral text has more than {KEEP} tokens; give whole sentences.")
-    plain, led = encode(model, texts), encode(model, [words + t for t in texts])
+    texts, plain = zip(*read, strict=True)
+    led = encode(model, [words + t for t in texts])
     for k, x in enumerate(plain):
         if led[k][-KEEP - 1 :] != x[-KEEP - 1 :]:
             (head,) = encode(model, [words])
@@ -314,19 +327,20 @@ def neutral_text(
     batches = left_batches(model, led, [range(len(x) - KEEP, len(x)) for x in led])
     for k, b in enumerate(batches):
         alone = pad(model, [plain[i][:-1] for i in b.rows], left=True) if words else (b.ids, b.mask)
-        batches[k] = replace(b, extra=torch.tensor([plain[i][-KEEP:] for i in b.rows]), plain=alone)
+        last = torch.tensor([plain[i][-KEEP:] for i in b.rows])
+        batches[k] = replace(b, asked=b.mask, extra=last, plain=alone)  # decoding stands at every token
     judge = partial(_damage, [i for b in batches for i in b.rows])
-    return Probe(layer, engine(model).scores(layer, batches, _drift), judge, texts, everywhere=True)
+    return Probe(layer, engine(model).scores(layer, batches, _drift), judge, texts)
 
 
-# %% ../nbs/16_measure.ipynb #61f34999
+# %% ../nbs/16_measure.ipynb #08fa3601
 @dataclass(eq=False, repr=False)
 class Bench(_Shown):
     "Everything that one asks at one layer of one model. Raises ValueError for what will not do."
 
     model: TransformersModel
     layer: int  # a negative one counts from the end
-    task: ChoiceTask | MultipleChoice | None = None
+    task: ChoiceTask | None = None
     neutral: Corpus | None = None  # default: built in. Its first half, at most 32 texts, sets doses
     damage: float = 0.1  # nats a token: the dose that `at_damage` looks for
 
@@ -369,12 +383,12 @@ class Bench(_Shown):
         return residual_norm(self.model, self.layer)
 
 
-# %% ../nbs/16_measure.ipynb #b58f451f
+# %% ../nbs/16_measure.ipynb #e942952a
 @patch(as_prop=True)
 def facts(self: Bench) -> dict:
     "Where it stands, and what for."
-    place = f"{model_info(self.model).name}[{self.layer}]"
-    return {"model": place, "task": self.task, "damage": self.damage}
+    name = model_info(self.model).name
+    return {"model": f"{name}[{self.layer}]", "task": self.task, "damage": self.damage}
 
 
 # %% ../nbs/16_measure.ipynb #ebb73657
@@ -384,9 +398,9 @@ def read(self: Bench) -> int:
     return sum(part.run.read for part in vars(self).values() if isinstance(part, Probe))
 
 
-# %% ../nbs/16_measure.ipynb #aee30ba7
+# %% ../nbs/16_measure.ipynb #8d78d1d9
 @patch
-def with_task(self: Bench, task: ChoiceTask | MultipleChoice) -> Bench:
+def with_task(self: Bench, task: ChoiceTask) -> Bench:
     "The same bench with another task; what was read of the neutral text is shared."
     other = copy(self)
     vars(other).pop("ask", None)
@@ -394,32 +408,32 @@ def with_task(self: Bench, task: ChoiceTask | MultipleChoice) -> Bench:
     return other
 
 
-# %% ../nbs/16_measure.ipynb #f2ea3e4a
+# %% ../nbs/16_measure.ipynb #76ce1461
 @patch
 def place(
     self: Bench,
     concept: Concept | torch.Tensor,  # of the source (with a map), of this model, or a bare direction (d,)
     map: AffineMap | None = None,
-    dose: float = 0.1,
-    name: str | None = None,
-    positions: str | Position | Callable = "all",
+    **how,  # dose, name and positions, as of `steering.place`
 ) -> Transplant:
     "A transplant at this layer. Raises ValueError for a map that ends at another one."
-    if map is not None and map.layers[1] != self.layer:
+    if map and map.layers[1] != self.layer:
         raise ValueError(f"this map ends at layer {map.layers[1]}, this bench stands at layer {self.layer}.")
-    return place(concept, self.model, None if map else self.layer, map, dose, self.norm, name, positions)
+    return place(concept, self.model, None if map else self.layer, map, norm=self.norm, **how)
 
 
-# %% ../nbs/16_measure.ipynb #019f9136
-def _next(points: list[tuple[float, float]]) -> float:  # pairs of x and y; the next x
-    "The secant's step from the last two points."
-    (x, y), slope = points[-1], 1.8
-    for before, was in points[-2:-1]:
-        slope = np.clip((y - was) / (x - before), 0.5, 4)
-    return float(np.clip(x - np.clip(y / slope, -1.5, 1.5), np.log(1e-4), np.log(8)))
+# %% ../nbs/16_measure.ipynb #884ff3f1
+def _next(tried, goal):
+    "The dose after some pairs of dose and KL, by a secant; None when it has arrived, or is at its end."
+    x, y = np.log(np.divide(tried, [1, goal])).T
+    if min(abs(y)) < 0.08 or len(tried) == 6:
+        return None
+    slope = np.clip(np.diff(y)[-1] / np.diff(x)[-1], 0.5, 4) if len(tried) > 1 else 1.8
+    dose = float(np.clip(np.exp(x[-1] - np.clip(y[-1] / slope, -1.5, 1.5)), 1e-4, 8))
+    return dose if dose != tried[-1][0] else None
 
 
-# %% ../nbs/16_measure.ipynb #b2b6e129
+# %% ../nbs/16_measure.ipynb #d59292aa
 _T = TypeVar("_T", Transplant, list[Transplant])
 
 
@@ -430,25 +444,21 @@ def at_damage(
     damage: float | None = None,  # nats a token; default: that of the bench
 ) -> _T:
     "The same with the doses of that damage; `notes` say which KL was reached. Warns where it is far off."
-    if isinstance(ts, Transplant):
-        return self.at_damage([ts], damage)[0]
-    points: list[list] = [[] for _ in ts]
-    goal, x, found = damage or self.damage, [float(np.log(t.dose)) for t in ts], []
-    todo = [*range(len(points))]
-    while todo:
-        hurt = self.dosing([replace(ts[i], dose=float(np.exp(x[i]))) for i in todo])
-        for i, h in zip(todo, hurt, strict=True):
-            points[i].append((x[i], float(np.log(max(h.mean, 1e-9) / goal))))
-            x[i] = _next(points[i])
-        near = [min(abs(y) for _, y in p) < 0.08 or len(p) == 6 for p in points]
-        todo = [i for i in todo if not near[i] and x[i] != points[i][-1][0]]  # its end is reached
-    for t, p in zip(ts, points, strict=True):
-        dose, share = np.exp(min(p, key=lambda point: abs(point[1]))).tolist()
-        if abs(np.log(share)) > 0.7:
-            missed = f"a damage of {goal} was not reached; KL is {goal * share:.3g} at dose {dose:.3g}"
+    some, goal, found = ts if isinstance(ts, list) else [ts], damage or self.damage, []
+    tried: list[list] = [[] for _ in some]
+    left = {i: t.dose for i, t in enumerate(some)}
+    while left:
+        hurt = self.dosing([replace(some[i], dose=dose) for i, dose in left.items()])
+        for (i, dose), h in zip(left.items(), hurt, strict=True):
+            tried[i].append((dose, max(h.mean, 1e-9)))
+        left = {i: dose for i in left if (dose := _next(tried[i], goal))}
+    for t, points in zip(some, tried, strict=True):
+        dose, kl = min(points, key=lambda point: abs(np.log(point[1] / goal)))
+        if abs(np.log(kl / goal)) > 0.7:
+            missed = f"a damage of {goal} was not reached; KL is {kl:.3g} at dose {dose:.3g}"
             warnings.warn(f"{t.name}: {missed}.", stacklevel=2)
-        found.append(replace(t, dose=dose, notes=t.notes | {"kl": goal * share, "damage_budget": goal}))
-    return found
+        found.append(replace(t, dose=dose, notes=t.notes | {"kl": kl, "damage_budget": goal}))
+    return found if isinstance(ts, list) else found[0]
 
 
 # %% ../nbs/16_measure.ipynb #86c24a3e
@@ -462,7 +472,7 @@ def words(self: Bench, text: str) -> tuple[Answers, Damage]:
 STRENGTHS = (-2.0, -1.0, -0.5, -0.25, 0.0, 0.25, 0.5, 1.0, 2.0)
 
 
-# %% ../nbs/16_measure.ipynb #890f476c
+# %% ../nbs/16_measure.ipynb #6a75fbab
 @dataclass(frozen=True)
 class CurvePoint:
     "Effect and damage at one strength."
@@ -471,33 +481,24 @@ class CurvePoint:
     dose: float
     answers: Answers
     damage: Damage
-    base: Answers  # of the model as it is
-
-    def mean(self, metric: str) -> float:
-        "Mean of a metric over items; of a `change`, such as the margin, from the base model."
-        return METRICS[metric].mean(self.answers, self.base)
 
 
-# %% ../nbs/16_measure.ipynb #0c1b37ad
 def dose_curve(
     t: Transplant,
     bench: Bench,  # at its layer
     strengths: Sequence[float] = STRENGTHS,
 ) -> list[CurvePoint]:
     "Effect and damage at several strengths, negative ones and zero among them."
-    base, none = bench.ask(), np.zeros((len(bench.hurt.texts), KEEP))
-    some = [replace(t, dose=s * t.dose) for s in strengths if s]
-    found = zip(bench.ask(some), bench.hurt(some), strict=True)
-    points = [next(found) if s else (base, Damage(none, none)) for s in strengths]
-    return [CurvePoint(s, s * t.dose, *p, base) for s, p in zip(strengths, points, strict=True)]
+    some = [replace(t, dose=s * t.dose) for s in strengths]
+    found = zip(strengths, some, bench.ask(some), bench.hurt(some), strict=True)
+    return [CurvePoint(s, t.dose, answers, damage) for s, t, answers, damage in found]
 
 
-# %% ../nbs/16_measure.ipynb #49715060
+# %% ../nbs/16_measure.ipynb #6d79c606
 def steerability(
     points: Sequence[tuple[float, Sequence[float]]],  # strength, and the margin of each item (n,) there
-    most: float = 1.0,  # only strengths up to this one
 ) -> dict[str, float]:  # slope: mean change of the margin for one unit of strength; wrong_way: share of items
-    "How items answer to small strengths. Raises ValueError when there are not two different ones."
-    strengths, margins = zip(*(p for p in points if abs(p[0]) <= most), strict=True)
-    slopes = slope_per_item(np.array(margins), np.array(strengths))  # (n,)
+    "How items answer to strengths up to 1. Raises ValueError when there are not two different ones."
+    strengths, margins = map(np.array, zip(*(p for p in points if abs(p[0]) <= 1), strict=True))
+    slopes = slope_per_item(margins, strengths)  # (n,)
     return {"slope": float(slopes.mean()), "wrong_way": wrong_way(slopes)}

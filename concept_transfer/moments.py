@@ -5,11 +5,13 @@
 # %% auto #0
 __all__ = ["Moments", "Reading", "robust_weight", "fresh", "collect"]
 
-# %% ../nbs/13_moments.ipynb #287c35e0
+# %% ../nbs/13_moments.ipynb #2fe6f626
+import copy
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import permutations
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ from nnsight import TransformersModel
 from torch import Tensor
 from tqdm import tqdm
 
-from .artefacts import load_artefact, save_artefact
+from .artefacts import load_fields, save_fields
 from .cards import card
 from .data import Corpus, text_key, texts_hash
 from .engine import Chunk, engine, layer_numbers, rows_of
@@ -27,39 +29,34 @@ from .models import ModelInfo, model_info
 from .pairing import paired_tokens, spread_layers, text_of
 
 
-# %% ../nbs/13_moments.ipynb #b97bf611
+# %% ../nbs/13_moments.ipynb #ab904d1b
 class _PairSums:
     "Sums over paired rows, by fold, of all that depends on the target."
 
-    def __init__(self, shape, products=True, shift=None, device="cpu"):
+    def __init__(self, shape, products=True, shift_x=None, shift_y=None, device="cpu"):
         """Zeros of `shape` (K, L1, d1, L2, d2). `products`: also those of the target's own dimensions.
-        `shift`, (L1, d1) and (L2, d2), is subtracted from rows; default: the means of the first ones."""
+        The shifts (L1, d1) and (L2, d2) are subtracted from rows; default: the means of the first ones."""
         K, L1, d1, L2, d2 = shape
         zeros = partial(torch.zeros, dtype=torch.float64, device=device)
         self.n, self.x, self.y = zeros(K), zeros(K, L1, d1), zeros(K, L2, d2)
-        self.xy, self.squares = zeros(shape), zeros(K, L2, d2)
-        self.yy = zeros(K, L2, d2, d2) if products else None
+        self.xy, self.yy = zeros(shape), zeros(K, L2, d2, d2) if products else zeros(K, L2, d2)
         self.shuffled, self.n_shuffled = zeros(shape[1:], dtype=torch.float32), zeros(())
-        shifts: Any = shift or (None, None)
-        self.shift_x, self.shift_y = shifts
+        self.shift_x, self.shift_y = shift_x, shift_y
+
+    @property
+    def products(self) -> bool:  # whether the full products of the target's own dimensions are kept
+        return self.yy.ndim == 4
+
+    @property
+    def squares(self) -> Tensor:  # (K, L2, d2)
+        return self.yy.diagonal(0, -2, -1) if self.products else self.yy
 
 
-# %% ../nbs/13_moments.ipynb #82ddf686
-@patch
-def _add_shuffled(self: _PairSums, A, F):  # (r, L1, d1), (r, L2, d2) without shift
-    "Pair one row in ten, of few rows each one, with the target's row half of them further on."
-    step = 10 if len(F) >= 20 else 1
-    A, F = A[::step], F[::step]  # (h, L1, d1), (h, L2, d2)
-    if len(F) > 1:
-        self.n_shuffled += len(F)
-        self.shuffled += torch.einsum("rla,rmb->lamb", A, F.roll(len(F) // 2, 0))
-
-
-# %% ../nbs/13_moments.ipynb #c74d3e05
+# %% ../nbs/13_moments.ipynb #240e4a9e
 @patch
 def add(self: _PairSums, X, Y, fold, weight):  # (r, L1, d1), (r, L2, d2), (r,), (r,)
     "Add paired rows; the means of the first ones become the shift where none was given."
-    if self.shift_x is None:
+    if self.shift_x is None and len(X):
         self.shift_x, self.shift_y = X.mean(0).double(), Y.mean(0).double()
     for k in fold.unique().tolist():
         on = (fold == k) & (weight > 0)
@@ -70,20 +67,22 @@ def add(self: _PairSums, X, Y, fold, weight):  # (r, L1, d1), (r, L2, d2), (r,),
         self.x[k] += B.sum(0)
         self.y[k] += G.sum(0)
         self.xy[k] += torch.einsum("rla,rmb->lamb", B, F)
-        self.squares[k] += (G * F).sum(0)
-        if self.yy is not None:
-            self.yy[k] += torch.einsum("rmb,rmc->mbc", G, F)
-        self._add_shuffled(A, F)
+        self.yy[k] += torch.einsum("rmb,rmc->mbc", G, F) if self.products else (G * F).sum(0)
+        step = 10 if len(F) >= 20 else 1  # the control takes one row in ten, of few rows each one
+        A, F = A[::step], F[::step]  # (h, L1, d1), (h, L2, d2)
+        if len(F) > 1:
+            self.n_shuffled += len(F)
+            self.shuffled += torch.einsum("rla,rmb->lamb", A, F.roll(len(F) // 2, 0))
 
 
-# %% ../nbs/13_moments.ipynb #10464f92
+# %% ../nbs/13_moments.ipynb #4b3ffb13
 @patch
-def tensors(self: _PairSums):  # as of `Tally.tensors`
+def tensors(self: _PairSums):  # as of `Sums.tally`
     "All tensors, by name."
     return {k: v for k, v in vars(self).items() if isinstance(v, Tensor)}
 
 
-# %% ../nbs/13_moments.ipynb #022efe25
+# %% ../nbs/13_moments.ipynb #2cce2c57
 @dataclass(eq=False)
 class Moments(_PairSums):
     "Sums over paired rows, by fold, with the held-out rows that will judge."
@@ -93,8 +92,7 @@ class Moments(_PairSums):
     y: Tensor  # (K, L2, d2)
     xx: Tensor  # (K, L1, d1, d1)
     xy: Tensor  # (K, L1, d1, L2, d2)
-    squares: Tensor  # (K, L2, d2)
-    yy: Tensor | None  # (K, L2, d2, d2), of which the squares are the diagonal
+    yy: Tensor  # (K, L2, d2, d2), or (K, L2, d2), the squares alone
     shuffled: Tensor  # (L1, d1, L2, d2) float32, products of one row in ten with another place's
     n_shuffled: Tensor  # () how many those were
     shift_x: Tensor  # (L1, d1) what was subtracted from every row, None as long as there are no rows
@@ -113,18 +111,6 @@ class Moments(_PairSums):
     @property
     def shape(self) -> tuple:  # (K, L1, d1, L2, d2)
         return tuple(self.xy.shape)
-
-    @property
-    def products(self) -> bool:  # whether the full products of the target's own dimensions are kept
-        return self.yy is not None
-
-    @property
-    def shift(self) -> tuple | None:  # what is subtracted from all rows
-        return None if self.shift_x is None else (self.shift_x, self.shift_y)
-
-    @property
-    def identity(self) -> str:  # all that the sums depend on besides texts, rows and their weights
-        return repr(self.kind)
 
     @property
     def texts_hash(self) -> str:  # 16 hex digits
@@ -154,7 +140,7 @@ def zeros(
     return cls(**vars(sums), xx=x.new_zeros(*x.shape, shape[2]), **provenance)
 
 
-# %% ../nbs/13_moments.ipynb #d38b65c9
+# %% ../nbs/13_moments.ipynb #2bcdc34d
 @patch
 def _add_source(self: Moments, X, fold, weight):  # (r, L1, d1), (r,), (r,)
     "Add source rows to their products with themselves."
@@ -175,38 +161,48 @@ def add(
     "Add paired rows. Raises ValueError for rows that are not finite."
     if not torch.isfinite(X.sum() + Y.sum()):
         raise ValueError("rows that are not finite cannot be added; leave them out.")
-    rows = (
-        torch.as_tensor(fold).expand(len(X)),
-        X.new_ones(len(X)) if weight is None else weight,
-    )  # (r,) twice
+    weight = X.new_ones(len(X)) if weight is None else weight
+    rows = torch.as_tensor(fold).expand(len(X)), weight  # (r,) twice
     _PairSums.add(self, X, Y, *rows)
     self._add_source(X, *rows)
 
 
-# %% ../nbs/13_moments.ipynb #03334393
-def _gain(letters, n, a, da, b, db):
-    "What products of `n` rows with sums a, b gain when da, db are added to each row; letters as of einsum."
-    return torch.einsum(letters, a, db) + torch.einsum(letters, da, b + n * db)
+# %% ../nbs/13_moments.ipynb #9a51554c
+def _gain(letters, a, da, db, b):
+    "What products gain when da, db are added to all rows; sums are a before that, b after it."
+    return torch.einsum(letters, a, db) + torch.einsum(letters, da, b)
 
 
-# %% ../nbs/13_moments.ipynb #93e1edec
+# %% ../nbs/13_moments.ipynb #65007794
 @patch
-def recentre(self: Moments, shift_x: Tensor, shift_y: Tensor):  # (L1, d1), (L2, d2)
-    "Go over to another shift, in place."
-    dx, dy = self.shift_x - shift_x, self.shift_y - shift_y
+def _grow(self: Moments, dx, dy):  # (L1, d1), (L2, d2)
+    "Make of sums of rows those of rows that are greater by dx and dy, in place."
     share = self.n_shuffled / self.n.sum().clamp_min(1)
-    one, two = (share * self.x.sum(0), dx), (share * self.y.sum(0), dy)  # (L1, d1), (L2, d2) twice
-    self.shuffled += _gain("la,mb->lamb", self.n_shuffled, *one, *two)
     for k, n in enumerate(self.n):
-        one, two = (self.x[k], dx), (self.y[k], dy)
-        self.xx[k] += _gain("la,lb->lab", n, *one, *one)
-        self.xy[k] += _gain("la,mb->lamb", n, *one, *two)
-        self.squares[k] += _gain("mb,mb->mb", n, *two, *two)
-        if self.yy is not None:
-            self.yy[k] += _gain("mb,mc->mbc", n, *two, *two)
-        self.x[k] += n * dx
-        self.y[k] += n * dy
-    self.shift_x, self.shift_y = shift_x, shift_y
+        x, y = self.x[k] + n * dx, self.y[k] + n * dy  # (L1, d1), (L2, d2) what these sums become
+        gain = _gain("la,mb->lamb", self.x[k], dx, dy, y)
+        self.xy[k] += gain
+        self.shuffled += share * gain
+        self.xx[k] += _gain("la,lb->lab", self.x[k], dx, dx, x)
+        letters = "mb,mc->mbc" if self.products else "mb,mb->mb"
+        self.yy[k] += _gain(letters, self.y[k], dy, dy, y)
+        self.x[k], self.y[k] = x, y
+
+
+# %% ../nbs/13_moments.ipynb #d22c40df
+@patch
+def merge(self: Moments, sums, folds):
+    "Add tensors of sums, of some folds, and have their shift from then on."
+    shift = sums.get("shift_x", self.shift_x)
+    if self.shift_x is not None and not torch.equal(shift, self.shift_x):
+        self._grow(self.shift_x - shift, self.shift_y - sums["shift_y"])
+    for k, v in sums.items():
+        if k.startswith("shift"):
+            setattr(self, k, v)
+        elif k.startswith("held"):
+            setattr(self, k, torch.cat([getattr(self, k), v]))  # (h, L, d) or (h,)
+        else:
+            getattr(self, k)[... if "shuffled" in k else folds] += v  # (k, ...)
 
 
 # %% ../nbs/13_moments.ipynb #3d7d23ad
@@ -218,10 +214,10 @@ def kind(self: Moments) -> dict:
     return {k: getattr(self, k) for k in names} | how
 
 
-# %% ../nbs/13_moments.ipynb #8ebca83c
+# %% ../nbs/13_moments.ipynb #3ffd291a
 @patch
 def __add__(self: Moments, other: Moments) -> Moments:
-    """The sums over both, in the memory of `other`, which is used up.
+    """The sums over both, which stay as they are.
     Raises ValueError where they do not belong together, or share texts."""
     if self.kind != other.kind:
         what = "these moments are of other models, layers, folds, templates or settings"
@@ -230,70 +226,42 @@ def __add__(self: Moments, other: Moments) -> Moments:
         raise ValueError(
             f"{len(both)} texts are in both moments and would count twice; give each machine its own texts."
         )
-    if self.shift and other.shift:
-        other.recentre(*self.shift)
-    sums = other.tensors() | {"seen": self.seen | other.seen}
-    for k, v in self.tensors().items():
-        if k.startswith("held"):
-            sums[k] = torch.cat([v, sums[k]])  # (h, L, d) or (h,)
-        elif k.startswith("shift"):
-            sums[k] = v
-        else:
-            sums[k] += v
-    return replace(other, **sums)
+    total = copy.deepcopy(other)
+    total.merge(self.tensors(), ...)
+    total.seen |= self.seen
+    return total
 
 
-# %% ../nbs/13_moments.ipynb #c23e2a13
+# %% ../nbs/13_moments.ipynb #77290896
 @patch
 def reversed(self: Moments) -> Moments:
     "The moments of the opposite direction. Raises ValueError where only squares of the target were kept."
-    if self.yy is None:
+    if not self.products:
         raise ValueError("the way back needs the target's own products: collect(..., products=True).")
-    opposite = {
-        "x": "y",
-        "xx": "yy",
-        "shift_x": "shift_y",
-        "held_x": "held_y",
-        "source": "target",
-        "source_layers": "target_layers",
-    }
-    parts: dict[str, Any] = {}
-    for a, b in opposite.items():
-        parts |= {a: getattr(self, b), b: getattr(self, a)}
+    sides = "x y", "xx yy", "shift_x shift_y", "held_x held_y", "source target", "source_layers target_layers"
+    parts: dict[str, Any] = {a: getattr(self, b) for both in sides for a, b in permutations(both.split())}
     for k in ("xy", "shuffled"):
         parts[k] = getattr(self, k).movedim((-2, -1), (-4, -3)).contiguous()  # (..., L2, d2, L1, d1)
-    parts["squares"] = self.xx.diagonal(0, -2, -1).clone()  # (K, L1, d1)
     parts["settings"] = self.settings | {"precision": self.settings.get("precision", [])[::-1]}
     return replace(self, **parts)
 
 
-# %% ../nbs/13_moments.ipynb #1675b790
+# %% ../nbs/13_moments.ipynb #adc336e5
 @patch
 def save(self: Moments, path: str | Path):
     "Write to one safetensors file."
-    tensors = self.tensors() | {"seen": torch.tensor(sorted(self.seen)).long()}  # (n,)
-    head = {
-        k: asdict(v) if isinstance(v, ModelInfo) else v for k, v in vars(self).items() if k not in tensors
-    }
-    save_artefact(path, "moments", tensors, head)
+    save_fields(self, path, "moments", seen=torch.tensor(sorted(self.seen)).long())
 
 
-# %% ../nbs/13_moments.ipynb #3990d180
+# %% ../nbs/13_moments.ipynb #87b41a47
 @patch(cls_method=True)
 def load(cls: Moments, path: str | Path) -> Moments:
     "Read what `save` wrote. Raises ValueError for another file, FileNotFoundError for none."
-    tensors, head = load_artefact(path, "moments")
-    settings = head["settings"]
-    if head["format"] < 2:
-        yy, settings["thin"] = tensors["yy"], settings.pop("positions", None)
-        own = yy.diagonal(0, -2, -1).clone() if yy.ndim == 4 else tensors.pop("yy")
-        tensors["squares"] = own  # (K, L2, d2)
-    seen = set(tensors.pop("seen").tolist())
-    parts: dict[str, Any] = dict.fromkeys(("yy", "shift_x", "shift_y")) | tensors
-    for k in ("source", "target"):
-        parts[k] = head[k] and ModelInfo(**head[k])
-        parts[f"{k}_layers"] = tuple(head[f"{k}_layers"])
-    return cls(**parts, seen=seen, template=head["template"], settings=settings)
+    m = load_fields(cls, path, "moments", shift_x=None, shift_y=None)
+    m.seen = set(m.seen.tolist())
+    if "positions" in m.settings:
+        m.settings["thin"] = m.settings.pop("positions")
+    return m
 
 
 # %% ../nbs/13_moments.ipynb #be29d186
@@ -320,19 +288,18 @@ def fold(self: Moments, text):
     return -1 if held else (key >> 32) % len(self.n)
 
 
-# %% ../nbs/13_moments.ipynb #d112bb44
+# %% ../nbs/13_moments.ipynb #76cfeaef
 @patch
-def take(self: Moments, chunk, Y, weight=None):
-    "Add a chunk with its target rows (r, L2, d2), and return the number of texts."
+def take(self: Moments, chunk, Y):  # a `Chunk`, (r, L2, d2)
+    "Add a chunk whose target rows are here, and return the number of texts."
     fit = chunk.fold >= 0  # (r,)
-    X, w = chunk.X[fit], torch.ones(len(chunk.X))[fit]  # (r', L1, d1), (r',)
-    if len(X):
-        w = weight(X, Y[fit]) if weight else w
-        _PairSums.add(self, X, Y[fit], chunk.fold[fit], w)
+    X, F, fold = chunk.X[fit], Y[fit], chunk.fold[fit]  # (r', L1, d1), (r', L2, d2), (r',)
+    w = chunk.weight(X, F) if chunk.weight and len(X) else X.new_ones(len(X))  # (r',)
+    _PairSums.add(self, X, F, fold, w)
     return self.keep(chunk, Y[chunk.held], w)
 
 
-# %% ../nbs/13_moments.ipynb #da43f46f
+# %% ../nbs/13_moments.ipynb #eaa8c75f
 @patch
 def keep(self: Moments, chunk, held, weight):  # a `Chunk`, (h, L2, d2), (r',)
     """Add what `_PairSums` leaves out: the source's own products, held-out rows, and the texts as seen.
@@ -340,37 +307,16 @@ def keep(self: Moments, chunk, held, weight):  # a `Chunk`, (h, L2, d2), (r',)
     fit, rows = chunk.fold >= 0, chunk.held  # (r,), (h,)
     self._add_source(chunk.X[fit], chunk.fold[fit], weight)
     keys = torch.tensor([text_key(t) for t in chunk.texts])  # (n,)
-    self.held_x = torch.cat([self.held_x, chunk.X[rows]])
-    self.held_y = torch.cat([self.held_y, held])
-    self.held_of = torch.cat([self.held_of, keys[chunk.of[rows]]])
+    self.merge({"held_x": chunk.X[rows], "held_y": held, "held_of": keys[chunk.of[rows]]}, [])
     self.seen.update(keys.tolist())
     return len(keys)
 
 
-# %% ../nbs/13_moments.ipynb #8e1a276f
-@patch(as_prop=True)
-def row_bytes(self: Moments):
-    "Bytes of one row of the source and of the target on the wire."
-    one, two = (2 if "16" in p else 4 for p in self.settings["precision"])
-    return one * self.x[0].numel(), two * self.y[0].numel()
-
-
-# %% ../nbs/13_moments.ipynb #22f751f5
+# %% ../nbs/13_moments.ipynb #f5fe061a
 @patch
 def tally(self: Moments, folds):
     "What makes empty sums of some folds, about our shift, on a device."
-    return partial(_PairSums, (len(folds), *self.shape[1:]), self.products, self.shift)
-
-
-# %% ../nbs/13_moments.ipynb #61fa9410
-@patch
-def merge(self: Moments, sums, folds):
-    "Add the tensors of such sums, whose shift is ours; the first to come bring it."
-    for k, v in sums.items():
-        if k.startswith("shift"):
-            setattr(self, k, v)
-        else:
-            getattr(self, k)[... if "shuffled" in k else folds] += v  # (k, ...)
+    return partial(_PairSums, (len(folds), *self.shape[1:]), self.products, self.shift_x, self.shift_y)
 
 
 # %% ../nbs/13_moments.ipynb #10bcd31e
@@ -387,20 +333,15 @@ class Reading:
     products: bool | None = None  # also the target's own products; default: unless they would travel
 
 
-# %% ../nbs/13_moments.ipynb #6f9fe8a7
-def _distance(Z):  # (r, L, d) -> (r,)
-    "Of each row from the mean: root mean square over all dimensions, in standard deviations."
-    return ((Z - Z.mean(0)) / Z.std(0).clamp_min(1e-6)).square().mean((1, 2)).sqrt()
-
-
-# %% ../nbs/13_moments.ipynb #4d9bf42a
+# %% ../nbs/13_moments.ipynb #89b2ae80
 def robust_weight(X: Tensor, Y: Tensor) -> Tensor:  # (r, L1, d1), (r, L2, d2) -> (r,)
     "Weight of each row: 1 up to twice the median distance from the mean, less beyond (Huber 1964)."
-    d = torch.maximum(_distance(X), _distance(Y))  # (r,)
+    off = [((Z - Z.mean(0)) / Z.std(0).clamp_min(1e-6)).square().mean((1, 2)) for Z in (X, Y)]  # (r,) twice
+    d = torch.maximum(*off).sqrt()  # (r,)
     return (2 * d.median() / d).clamp(max=1.0)
 
 
-# %% ../nbs/13_moments.ipynb #fb86b765
+# %% ../nbs/13_moments.ipynb #5b8442a4
 def _preparing(source, target, into, how):  # two models, Moments, Reading
     "What turns lists of texts into chunks, (list[list[str]]) -> list[Chunk]; each must be asked for once."
     room = max(0, how.most_rows - len(into.held_x))
@@ -416,44 +357,36 @@ def _preparing(source, target, into, how):  # two models, Moments, Reading
             fold = torch.tensor([into.fold(t) for t in part])[of]  # (r',)
             held = torch.nonzero(fold < 0)[:room, 0]  # (h,)
             room -= len(held)
-            chunks.append(Chunk(part, X[: len(of)], of, fold, held, ids2[:n], at2[:n]))
+            chunks.append(Chunk(part, X[: len(of)], of, fold, held, ids2[:n], at2[:n], how.weight))
             X, ids2, at2 = X[len(of) :], ids2[n:], at2[n:]  # what is left for the other parts
         return chunks
 
     return prepare
 
 
-# %% ../nbs/13_moments.ipynb #fd0656ef
+# %% ../nbs/13_moments.ipynb #171b13c3
 def fresh(source: TransformersModel, target: TransformersModel, layers: Sequence, how: Reading) -> Moments:
     "Moments of nothing yet, of two models at two lists of layers, each None for the usual ones."
     models, thin, weight = (source, target), how.thin, how.weight
     one, two = map(model_info, models)
-    l1, l2 = (
-        tuple(layer_numbers(m, spread_layers(m) if k is None else k))
-        for m, k in zip(models, layers, strict=True)
-    )
+    l1, l2 = (tuple(layer_numbers(m, k or spread_layers(m))) for m, k in zip(models, layers, strict=True))
+    settings = {
+        "thin": getattr(thin, "__name__", "custom") if thin else "shared token boundaries but the first",
+        "weight": getattr(weight, "__name__", "custom") if weight else "none",
+        "precision": [engine(m).precision for m in models],
+    }
     return Moments.zeros(
         *(how.folds, len(l1), one.width, len(l2), two.width),
         products=engine(target).own_products if how.products is None else how.products,
-        source=one,
-        target=two,
-        source_layers=l1,
-        target_layers=l2,
-        template=how.template,
-        settings=dict(
-            thin=getattr(thin, "__name__", "custom") if thin else "shared token boundaries but the first",
-            weight=getattr(weight, "__name__", "custom") if weight else "none",
-            folds=how.folds,
-            held_out=how.held_out,
-            precision=[engine(m).precision for m in models],
-        ),
+        **dict(source=one, target=two, source_layers=l1, target_layers=l2, template=how.template),
+        settings=settings | {"folds": how.folds, "held_out": how.held_out},
     )
 
 
-# %% ../nbs/13_moments.ipynb #0a144bfd
+# %% ../nbs/13_moments.ipynb #314f3dc3
 def _resumed(path, new):
     "What an earlier run left at `path`, else the moments `new`. Raises ValueError for something else."
-    if path is None or not Path(path).is_file():
+    if not path or not Path(path).is_file():
         return new
     old = Moments.load(path)
     if differ := ", ".join(k for k, v in new.kind.items() if old.kind.get(k) != v):
@@ -477,7 +410,7 @@ def _saving(steps, save, every):
     save()
 
 
-# %% ../nbs/13_moments.ipynb #6c2e324f
+# %% ../nbs/13_moments.ipynb #b08cf301
 def collect(
     source: TransformersModel,
     target: TransformersModel,
@@ -492,7 +425,7 @@ def collect(
     how = Reading(**reading)
     m = _resumed(path, fresh(source, target, (source_layers, target_layers), how))
     todo = [t for t in dict.fromkeys(corpus.texts) if text_key(t) not in m.seen]
-    rest: Any = m, how.weight, path and Path(f"{path}.jobs"), engine(source).tokens
+    rest: Any = m, path and Path(f"{path}.jobs"), engine(source).tokens
     steps = engine(target).sums(todo, _preparing(source, target, m, how), *rest)
 
     def save():

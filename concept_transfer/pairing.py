@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = [
+    "Boundaries",
     "shared_boundaries",
-    "encode_offsets",
     "last_token",
     "paired_tokens",
     "paired_states",
@@ -13,12 +13,11 @@ __all__ = [
     "spread_layers",
 ]
 
-# %% ../nbs/12_pairing.ipynb #4b7ed4b9
+# %% ../nbs/12_pairing.ipynb #b5f0d76a
 import unicodedata
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 
-import numpy as np
 import torch
 from nnsight import TransformersModel
 
@@ -33,39 +32,42 @@ def _token_ends(offsets):  # characters (start, end) of each token
     return {end: i for i, _, end in spans if i not in inside}
 
 
-# %% ../nbs/12_pairing.ipynb #9405879a
+# %% ../nbs/12_pairing.ipynb #0b44864f
+Boundaries = list[tuple[int, int]]  # tokens (i, j) after which both models have read the same
+
+
 def shared_boundaries(
     source: Sequence[tuple[int, int]],  # characters (start, end) of each token
     target: Sequence[tuple[int, int]],
-    skip: int = 1,  # so many first tokens of either side are left out
-) -> list[tuple[int, int]]:  # token indices (i, j) after which both models have read the same characters
+) -> Boundaries:
     "Pairs of tokens that end at the same character."
     one, two = _token_ends(source), _token_ends(target)
-    return [(i, two[end]) for end, i in one.items() if end in two and min(i, two[end]) >= skip]
+    return [(i, two[end]) for end, i in one.items() if i and two.get(end)]
 
 
-# %% ../nbs/12_pairing.ipynb #5265476e
-def encode_offsets(model: TransformersModel, texts: Sequence[str]) -> tuple[list, list]:
+# %% ../nbs/12_pairing.ipynb #17f24fc8
+def _encode(model, texts):
     """Token ids of each text, as many as fit into the context, and character offsets of all its tokens.
     Raises ValueError for a tokenizer without offsets, and for a text without tokens, which is named."""
     if not model.tokenizer.is_fast:
-        say = "gives no character offsets; pass a fast one to load_model."
-        raise ValueError(f"the tokenizer of {engine(model).name} {say}")
+        raise ValueError(
+            f"the tokenizer of {engine(model).name} gives no character offsets; "
+            "pass a fast one to load_model."
+        )
     got, limit = model.tokenizer(list(texts), return_offsets_mapping=True), context_length(model)
     refuse_empty(texts, got.input_ids, model.tokenizer("").input_ids)
     return [ids[:limit] for ids in got.input_ids], got.offset_mapping
 
 
-# %% ../nbs/12_pairing.ipynb #c3241725
+# %% ../nbs/12_pairing.ipynb #384e37eb
 def _accent_follows(text, end):  # end: number of characters read
     "Whether the next character belongs to the one just read, so that composing would make one of both."
     both = text[end - 1 : end + 1]
-    composed = unicodedata.is_normalized("NFC", both)
-    return len(both) > 1 and (unicodedata.combining(both[1]) > 0 or not composed)
+    return any(map(unicodedata.combining, both[1:])) or not unicodedata.is_normalized("NFC", both)
 
 
-# %% ../nbs/12_pairing.ipynb #feea4693
-def last_token(pairs: list[tuple[int, int]], n1: int, n2: int) -> list[tuple[int, int]]:
+# %% ../nbs/12_pairing.ipynb #94bbfc47
+def last_token(pairs: Boundaries, n1: int, n2: int) -> Boundaries:
     "The last token of either side, wherever it ends (ConTrans): a choice for `thin`."
     return [(n1 - 1, n2 - 1)]
 
@@ -77,7 +79,7 @@ def paired_tokens(
     thin: Callable | None = None,  # (pairs (i, j), number of source tokens, of target tokens) -> pairs to use
 ) -> list[tuple[list, list]]:  # for either side: token ids of each text, and positions paired in it
     "Tokens of both sides, and which of them are paired: the k-th of a text here with its k-th there."
-    (ids1, offsets1), (ids2, offsets2) = encode_offsets(source, texts), encode_offsets(target, texts)
+    (ids1, offsets1), (ids2, offsets2) = _encode(source, texts), _encode(target, texts)
     at1, at2 = [], []
     for text, x, y, one, two in zip(texts, ids1, ids2, offsets1, offsets2, strict=True):
         pairs = [
@@ -91,7 +93,7 @@ def paired_tokens(
     return [(ids1, at1), (ids2, at2)]
 
 
-# %% ../nbs/12_pairing.ipynb #d95c942f
+# %% ../nbs/12_pairing.ipynb #b0f3fdd9
 def paired_states(
     source: TransformersModel,
     target: TransformersModel,
@@ -102,10 +104,10 @@ def paired_states(
     what: str = "reading",  # label of the progress bars
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # (r, L1, d1), (r, L2, d2) float32, (r,) which text
     "States of both models wherever their tokenizers agree, or where `thin` wants them."
-    (ids1, at1), (ids2, at2) = paired_tokens(source, target, texts, thin)
-    X = rows_of(source, ids1, at1, source_layers, what)  # (r, L1, d1)
-    Y = rows_of(target, ids2, at2, target_layers, what)  # (r, L2, d2)
-    return X, Y, text_of(at1)
+    one, two = paired_tokens(source, target, texts, thin)
+    X = rows_of(source, *one, source_layers, what)  # (r, L1, d1)
+    Y = rows_of(target, *two, target_layers, what)  # (r, L2, d2)
+    return X, Y, text_of(one[1])
 
 
 def text_of(at: Sequence[Sequence[int]]) -> torch.Tensor:  # (r,)
@@ -113,9 +115,8 @@ def text_of(at: Sequence[Sequence[int]]) -> torch.Tensor:  # (r,)
     return torch.arange(len(at)).repeat_interleave(torch.tensor([len(places) for places in at]))
 
 
-# %% ../nbs/12_pairing.ipynb #f724b6aa
+# %% ../nbs/12_pairing.ipynb #3516883e
 def spread_layers(model: TransformersModel, most: int = 8) -> list[int]:
     "At most `most` layers, evenly from a third of the depth to the last but one."
     n = len(model.layers)
-    places = np.linspace(n / 3, max(n / 3, n - 2), most).round().astype(int).clip(0, n - 1)
-    return sorted(set(places.tolist()))
+    return torch.linspace(n / 3, max(n / 3, n - 2), most).round().int().unique().tolist()

@@ -4,14 +4,10 @@
 
 # %% auto #0
 __all__ = [
-    "GREY",
-    "STYLE",
-    "canvas",
     "plot_separation",
     "plot_grid",
     "plot_spectrum",
     "look",
-    "plot_arms",
     "curves",
     "plot_dose",
     "plot_frontier",
@@ -19,244 +15,218 @@ __all__ = [
     "figures",
 ]
 
-# %% ../nbs/19_plots.ipynb #f7099abb
-from collections.abc import Iterator, Sequence
+# %% ../nbs/19_plots.ipynb #c9756bf7
+from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from itertools import cycle
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 import seaborn as sns
 import torch
 from fastcore.basics import patch
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
-from matplotlib.ticker import MaxNLocator
 
 from .concepts import Concept
-from .evidence import ARMS, Arm, ArmResult, Evidence
+from .evidence import ARMS, Arm, Evidence
 from .maps import AffineMap, LayerGrid
 
-# %% ../nbs/19_plots.ipynb #a845a9f4
-GREY = "#555555"
-STYLE = {
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.titlesize": 10.5,
-    "font.size": 9.5,
-    "figure.dpi": 110,
-    "figure.constrained_layout.use": True,
-    "legend.fontsize": 8,
-    "legend.frameon": False,
-}
 
-
+# %% ../nbs/19_plots.ipynb #84ae2d04
 @contextmanager
-def canvas(
-    width: float = 5.8,  # inches
-    height: float = 3.4,
-) -> Iterator[tuple[Figure, Axes]]:
-    "An empty picture, to be drawn within the context."
-    with plt.style.context(["default", STYLE]):
+def _canvas(width=5.8, height=3.4):
+    "An empty picture of this size in inches, to be drawn within the context."
+    with plt.style.context(["default", "concept_transfer.templates.pictures"]):
         fig, ax = plt.subplots(figsize=(width, height))
         plt.close(fig)
         yield fig, ax
 
 
-# %% ../nbs/19_plots.ipynb #b8680032
+# %% ../nbs/19_plots.ipynb #39ba8440
 def plot_separation(*concepts: Concept) -> Figure:
     "Held-out AUC of each concept by layer."
-    with canvas() as (fig, ax):
-        for c, marker in zip(concepts, cycle("osD^vPX*"), strict=False):
-            ax.plot(c.layers, c.auc, marker=marker, ms=4, lw=1.3, label=f"{c.name}, {c.model.name}")
-        ax.axhline(0.5, color=GREY, lw=1, ls=":", label="chance")
-        lowest = min(0.45, *(area for c in concepts for area in c.auc))
-        ax.set(xlabel="layer", ylabel="held-out AUC", ylim=(lowest - 0.02, 1.01))
-        ax.set_title("How well a direction tells held-out scenarios apart")
-        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    title = "How well a direction tells held-out scenarios apart"
+    with _canvas() as (fig, ax):
+        for c in concepts:
+            ax.plot(c.layers, c.auc, label=f"{c.name}, {c.model.name}")
+        ax.axhline(0.5, ls=":", label="chance")
+        ax.set(xlabel="layer", ylabel="held-out AUC", ylim=(None, 1.01), title=title)
+        ax.locator_params("x", integer=True)
         ax.legend()
     return fig
 
 
-# %% ../nbs/19_plots.ipynb #78f33619
-def _heat(
-    ax: Axes,
-    z: np.ndarray,  # (rows, columns)
-    rows: Sequence,
-    columns: Sequence,
-    label: str,  # what the numbers are
-    ends: tuple[float, float],  # of the colours
-    **look,  # for seaborn
-):
-    "A matrix with its numbers, drawn into `ax`."
-    look = {
-        "cmap": "cividis",
-        "fmt": ".2f",
-        "annot_kws": {"size": 8},
-        "vmin": ends[0],
-        "vmax": ends[1],
-    } | look
-    sns.heatmap(
-        z, annot=True, xticklabels=columns, yticklabels=rows, cbar_kws={"label": label}, ax=ax, **look
+# %% ../nbs/19_plots.ipynb #381df4a0
+def _heat(ax, z, rows, columns, label, low, high, **look):
+    "A matrix with its numbers, drawn into `ax`; the colours end at `low` and `high`."
+    style = (
+        dict(annot=True, fmt=".2f", annot_kws={"size": 8}, cmap="cividis", cbar_kws={"label": label}) | look
     )
-    ax.tick_params(axis="y", rotation=0)
+    sns.heatmap(z, vmin=low, vmax=high, xticklabels=columns, yticklabels=rows, ax=ax, **style)
+    ax.tick_params("y", rotation=0)
 
 
-# %% ../nbs/19_plots.ipynb #29b20d5d
+# %% ../nbs/19_plots.ipynb #e01783a0
 def plot_grid(
     maps: LayerGrid,
     values: str | np.ndarray = "r2",  # "r2", "cosine", or (L1, L2) such as `downstream` gives
     label: str = "",  # what an array shows
 ) -> Figure:
     "Heat map of a score over all layer pairs. Raises ValueError for an array of another shape."
-    title = f"{maps.method}: {maps.rows:,} rows"
+    bound = max(0, maps.r2_shuffled.max())
+    title = f"{maps.method}: {maps.rows:,} rows\nR2 of maps for shuffled pairs: at most {bound:.2f}"
     if isinstance(values, str):
         label = {"r2": "held-out R2, standardised", "cosine": "held-out cosine"}[values]
-        if values == "r2":
-            title += f"\nshuffled pairs give at most {max(0, maps.r2_shuffled.max()):.2f}"
         values = getattr(maps, values)
-    z = np.asarray(values)  # (L1, L2)
-    size = maps.r2.shape
-    if z.shape != size:
-        raise ValueError(
-            f"values of shape {z.shape} are not one for each of {size[0]} x {size[1]} layer pairs."
-        )
-    with canvas(1.6 + 0.62 * size[1], 1.6 + 0.42 * size[0]) as (fig, ax):
-        _heat(ax, z, maps.source_layers, maps.target_layers, label, (min(0, z.min()), max(0.5, z.max())))
+    z, (L1, L2) = np.asarray(values), maps.r2.shape
+    if z.shape != (L1, L2):
+        raise ValueError(f"values of shape {z.shape} are not one for each of {L1} x {L2} layer pairs.")
+    with _canvas(1.6 + 0.62 * L2, 1.6 + 0.42 * L1) as (fig, ax):
+        _heat(ax, z, maps.source_layers, maps.target_layers, label, min(0, z.min()), max(0.5, z.max()))
         ax.set(xlabel=f"layer of {maps.target.name}", ylabel=f"layer of {maps.source.name}", title=title)
     return fig
 
 
-# %% ../nbs/19_plots.ipynb #7dee8455
-@patch
-def show(self: LayerGrid, values: str | np.ndarray = "r2", label: str = "") -> Figure:
-    "Heat map over all layer pairs: see `plot_grid`."
-    return plot_grid(self, values, label)
-
-
-# %% ../nbs/19_plots.ipynb #3cebd7d0
+# %% ../nbs/19_plots.ipynb #253ae567
 def plot_spectrum(*maps: AffineMap) -> Figure:
     "Singular values of maps, relative to the largest."
-    with canvas() as (fig, ax):
-        for m, line in zip(maps, cycle(["-", "--", ":", "-."]), strict=False):
+    with _canvas() as (fig, ax):
+        for m in maps:
             s = torch.linalg.svdvals(m.W)  # (min(d1, d2),)
-            rank = float(s.square().sum() ** 2 / s.pow(4).sum())
+            rank = s.square().sum() ** 2 / s.pow(4).sum()
             label = f"{m.layers[0]}:{m.layers[1]}, effective rank {rank:.0f}"
-            ax.plot(range(1, len(s) + 1), s / s[0], line, label=label)
+            ax.plot(range(1, len(s) + 1), s / s[0], markevery=0.1, label=label)
         ax.set(xlabel="rank", ylabel="singular value / largest", yscale="log", title="Spectrum of the map")
         ax.legend()
     return fig
 
 
-# %% ../nbs/19_plots.ipynb #20e82ae9
+# %% ../nbs/19_plots.ipynb #1d24cd38
 def look(
     name: str,
     arms: dict[str, Arm] = ARMS,  # with entries of your own
 ) -> Arm:
     "How an arm is shown: as its entry says, or plainly where there is none."
     plain = replace(ARMS["base"], name=name, words=name.replace("_", " "), marker="h")
-    return arms.get(name) or ARMS.get(name) or plain
+    return (ARMS | arms).get(name, plain)
 
 
-# %% ../nbs/19_plots.ipynb #23abc5cc
-def plot_arms(
-    e: Evidence,
+# %% ../nbs/19_plots.ipynb #a3fb9937
+def _arm(ax, y, entry, kl, mean, ci, draws=()):
+    "An arm as line `y` of a picture, its damage beside it."
+    ax.hlines(y, *ci, entry.colour, lw=2.5, alpha=0.6)
+    ax.vlines(draws, y - 0.12, y + 0.12, entry.colour)
+    ax.plot(mean, y, entry.marker, color=entry.colour, ms=7)
+    if kl:
+        ax.annotate(
+            f"KL {kl:.2f}", (1.02, y), xycoords=("axes fraction", "data"), va="center", color="dimgray"
+        )
+
+
+# %% ../nbs/19_plots.ipynb #825b3b4a
+@patch
+def show(
+    self: Evidence,
     arms: dict[str, Arm] = ARMS,  # how arms are shown
+    metric: str = "",  # one of `further`; default: whether the target is chosen
 ) -> Figure:
     "How often each arm chooses the target, with its interval; all steered arms did the same damage."
-    ran = {name: a for name, a in e.arms.items() if a.ci}
-    shown = [look(name, arms) for name in ran]
-    with canvas(height=0.9 + 0.42 * len(ran)) as (fig, ax):
-        for y, (a, entry) in enumerate(zip(ran.values(), shown, strict=True)):
-            draws = a.draws or []
-            ax.plot(draws, [y] * len(draws), "|", color=entry.colour, ms=9)
-            ax.plot(a.ci, [y, y], color=entry.colour, lw=2.5, alpha=0.6, solid_capstyle="butt")
-            ax.plot(a.choice_rate, y, entry.marker, color=entry.colour, ms=7)
-            kl = f"KL {a.kl:.2f}" if a.kl else ""
-            ax.text(1.03, y, kl, transform=ax.get_yaxis_transform(), va="center", fontsize=8, color=GREY)
-        ax.axvline(ran["base"].choice_rate, color=GREY, lw=0.8, ls=":")
-        ax.set(yticks=range(len(ran)), yticklabels=[entry.words for entry in shown])
-        ax.set(xlim=(-0.02, 1.02), ylim=(len(ran) - 0.4, -0.6))
-        ax.set_xlabel(f"share of items where the target is chosen (n = {e.provenance.n})")
-        ax.set_title(f"{e.provenance.transplant}: effect at equal damage (prompt: as it is)")
+    ran: dict[Arm, Any] = {look(name, arms): a for name, a in self.arms.items() if a.ci}
+    x = self.further[metric] if metric else "share of items where the target is chosen"
+    rows = [dict(mean=a.choice_rate, ci=a.ci, draws=a.draws) for a in ran.values()]
+    if metric:
+        rows = [a.score_means[metric] for a in ran.values()]
+    of, n = self.provenance, len(ran)
+    with _canvas(height=0.9 + 0.42 * n) as (fig, ax):
+        for y, (entry, a) in enumerate(ran.items()):
+            _arm(ax, y, entry, a.kl, **rows[y])
+        ax.axvline(rows[0]["mean"], ls=":")  # the base model is the first
+        ax.set(yticks=range(n), yticklabels=[entry.words for entry in ran], ylim=(n - 0.4, -0.6))
+        ax.set(xlim=None if metric else (-0.02, 1.02), xlabel=f"{x} (n = {of.n})")
+        ax.set_title(f"{of.transplant}: effect at equal damage (prompt: as it is)")
     return fig
 
 
-@patch  # type: ignore[no-redef]
-def show(self: Evidence, arms: dict[str, Arm] = ARMS) -> Figure:
-    "How often each arm chooses the target: see `plot_arms`."
-    return plot_arms(self, arms)
-
-
-# %% ../nbs/19_plots.ipynb #9f61f470
+# %% ../nbs/19_plots.ipynb #41cd40bc
 def curves(e: Evidence) -> dict[str, np.ndarray]:  # arm: (points, 4)
-    "The dose curves in the order of their strengths: strength, dose, share choosing the target, damage."
-    found: dict[str, list] = {}
-    for r in e.runs:
-        if r.experiment == "curves" and r.damage:
-            point = r.strength, r.dose, np.mean(r.answers["chosen"]), r.damage.mean
-            found.setdefault(r.arm, []).append(point)
-    return {arm: np.array(sorted(points)) for arm, points in found.items()}
+    "The dose curve of every arm that has one: strength, dose, share choosing the target, damage."
+    found = {}
+    for arm, runs in e.of("curves").items():
+        points = [(r.strength, r.dose, np.mean(r.answers["chosen"]), r.damage.mean) for r in runs if r.damage]
+        found[arm] = np.array(sorted(points))
+    return found
 
 
-# %% ../nbs/19_plots.ipynb #df533a70
-def _line(entry: Arm, i: int) -> dict:
+# %% ../nbs/19_plots.ipynb #22763990
+def _line(entry, i):
     "How the curve of the `i`-th arm is drawn."
-    look = {"color": entry.colour, "marker": entry.marker, "label": entry.words}
-    return look | {"lw": 1.6 + i, "ms": 5 + 2 * i, "zorder": 3 - i / 10}
+    return dict(
+        color=entry.colour,
+        marker=entry.marker,
+        label=entry.words,
+        lw=1.6 + i,
+        ms=5 + 2 * i,
+        zorder=3 - i / 10,
+    )
 
 
+@contextmanager
+def _effect(**look):
+    "A canvas whose height is the effect, with a legend below."
+    with _canvas(height=3.8) as (fig, ax):
+        yield fig, ax
+        ax.set(ylabel="share choosing the target", ylim=(-0.03, 1.03), **look)
+        fig.legend(loc="outside lower center", ncol=3)
+
+
+# %% ../nbs/19_plots.ipynb #8bb095db
+def _bounds(ax, e):
+    "What an effect is held against: the base model, and random directions at the budget."
+    ax.axhline(e.arms["base"].choice_rate, ls=":", label="base model")
+    if "random" in e.arms and (draws := e.arms["random"].draws):
+        ax.axhspan(min(draws), max(draws), color="dimgray", alpha=0.15, lw=0, label="random, at the budget")
+
+
+# %% ../nbs/19_plots.ipynb #2c60d9ac
 def plot_dose(
     e: Evidence,
     arms: dict[str, Arm] = ARMS,  # how arms are shown
 ) -> Figure:
     "Effect and damage against the dose; the band is the range that random directions reached at the budget."
-    with canvas(height=3.8) as (fig, ax):
+    x = "dose: norm added / median residual norm"
+    with _effect(title="Dose, response and damage", xlabel=x) as (fig, ax):
         right = ax.twinx()
-        right.spines["right"].set_visible(True)
+        right.set_ylabel("mean KL from base, nats a token")
         for i, (name, points) in enumerate(curves(e).items()):
             entry, (_, dose, chosen, kl) = look(name, arms), points.T
             ax.plot(dose, chosen, **_line(entry, i))
-            right.plot(dose, kl, color=entry.colour, ls="--", lw=1.2, marker=".", ms=4)
-        if draws := e.arms.get("random", ArmResult()).draws:
-            ax.axhspan(min(draws), max(draws), color=GREY, alpha=0.15, lw=0, label="random, at the budget")
-        ax.axhline(e.arms["base"].choice_rate, color=GREY, lw=1, ls=":", label="base model")
-        ax.plot([], [], color=GREY, ls="--", lw=1.2, marker=".", ms=4, label="damage (right axis)")
-        ax.set(xlabel="dose: norm added / median residual norm", ylabel="share choosing the target")
-        ax.set(ylim=(-0.03, 1.03), title="Dose, response and damage")
-        right.set(ylabel="mean KL from base, nats a token", ylim=(0, None))
-        fig.legend(loc="outside lower center", ncol=3)
+            right.plot(dose, kl, ".--", color=entry.colour)
+        ax.plot([], [], ".--", color="dimgray", label="damage (right axis)")
+        _bounds(ax, e)
     return fig
 
 
-# %% ../nbs/19_plots.ipynb #46eb327c
+# %% ../nbs/19_plots.ipynb #da757449
 def plot_frontier(
     e: Evidence,
     arms: dict[str, Arm] = ARMS,  # how arms are shown
 ) -> Figure:
     "Effect against damage along the dose curves, beside all other arms where they stand at the budget."
-    lines = curves(e)
-    with canvas(height=3.8) as (fig, ax):
+    lines, x = curves(e), "damage: mean KL from base, nats a token"
+    with _effect(title="What the effect costs", xlabel=x, xlim=(-0.001, None)) as (fig, ax):
+        ax.set_xscale("symlog", linthresh=0.02)
         for i, (name, points) in enumerate(lines.items()):
-            onwards = points[points[:, 0] >= 0]
-            _, _, chosen, kl = onwards[onwards[:, 3].argsort()].T
+            _, _, chosen, kl = points[points[:, 0] >= 0].T
             ax.plot(kl, chosen, **_line(look(name, arms), i))
         for name, a in e.arms.items():
             if name not in lines and a.kl is not None:
-                entry = look(name, arms)
-                ax.plot(
-                    a.kl, a.choice_rate, entry.marker, color=entry.colour, ms=8, label=entry.words, zorder=4
-                )
-        ax.set_xscale("symlog", linthresh=0.02)
-        ax.set(xlabel="damage: mean KL from base, nats a token", ylabel="share choosing the target")
-        ax.set(xlim=(-0.001, None), ylim=(-0.03, 1.03), title="What the effect costs")
-        fig.legend(loc="outside lower center", ncol=3)
+                ax.plot(a.kl, a.choice_rate, ls="", **_line(look(name, arms), 1))
     return fig
 
 
-# %% ../nbs/19_plots.ipynb #0cdb6814
+# %% ../nbs/19_plots.ipynb #1a397c6f
 def plot_matrix(
     shift: np.ndarray,  # (rows, columns) change of the choice rate
     p: np.ndarray,  # of the same shape
@@ -266,29 +236,28 @@ def plot_matrix(
     "Change of each behaviour by each transplant, from `off_target`; a frame where it is significant."
     most = max(0.1, float(np.abs(shift).max()))
     width = 1.2 + 0.62 * len(columns) + 0.07 * max(map(len, rows))
-    with canvas(width, 2 + 0.42 * len(rows)) as (fig, ax):
-        _heat(ax, shift, rows, columns, "change of choice rate", (-most, most), cmap="PuOr_r", fmt="+.2f")
+    with _canvas(width, 2 + 0.42 * len(rows)) as (fig, ax):
+        _heat(ax, shift, rows, columns, "change of choice rate", -most, most, cmap="PuOr_r", fmt="+.2f")
         for i, j in np.argwhere(p <= 0.05):
-            ax.add_patch(Rectangle((j + 0.04, i + 0.04), 0.92, 0.92, fill=False, lw=1.4, color="#222222"))
+            ax.add_patch(plt.Rectangle((j + 0.04, i + 0.04), 0.92, 0.92, fill=False, lw=1.4, color="#222222"))
         ax.set(xlabel="behaviour asked for", ylabel="concept transplanted")
         ax.set_title("On target and off (framed: p at most .05, Holm)")
         plt.setp(ax.get_xticklabels(), rotation=40, ha="right")
     return fig
 
 
-# %% ../nbs/19_plots.ipynb #755071f8
+# %% ../nbs/19_plots.ipynb #ce83cafa
 def figures(
     e: Evidence,
     arms: dict[str, Arm] = ARMS,  # how arms are shown
 ) -> dict[str, Figure]:
     "The pictures of a report: heading, picture."
-    out = {"Effect": plot_arms(e, arms)}
+    out = {"Effect": e.show(arms)}  # type: ignore[attr-defined]
     if curves(e):
         out |= {"Dose": plot_dose(e, arms), "Cost": plot_frontier(e, arms)}
-    others = e.off_target
-    if others and (moved := list(others[0].change)):
-        shift = np.array([[m.change[a] for m in others] for a in moved])  # (arms, behaviours)
-        p = np.array([[m.p[a] for m in others] for a in moved])
-        rows = [f"{e.provenance.transplant}, {look(a, arms).words}" for a in moved]
-        out["Off target"] = plot_matrix(shift, p, rows, [m.task.split("/")[-1] for m in others])
+    shift, p = (pd.DataFrame([getattr(m, k) for m in e.off_target]).T for k in ("change", "p"))
+    if shift.size:  # (arms, behaviours)
+        rows = [f"{e.provenance.transplant}, {look(arm, arms).words}" for arm in shift.index]
+        columns = [m.task.split("/")[-1] for m in e.off_target]
+        out["Off target"] = plot_matrix(shift.values, p.values, rows, columns)
     return out

@@ -19,98 +19,92 @@ from .evidence import ARMS, STARTS, Arm, ArmResult, Evidence
 from .plots import figures, look
 
 
-# %% ../nbs/20_report.ipynb #79b77c17
+# %% ../nbs/20_report.ipynb #bda9398f
+def _chance(e):
+    "What random directions of the same damage do, and the p value, None where they are too few for a test."
+    draws = e.arms.get("random", ArmResult()).draws
+    if not draws:
+        return "no random directions were asked", None
+    p = e.effect.p_value if len(draws) >= 19 else None
+    test = f" (p = {p:.3f})" if p else ", too few for a test"
+    said = (
+        f"random directions of equal damage reach {np.mean(draws):.0%} on average "
+        f"and {max(draws):.0%} at most{test}"
+    )
+    return said, p
+
+
+# %% ../nbs/20_report.ipynb #7678566b
 def verdict(e: Evidence) -> str:
     "What was found, in one sentence with its interval; or why there is nothing to say."
+    gain, ci = e.effect.gain, e.effect.gain_ci
     mine = e.arms.get("transplanted", ArmResult(reason="not asked for"))
-    if e.effect.gain is None or e.effect.gain_ci is None:
+    if gain is None or ci is None:
         return f"No verdict: the transplanted arm was not run ({mine.reason})."
-    low, high = e.effect.gain_ci
-    draws = e.arms.get("random", ArmResult()).draws or []
-    tested = len(draws) >= 19
+    low, high = ci
+    against, p = _chance(e)
+    head = "An effect" if p else "An effect, not tested against chance"
     if high < 0:
         head = "The opposite of what was wanted"
-    elif low <= 0 or (tested and (e.effect.p_value or 1) > 0.05):
+    elif low <= 0 or (p or 0) > 0.05:
         head = "No effect beyond the controls"
-    else:
-        head = "An effect" if tested else "An effect, not tested against chance"
-    against = "no random directions were asked"
-    if draws:
-        test = f" (p = {e.effect.p_value:.3f})" if tested else ", too few for a test"
-        against = (
-            f"random directions of equal damage reach {np.mean(draws):.0%} on average "
-            f"and {max(draws):.0%} at most{test}"
-        )
     return (
         f"{head}: the transplanted concept moves the share of answers that choose the target by "
-        f"{100 * e.effect.gain:+.0f} points (95% interval {100 * low:+.0f} to {100 * high:+.0f}; "
+        f"{100 * gain:+.0f} points (95% interval {100 * low:+.0f} to {100 * high:+.0f}; "
         f"from {e.arms['base'].choice_rate:.0%} to {mine.choice_rate:.0%} of {e.provenance.n} items) "
         f"at a damage of {mine.kl:.2f} nats a token; {against}."
     )
 
 
-# %% ../nbs/20_report.ipynb #6330c8ef
-def _found(e: Evidence) -> list[str]:
+# %% ../nbs/20_report.ipynb #e47d2200
+def _found(e):
     "Sentences about the effect."
-    if e.effect.gain is None:
-        return []
-    out = [f"Against the base model p = {e.effect.p_mcnemar:.2g} (McNemar, exact)."]
-    if e.effect.recovery is not None:
-        ci = e.effect.recovery_ci
+    effect, ci = e.effect, e.effect.recovery_ci
+    if effect.gain is not None:
+        yield f"Against the base model p = {effect.p_mcnemar:.2g} (McNemar, exact)."
+    if effect.recovery is not None:
         interval = f"interval {ci[0]:.0%} to {ci[1]:.0%}" if ci else "interval open"
-        out.append(f"It recovers {e.effect.recovery:.0%} of the native effect at this layer ({interval}).")
+        yield f"It recovers {effect.recovery:.0%} of the native effect at this layer ({interval})."
     if steered := e.steered():
-        out.append(f"{steered['wrong_way']:.0%} of the items move the wrong way.")
-    return out
+        yield f"{steered['wrong_way']:.0%} of the items move the wrong way."
 
 
-# %% ../nbs/20_report.ipynb #9ecc9229
-def _elsewhere(e: Evidence) -> list[str]:
+# %% ../nbs/20_report.ipynb #4f90bc4a
+def _elsewhere(e):
     "Sentences about what else moved."
-    out = []
-    before, after = e.capability.get("base"), e.capability.get("transplanted")
-    if before and after and before.knowledge is not None:
-        out.append(
-            f"Knowledge: {after.knowledge:.0%} of {before.knowledge_n} questions right, "
-            f"{before.knowledge:.0%} before."
-        )
-    others = [m for m in e.off_target if "transplanted" in m.p]
-    if others:
+    if (after := e.capability.get("transplanted")) and after.knowledge_n:
+        right = f"{after.knowledge:.0%} of {after.knowledge_n} questions right"
+        yield f"Knowledge: {right}, {e.capability['base'].knowledge:.0%} before."
+    if others := [m for m in e.off_target if "transplanted" in m.p]:
         moved = [m for m in others if m.p["transplanted"] <= 0.05]
         points = [f"{m.task.split('/')[-1]} {100 * m.change['transplanted']:+.0f} points" for m in moved]
-        named = f": {', '.join(points)}" if moved else ""
-        out.append(f"Of {len(others)} other behaviours, {len(moved) or 'none'} moved beyond chance{named}.")
-    return out
+        named = f": {', '.join(points)}" if points else ""
+        yield f"Of {len(others)} other behaviours, {len(points) or 'none'} moved beyond chance{named}."
 
 
-# %% ../nbs/20_report.ipynb #b24061c0
+# %% ../nbs/20_report.ipynb #32a039c1
 def details(e: Evidence) -> list[str]:
     "What else a reader of the verdict should know, a sentence each."
-    out = _found(e) + _elsewhere(e)
-    if e.effect.smallest_effect:
-        out.append(
-            f"A true difference of {100 * e.effect.smallest_effect:.0f} points would be noticed with so many "
-            "scenarios four times in five, a smaller one less often."
-        )
-    notes = e.provenance.notes
+    out, notes = [*_found(e), *_elsewhere(e)], e.provenance.notes
+    if least := e.effect.smallest_effect:
+        noticed = "would be noticed with so many scenarios four times in five, a smaller one less often."
+        out.append(f"A true difference of {100 * least:.0f} points {noticed}")
     if "search" in notes:
-        pairs = {tuple(tried["layers"]) for tried in notes["search"]}
-        read, p = notes.get("texts_read") or "some", notes.get("search_p") or 1
-        out.append(
-            f"{len(pairs)} layer pairs were tried on tuning items ({read} texts read, "
-            f"p of the best {p:.3f}); the numbers here are from other items."
-        )
+        tried = {tuple(s["layers"]) for s in notes["search"]}
+        cost = f"on tuning items ({notes['texts_read']} texts read, p of the best {notes['search_p']:.3f})"
+        out.append(f"{len(tried)} layer pairs were tried {cost}; the numbers here are from other items.")
     return out
 
 
-# %% ../nbs/20_report.ipynb #c4b57f7b
-def _png(picture: Figure) -> str:
+# %% ../nbs/20_report.ipynb #1fb82d61
+def _png(picture):
     "A picture as text that can stand in a page, the same bytes each time."
     buffer = io.BytesIO()
     picture.savefig(buffer, dpi=130, metadata={"Software": None})
     return base64.b64encode(buffer.getvalue()).decode()
 
 
+# %% ../nbs/20_report.ipynb #bb5ea2d3
 def write_report(
     e: Evidence,
     path: str | Path,
@@ -120,12 +114,7 @@ def write_report(
     "A self-contained HTML report, written whole or not at all."
     pictures = figures(e, arms) if pictures is None else pictures
     page = TEMPLATES.get_template("report.html").render(
-        e=e,
-        verdict=verdict(e),
-        details=details(e),
-        pictures={heading: _png(picture) for heading, picture in pictures.items()},
-        looks={name: look(name, arms) for name in e.arms},
-        starts=STARTS[:3],
+        e=e, verdict=verdict, details=details, shown=pictures, png=_png, starts=STARTS, look=look, arms=arms
     )
     with whole_file(path) as tmp:
         tmp.write_text(page, encoding="utf-8")

@@ -18,10 +18,11 @@ __all__ = [
     "wrong_way",
 ]
 
-# %% ../nbs/03_stats.ipynb #e11dcff5
+# %% ../nbs/03_stats.ipynb #c429fee9
 from collections.abc import Sequence
 
 import numpy as np
+from numpy.typing import ArrayLike
 from scipy.optimize import brentq
 from scipy.stats import mannwhitneyu, norm
 from statsmodels.stats import contingency_tables
@@ -29,75 +30,71 @@ from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.proportion import proportion_confint
 
 
-# %% ../nbs/03_stats.ipynb #27f482ef
+# %% ../nbs/03_stats.ipynb #f3e2bee9
 def auc(
     p: np.ndarray,  # (n, ...) scores of the positives
     n: np.ndarray,  # (m, ...) scores of the negatives
 ) -> np.ndarray:  # (...)
     "Probability that a positive scores above a negative; ties count half (Mann and Whitney 1947)."
-    p, n = np.asarray(p, float), np.asarray(n, float)
-    return mannwhitneyu(p, n, axis=0, method="asymptotic").statistic / (len(p) * len(n))
+    return mannwhitneyu(p, n, axis=0, method="asymptotic").statistic.astype(float) / (len(p) * len(n))
 
 
-# %% ../nbs/03_stats.ipynb #36e04208
+# %% ../nbs/03_stats.ipynb #f16859d7
 def scenario_folds(
     groups: Sequence[str],  # scenario of each text
     k: int,  # folds
     seed: int = 0,
 ) -> np.ndarray:  # (n,) from 0 to k - 1
     "Fold of each text; texts of one scenario stay together."
-    names = sorted(set(groups))
-    order = np.random.default_rng(seed).permutation(len(names))
-    fold = {names[j]: i % k for i, j in enumerate(order)}
-    return np.array([fold[g] for g in groups])
+    names, at = np.unique(groups, return_inverse=True)
+    order = np.random.default_rng(seed).permutation(len(names))  # (scenarios,)
+    return np.argsort(order)[at] % k  # (n,) by where the scenario stands in that order
 
 
-# %% ../nbs/03_stats.ipynb #c9de0ce8
+# %% ../nbs/03_stats.ipynb #d827d8c7
 def bootstrap(
-    values: np.ndarray | Sequence,  # (arms, n) by item
-    groups: Sequence[str],  # scenario of each item
+    values: ArrayLike,  # (arms, n) by item
+    groups: ArrayLike,  # scenario of each item
     draws: int = 2000,
     seed: int = 0,
 ) -> np.ndarray:  # (draws, arms) means of the drawn scenarios
     "Paired bootstrap of means, clustered by scenario: every arm sees the same draw."
-    names, at = np.unique(list(groups), return_inverse=True)
+    names, at = np.unique(groups, return_inverse=True)
     even = np.full(len(names), 1 / len(names))
     drawn = np.random.default_rng(seed).multinomial(len(names), even, draws)  # (draws, scenarios)
-    weight = drawn[:, at]  # (draws, n)
-    return weight @ np.asarray(values, float).T / weight.sum(1, keepdims=True)  # (draws, arms)
+    weight = drawn[:, at]  # (draws, n) how often each item is in
+    return weight @ np.transpose(values) / weight.sum(1, keepdims=True)  # (draws, n) @ (n, arms)
 
 
-# %% ../nbs/03_stats.ipynb #39a5a87d
-def interval(draws: np.ndarray, level: float = 0.95) -> list[float]:
+# %% ../nbs/03_stats.ipynb #b97e9684
+def interval(draws: ArrayLike, level: float = 0.95) -> list[float]:
     "Percentile interval of one arm's draws, or of any function of them."
-    return np.quantile(draws, [(1 - level) / 2, (1 + level) / 2]).tolist()
+    return np.quantile(np.asarray(draws), [(1 - level) / 2, (1 + level) / 2]).tolist()
 
 
-# %% ../nbs/03_stats.ipynb #b6fcf0b5
-def wilson(successes: int, n: int, level: float = 0.95) -> tuple[float, float]:
+# %% ../nbs/03_stats.ipynb #e94bc47c
+def wilson(successes: int, n: int, level: float = 0.95) -> list[float]:
     "Wilson's score interval of a proportion (1927)."
-    low, high = proportion_confint(successes, n, 1 - level, "wilson")
-    return float(low), float(high)
+    return np.array(proportion_confint(successes, n, 1 - level, "wilson")).tolist()
 
 
-# %% ../nbs/03_stats.ipynb #da1efec2
+# %% ../nbs/03_stats.ipynb #165908b3
 def mcnemar(
-    a: np.ndarray,  # (n,) right or wrong
-    b: np.ndarray,  # (n,) the same items in the other arm
+    a: ArrayLike,  # (n,) right or wrong
+    b: ArrayLike,  # (n,) the same items in the other arm
 ) -> float:  # two-sided p
     "McNemar's exact test of two arms on the same items (1947)."
-    a, b = np.asarray(a, bool), np.asarray(b, bool)
-    table = [[np.sum(a & b), np.sum(a & ~b)], [np.sum(~a & b), np.sum(~a & ~b)]]
-    return float(contingency_tables.mcnemar(table).pvalue)
+    gained, lost = np.less(a, b).sum(), np.greater(a, b).sum()
+    return float(contingency_tables.mcnemar([[0, lost], [gained, 0]]).pvalue)
 
 
-# %% ../nbs/03_stats.ipynb #7e277766
+# %% ../nbs/03_stats.ipynb #84dd659a
 def permutation_p(
     observed: float,
     null: np.ndarray,  # (draws,) the same statistic for random directions or permuted labels
 ) -> float:  # one-sided: as high or higher
     "Monte Carlo p with the +1 rule (Phipson and Smyth 2010)."
-    return float((1 + np.sum(np.asarray(null) >= observed)) / (1 + len(null)))
+    return float(np.greater_equal([observed, *null], observed).mean())
 
 
 # %% ../nbs/03_stats.ipynb #9f04b42b
@@ -134,20 +131,19 @@ def smallest_effect(
     return brentq(lambda d: power(d, n, discordant, level) - chance, 0, 1)
 
 
-# %% ../nbs/03_stats.ipynb #01ee4584
+# %% ../nbs/03_stats.ipynb #1f7adeb0
 def slope_per_item(
     margin: np.ndarray,  # (doses, n) log-probability of the target minus the other choices
     dose: np.ndarray,  # (doses,)
 ) -> np.ndarray:  # (n,) change of margin for one unit of dose
     "Least-squares slope of each item's margin. Raises ValueError when there are not two different doses."
-    x = np.asarray(dose, float)
-    x = x - x.mean()
+    x = np.subtract(dose, np.mean(dose))
     if not x.any():
         raise ValueError("a slope needs at least two different doses.")
-    return x @ np.asarray(margin, float) / (x @ x)  # (doses,) @ (doses, n) -> (n,)
+    return x @ margin / (x @ x)  # (doses,) @ (doses, n) -> (n,)
 
 
-# %% ../nbs/03_stats.ipynb #10be1869
+# %% ../nbs/03_stats.ipynb #96956f6e
 def wrong_way(slopes: np.ndarray) -> float:
     "Share of items whose margin falls as the dose rises (Tan et al. 2024)."
-    return float(np.mean(np.asarray(slopes) < 0))
+    return float(np.less(slopes, 0).mean())

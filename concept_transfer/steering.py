@@ -5,29 +5,31 @@
 # %% auto #0
 __all__ = ["residual_norm", "Transplant", "adding", "generate", "place"]
 
-# %% ../nbs/15_steering.ipynb #b4ae13d3
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+# %% ../nbs/15_steering.ipynb #4bd06144
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import final
 
 import torch
 from fastcore.basics import patch
 from nnsight import TransformersModel
+from torch import Tensor
 
-from .artefacts import load_artefact, save_artefact
+from .artefacts import load_fields, save_fields
 from .cards import card
-from .concepts import POSITIONS, Concept, Position, position_rule
+from .concepts import Concept, PositionLike, position_name, position_rule
 from .data import load_corpus
 from .engine import Change, encode, engine, layer_numbers, pad, stream
 from .maps import AffineMap
 from .models import ModelInfo, model_info
 
 
-# %% ../nbs/15_steering.ipynb #92a78a2c
-def _norms(h: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:  # (b, t, d), (b, t) -> (b, t)
-    return h.float().norm(dim=-1)
+# %% ../nbs/15_steering.ipynb #9d96b355
+def _norms(h, at):  # states (b, t, d), which are wanted (b, t) -> (b, t)
+    "Norms of the states that are wanted, zero elsewhere."
+    return h.float().norm(dim=-1).where(at, 0)
 
 
 def residual_norm(
@@ -36,30 +38,29 @@ def residual_norm(
     texts: Sequence[str] | None = None,  # default: 32 sentences of the neutral corpus
 ) -> float:
     "Median norm of the residual stream after `layer`, over all tokens but the first of each text."
-    ids, norms = encode(model, texts or load_corpus("neutral").texts[:32]), []
-    for rows, (n,) in stream(model, ids, layer_numbers(model, [layer]), take=_norms):
-        norms += [x[min(1, len(ids[i]) - 1) : len(ids[i])].cpu() for i, x in zip(rows, n, strict=True)]
-    return float(torch.cat(norms).median())
+    ids = encode(model, texts or load_corpus("neutral").texts[:32])
+    at = [range(len(x) > 1, len(x)) for x in ids]  # a single token stands for itself
+    parts = stream(model, ids, layer_numbers(model, [layer]), at=at, take=_norms)
+    norms = torch.cat([n.flatten().cpu() for _, (n,) in parts])
+    return float(norms[norms > 0].median())
 
 
-# %% ../nbs/15_steering.ipynb #31372b06
+# %% ../nbs/15_steering.ipynb #9e247363
 @final
 @dataclass(frozen=True)
 class Transplant:
     "A direction with its place and dose in one model. Call it for a context in which the model is steered."
 
     name: str
-    direction: torch.Tensor  # (d,) as the map gives it, not normalised
+    direction: Tensor  # (d,) as the map gives it, not normalised
     layer: int  # of the target
     dose: float  # norm of what strength 1 adds, in units of `norm`
     norm: float  # median residual norm at the layer
     target: ModelInfo
     source: ModelInfo | None = None
     source_layer: int | None = None
-    positions: str | Position | Callable = (
-        "all"  # which tokens: an entry of POSITIONS, or hidden -> mask (b, t)
-    )
-    shuffled: torch.Tensor | None = None  # (d,) the same concept through a map of shuffled pairs: a control
+    positions: PositionLike = "all"  # which tokens: an entry of POSITIONS, or (hidden, mask) -> mask (b, t)
+    shuffled: Tensor | None = None  # (d,) the same concept through a map of shuffled pairs: a control
     notes: dict = field(default_factory=dict)  # where it comes from: concept, map, damage, search
     model: TransformersModel | None = field(default=None, repr=False, compare=False)  # not saved
 
@@ -69,14 +70,14 @@ class Transplant:
         return f"Transplant({self.name!r}, {where}{self.target.name}[{self.layer}], dose {self.dose:.3g}{kl})"
 
 
-# %% ../nbs/15_steering.ipynb #057b7d20
+# %% ../nbs/15_steering.ipynb #f697b75c
 @patch
-def vector(self: Transplant, strength: float = 1.0) -> torch.Tensor:  # (d,)
+def vector(self: Transplant, strength: float = 1.0) -> Tensor:  # (d,)
     "What is added to the residual stream at this strength."
     return self.direction * (strength * self.dose * self.norm / self.direction.norm())
 
 
-# %% ../nbs/15_steering.ipynb #8d187c0a
+# %% ../nbs/15_steering.ipynb #05e98b3d
 @patch
 def _repr_html_(self: Transplant) -> str:
     "A card."
@@ -85,31 +86,34 @@ def _repr_html_(self: Transplant) -> str:
         "source": self.source and f"{self.source.name}, layer {self.source_layer}",
         "dose": f"{self.dose:.3g} of the residual norm {self.norm:.3g}",
         "positions": self.positions,
+        "KL, nats a token": self.notes.get("kl"),
+        "pairs": self.notes.get("n_pairs"),
+        "map": self.notes.get("method"),
     }
-    return card(
-        f"Transplant {self.name}", facts | {k: self.notes.get(k) for k in ("kl", "n_pairs", "method")}
-    )
+    return card(f"Transplant {self.name}", facts)
 
 
-# %% ../nbs/15_steering.ipynb #5659a2c5
+# %% ../nbs/15_steering.ipynb #91ef9109
 def adding(
-    vector: torch.Tensor,  # (d,)
-    positions: str | Position | Callable = "all",
-) -> Change:  # hidden (b, t, d) -> hidden (b, t, d)
+    vector: Tensor,  # (d,)
+    positions: PositionLike = "all",
+    mask: Tensor | None = None,  # attention mask of the texts, where none comes with the states
+) -> Change:  # hidden (b, t, d), and perhaps a mask (b, T) or (b, 1, T, T) -> hidden (b, t, d)
     "What adds a vector at the wanted positions. Raises ValueError for a rule that cannot write."
     where = position_rule(positions, "write").write
-    assert where  # else the rule was refused
 
-    def add(h: torch.Tensor) -> torch.Tensor:
-        v, mask = vector.to(h.device, h.dtype), where(h)
-        if mask is None:  # everywhere
-            return h + v
-        return h + mask.to(h.device, h.dtype)[..., None] * v  # (b, t, 1) * (d,)
+    def add(h, mask=mask):
+        if mask is None:
+            mask = h.new_ones(h.shape[:2])
+        elif mask.ndim > 2:  # several answers to a prompt; the last token sees where that begins
+            mask = (mask[:, 0, -1] == mask.amax()).cummax(-1).values  # (b, T)
+        at = where(h, mask)  # type: ignore[misc]
+        return h + vector.to(h) if at is None else h + at.to(h)[..., None] * vector.to(h)  # (b, t, 1) * (d,)
 
     return add
 
 
-# %% ../nbs/15_steering.ipynb #3394f648
+# %% ../nbs/15_steering.ipynb #bee32bef
 @patch
 @contextmanager
 def __call__(
@@ -119,14 +123,12 @@ def __call__(
 ) -> Iterator[TransformersModel]:
     "Within: the target is steered. Contexts nest. Raises ValueError for a transplant without its model."
     if self.model is None:
-        fix = "load it with Transplant.load(path, target=model)"
-        raise ValueError(f"transplant {self.name!r} has no model: {fix}.")
+        raise ValueError(
+            f"transplant {self.name!r} has no model: load it with Transplant.load(path, target=model)."
+        )
     vector = self.vector(strength) if alpha is None else alpha * self.direction
-    change = adding(vector, self.positions)
-    if not vector.any():  # nothing added is nothing done: bit-identical to the base model
-        yield self.model
-        return
-    with engine(self.model).steer(self.layer, change):
+    steering = engine(self.model).steer(self.layer, adding(vector, self.positions), masked=True)
+    with steering if vector.any() else nullcontext():  # nothing added is nothing done: not a bit changes
         yield self.model
 
 
@@ -146,58 +148,53 @@ def generate(
     return said[0] if isinstance(prompts, str) else said
 
 
-# %% ../nbs/15_steering.ipynb #8745b41c
+# %% ../nbs/15_steering.ipynb #b6f8b7ac
 @patch
 def generate(
     self: Transplant,
     prompts: str | Sequence[str],
     strength: float = 1.0,
     max_new_tokens: int = 40,
-    **options,  # as for transformers' generate
+    **options,  # as for the function `generate`
 ) -> str | list[str]:
     "Continuations by the steered target."
     with self(strength) as model:
         return generate(model, prompts, max_new_tokens, **options)
 
 
-# %% ../nbs/15_steering.ipynb #a18147e2
-def _check_direction(v: torch.Tensor, width: int):
-    "Raise ValueError for a direction that cannot be added to a residual stream of this width."
-    if v.shape != (width,):
-        raise ValueError(
-            f"a direction of shape {tuple(v.shape)} does not fit a residual stream {width} wide."
-        )
-    if not (torch.isfinite(v).all() and v.norm() > 0):
-        raise ValueError("the direction is zero or not finite; look at the concept and its map.")
-
-
-def _carried(concept: Concept, layer: int, map: AffineMap | None) -> dict:
-    "What a concept gives to a transplant: a direction, and where it comes from."
+# %% ../nbs/15_steering.ipynb #9f939977
+def _carried(concept, layer, map):
+    "What a transplant is made of: a direction, its name, and where it comes from."
+    if not isinstance(concept, Concept):
+        if map:
+            raise ValueError("a map carries concepts: give one, or place(direction @ map.W, target, layer).")
+        return {"name": "direction", "direction": concept}
     kept = ("n_pairs", "reducer", "position", "template", "texts_hash", "seed")
     notes = {k: getattr(concept, k) for k in kept}
-    if map is None:
-        return {"direction": concept[layer], "notes": notes}
+    found = {"name": concept.name, "notes": notes}
+    if not map:
+        return found | {"direction": concept[layer]}
     source = map.layers[0]
     notes |= {"r2": map.r2, "auc": concept.auc[concept.layers.index(source)]}
     notes |= {k: map.notes[k] for k in ("lam", "method") if k in map.notes}
-    found = {"direction": map.direction(concept), "shuffled": map.direction(concept, shuffled=True)}
-    return found | {"source": concept.model, "source_layer": source, "notes": notes}
+    moved = {"direction": map.direction(concept), "shuffled": map.direction(concept, shuffled=True)}
+    return found | moved | {"source": concept.model, "source_layer": source}
 
 
-# %% ../nbs/15_steering.ipynb #47869d7e
+# %% ../nbs/15_steering.ipynb #51b34972
 def place(
-    concept: Concept | torch.Tensor,  # of the source (with a map), of the target itself, or a direction (d,)
+    concept: Concept | Tensor,  # of the source (with a map), of the target itself, or a direction (d,)
     target: TransformersModel,
     layer: int | None = None,  # where, when there is no map
     map: AffineMap | None = None,  # carries the concept; its layers say where
     dose: float = 0.1,  # in units of the median residual norm
     norm: float | None = None,  # that norm, when known
     name: str | None = None,
-    positions: str | Position | Callable = "all",
+    positions: PositionLike = "all",
 ) -> Transplant:
     "A transplant where you say. Raises ValueError when concept, map and target do not belong together."
     info = model_info(target)
-    if map is not None:
+    if map:
         map.target.require(info, "this map (target side)")
         layer = map.layers[1]
     elif layer is None:
@@ -205,31 +202,26 @@ def place(
     elif isinstance(concept, Concept):
         concept.model.require(info, f"concept {concept.name!r}, used without a map,")
     (layer,) = layer_numbers(target, [layer])
-    found: dict = {"direction": concept}
-    if isinstance(concept, Concept):
-        name, found = name or concept.name, _carried(concept, layer, map)
-    elif map is not None:
-        raise ValueError("a map carries concepts: give one, or place(direction @ map.W, target, layer).")
-    v = found.pop("direction")
-    _check_direction(v, info.width)
-    found |= {"layer": layer, "dose": dose, "norm": norm or residual_norm(target, layer), "target": info}
-    return Transplant(name or "direction", v.float(), positions=positions, model=target, **found)
+    found = _carried(concept, layer, map)
+    v = found["direction"].float()
+    if v.shape != (info.width,):
+        raise ValueError(
+            f"a direction of shape {tuple(v.shape)} does not fit a residual stream {info.width} wide."
+        )
+    if not (torch.isfinite(v).all() and v.norm() > 0):
+        raise ValueError("the direction is zero or not finite; look at the concept and its map.")
+    found |= {"name": name or found["name"], "direction": v, "norm": norm or residual_norm(target, layer)}
+    return Transplant(**found, layer=layer, dose=dose, target=info, positions=positions, model=target)
 
 
-# %% ../nbs/15_steering.ipynb #83397ed4
+# %% ../nbs/15_steering.ipynb #47161269
 @patch
 def save(self: Transplant, path: str | Path):
-    "Write to one safetensors file. Raises ValueError for positions that have no name in POSITIONS."
-    rule = position_rule(self.positions, "write")
-    if POSITIONS.get(rule.name) is not rule:
-        raise ValueError("positions given as a function cannot be saved; use 'all' or 'last'.")
-    meta = {k: v for k, v in vars(self).items() if k != "model"}
-    tensors = {k: v for k in ("direction", "shuffled") if (v := meta.pop(k)) is not None}
-    meta |= {"target": asdict(self.target), "source": self.source and asdict(self.source)}
-    save_artefact(path, "transplant", tensors, meta | {"positions": rule.name})
+    "Write to one safetensors file. Raises ValueError for positions that have no entry in POSITIONS."
+    save_fields(self, path, "transplant", positions=position_name(self.positions, "write"))
 
 
-# %% ../nbs/15_steering.ipynb #0369c33c
+# %% ../nbs/15_steering.ipynb #947a13c7
 @patch(cls_method=True)
 def load(
     cls: Transplant,
@@ -237,11 +229,7 @@ def load(
     target: TransformersModel | None = None,  # default: loaded by its name
 ) -> Transplant:
     "Read what `save` wrote. Raises ValueError for another model."
-    tensors, meta = load_artefact(path, "transplant")
-    info = ModelInfo(**meta["target"])
-    target = info.load() if target is None else target
-    info.require(model_info(target), f"transplant {meta['name']!r}")
-    source = ModelInfo(**meta["source"]) if meta["source"] else None
-    names = ("name", "layer", "dose", "norm", "source_layer", "positions", "notes")
-    kept: dict = {k: meta[k] for k in names} | tensors
-    return cls(**kept, target=info, source=source, model=target)
+    t = load_fields(cls, path, "transplant")
+    target = t.target.load() if target is None else target
+    t.target.require(model_info(target), f"transplant {t.name!r}")
+    return replace(t, model=target)

@@ -5,10 +5,8 @@
 # %% auto #0
 __all__ = [
     "BEHAVIOURS",
-    "TRUTHFULLY",
     "sentiment",
     "toxicity",
-    "LANGUAGES",
     "language",
     "distinct",
     "repetition",
@@ -17,35 +15,32 @@ __all__ = [
     "TASKS",
     "Task",
     "ChoiceItem",
-    "Choices",
     "ChoiceTask",
     "choice_task",
-    "MultipleChoice",
+    "multiple_choice",
     "mc_scores",
     "Scorer",
-    "Rule",
-    "follows",
-    "find_scorer",
+    "GenerationItem",
     "GenerationTask",
+    "generation_task",
     "load_task",
 ]
 
-# %% ../nbs/02_tasks.ipynb #f9680fa0
+# %% ../nbs/02_tasks.ipynb #3e236566
 import inspect
 import json
 import random
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 from textwrap import shorten
-from typing import Any, ClassVar, NamedTuple, NotRequired, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 from fastcore.basics import patch
 from scipy.special import softmax
-from typing_extensions import TypedDict
 
 from .cards import card, table
 from concept_transfer.data import (
@@ -55,73 +50,26 @@ from concept_transfer.data import (
     check_rows,
     check_texts,
     data_hash,
+    emotion_scenes,
     find_file,
-    read_json,
-    read_pairs,
-    read_rows,
+    load_pairs,
+    read_file,
     split_words,
 )
 
 
-# %% ../nbs/02_tasks.ipynb #5692b19d
+# %% ../nbs/02_tasks.ipynb #cd7244b0
+@dataclass(frozen=True)
 class Task:
-    "What the kinds of tasks share: counting, drawing and showing."
+    "What all tasks share: counting, drawing and showing."
 
-    each: ClassVar[tuple[str, ...]] = ()  # fields with one entry for each thing asked; the first says what
-    kinds: ClassVar[str] = "groups"  # the field that sorts them
     name: str
+    items: Sequence[Any]  # each with its `prompt`, its `group` (scenario), and what is `wanted` of the model
     instruction: str = ""  # asks for the concept in words, before every prompt (the prompt arm)
-    split: str = ""  # part of a built-in set
 
-
-@patch
-def __len__(self: Task) -> int:
-    return len(getattr(self, self.each[0]))
-
-
-@patch
-def take(self: Task, n: int, seed: int = 0) -> Self:
-    "At most `n` of what is asked, drawn at random."
-    at = range(len(self)) if n >= len(self) else random.Random(seed).sample(range(len(self)), n)
-    task: Any = self
-    return replace(task, **{k: [getattr(self, k)[i] for i in at] for k in self.each})
-
-
-# %% ../nbs/02_tasks.ipynb #190a3f4d
-def _counts(task):
-    "How many of what."
-    kinds = len(set(getattr(task, task.kinds)))
-    return {task.each[0]: len(task), task.kinds.replace("groups", "scenarios"): kinds}
-
-
-@patch
-def __repr__(self: Task) -> str:
-    counts = ", ".join(f"{n} {what}" for what, n in _counts(self).items())
-    return f"{type(self).__name__}({self.name!r}, {counts})"
-
-
-@patch
-def _repr_html_(self: Task) -> str:
-    task: Any = self
-    facts = _counts(task) | {"split": task.split or None, "in words": task.instruction.strip() or None}
-    rows = [[shorten(p, 160), w] for p, w in zip(task.prompts[:3], task.wanted, strict=False)]
-    return card(task.name, {**facts, "hash": task.hash}, table(["prompt", "wanted"], rows))
-
-
-# %% ../nbs/02_tasks.ipynb #1f180e69
-class ChoiceItem(NamedTuple):
-    "One question: a prompt, how it may go on, and which continuation the concept should favour."
-
-    prompt: str
-    choices: tuple[str, ...]
-    target: int  # index into the choices
-    group: str  # scenario
-
-
-class Choices(Task):
-    "A task of choice items, whether it was written so or is asked so."
-
-    items: Sequence[ChoiceItem]
+    def __post_init__(self):
+        vars(self)["items"] = tuple(self.items)  # as it is frozen
+        check_texts(self.prompts, f"task {self.name!r}")
 
     @property
     def prompts(self) -> list[str]:
@@ -134,42 +82,64 @@ class Choices(Task):
         return [i.group for i in self.items]
 
     @property
-    def wanted(self) -> list[str]:
-        "What the concept should favour."
-        return [i.choices[i.target] for i in self.items]
+    def hash(self) -> str:
+        "Fingerprint of prompts and, where there are any, choices."
+        return data_hash(i.prompt + "|".join(getattr(i, "choices", ())) for i in self.items)
+
+    def __len__(self):
+        return len(self.items)
+
+    def __repr__(self):
+        return f"{type(self).__name__}({self.name!r}, {len(self)} items, {len({*self.groups})} scenarios)"
+
+
+# %% ../nbs/02_tasks.ipynb #bbfd2b37
+@patch
+def take(self: Task, n: int, seed: int = 0) -> Self:
+    "At most `n` items, drawn at random."
+    return replace(self, items=random.Random(seed).sample(self.items, n)) if n < len(self) else self
+
+
+# %% ../nbs/02_tasks.ipynb #424ef4a6
+@patch
+def _repr_html_(self: Task):
+    words = self.instruction.strip() or None
+    facts = {"items": len(self), "scenarios": len({*self.groups}), "in words": words, "hash": self.hash}
+    rows = [[shorten(i.prompt, 160), i.wanted] for i in self.items[:3]]
+    return card(self.name, facts, table(["prompt", "wanted"], rows))
+
+
+# %% ../nbs/02_tasks.ipynb #a7aeeda5
+class ChoiceItem(NamedTuple):
+    "One question: a prompt, how it may go on, and which continuation the concept should favour."
+
+    prompt: str
+    choices: tuple[str, ...]
+    target: int  # index into the choices
+    group: str  # scenario
+    n_true: int = 0  # so many choices, the first ones, are true; 0: the target alone
 
     @property
-    def hash(self) -> str:
-        "Fingerprint of prompts and choices."
-        return data_hash(i.prompt + "|".join(i.choices) for i in self.items)
+    def wanted(self) -> str:
+        "What the concept should favour."
+        return self.choices[self.target]
 
 
-# %% ../nbs/02_tasks.ipynb #62a43b0e
-@dataclass(frozen=True, repr=False)
-class ChoiceTask(Choices):
+# %% ../nbs/02_tasks.ipynb #e036d4cf
+class ChoiceTask(Task):
     "Questions whose answer a concept should move, and the instruction that asks for it in words."
 
-    each = ("items",)
-    name: str
-    items: Sequence[ChoiceItem]
-    instruction: str = ""
-    split: str = ""
-
     def __post_init__(self):
-        object.__setattr__(self, "items", tuple(self.items))
-        if not self.items:
-            raise ValueError(f"task {self.name!r} has no items.")
+        super().__post_init__()
         for i, item in enumerate(self.items):
             where, n = f"task {self.name!r}, item {i}", len(item.choices)
-            if not item.prompt:
-                raise ValueError(f"{where}: the prompt is empty.")
-            if len(set(item.choices)) < 2 or not all(item.choices):
+            if len({*item.choices}) < max(2, n) or not all(item.choices):
                 raise ValueError(f"{where}: needs two or more different, non-empty choices.")
-            if not (isinstance(item.target, int) and 0 <= item.target < n):
+            if not 0 <= item.target < n:
                 raise ValueError(f"{where}: target {item.target!r} is not an index into its {n} choices.")
 
 
-# %% ../nbs/02_tasks.ipynb #128ae95d
+# %% ../nbs/02_tasks.ipynb #14008599
 def choice_task(
     texts: Sequence[str],  # scenarios
     choices: Sequence[str],  # answers, as words
@@ -180,25 +150,22 @@ def choice_task(
     "One question a scenario, the same choices throughout. Raises ValueError for a target that is no choice."
     if target not in choices:
         raise ValueError(f"target {target!r} is not among the choices {', '.join(choices)}.")
-    words = tuple(" " + c.strip() for c in choices)
-    at = list(choices).index(target)
+    words, at = tuple(f" {c.strip()}" for c in choices), choices.index(target)
     items = [ChoiceItem(template.format(t), words, at, t) for t in texts]
     return ChoiceTask(name, items, f"Whatever happens, everybody in these stories feels {target}.\n\n")
 
 
-# %% ../nbs/02_tasks.ipynb #a93c6d30
+# %% ../nbs/02_tasks.ipynb #4fa54813
 def _emotion(emotion, split):
     "Scenarios of the other emotions; the target is this one."
-    texts = [r["text"] for r in builtin_rows("emotions", split) if r["label"] != emotion]
-    return replace(choice_task(texts, EMOTIONS, emotion, f"emotions/{emotion}"), split=split)
+    texts = [t for e, scenes in emotion_scenes(split).items() if e != emotion for t in scenes]
+    return choice_task(texts, EMOTIONS, emotion, f"emotions/{emotion}")
 
 
 def _emotions(split):
     "Scenarios of all emotions in turn, whose target is their own emotion."
-    rows = builtin_rows("emotions", split)
-    turns = zip(*([r for r in rows if r["label"] == e] for e in EMOTIONS), strict=False)
-    tasks = [choice_task([r["text"]], EMOTIONS, r["label"]) for turn in turns for r in turn]
-    return ChoiceTask("emotions", [task.items[0] for task in tasks], split=split)
+    kinds = [choice_task(texts, EMOTIONS, e).items for e, texts in emotion_scenes(split).items()]
+    return ChoiceTask("emotions", sum(zip(*kinds, strict=True), ()))
 
 
 # %% ../nbs/02_tasks.ipynb #5bd9322a
@@ -214,182 +181,125 @@ BEHAVIOURS = {
 }
 
 
-# %% ../nbs/02_tasks.ipynb #fc43e17d
+# %% ../nbs/02_tasks.ipynb #9e248282
 def _behaviour(concept, split):
     "What the concept would say, and what it would not; the instruction asks for it in words."
-    items: list[ChoiceItem] = []
-    for r in builtin_rows("behaviours", split):
-        if r["concept"] == concept:
-            at = len(items) % 2
-            choices = [f" {r[k].strip()}" for k in ("target", "other")]
-            items.append(ChoiceItem(r["prompt"], tuple(choices[::-1] if at else choices), at, r["group"]))
-    return ChoiceTask(f"behaviours/{concept}", items, f"{BEHAVIOURS[concept]}\n\n", split)
+    items = []
+    for i, r in enumerate(r for r in builtin_rows("behaviours", split) if r["concept"] == concept):
+        both = f" {r['target'].strip()}", f" {r['other'].strip()}"
+        items.append(ChoiceItem(r["prompt"], both[::-1] if i % 2 else both, i % 2, r["group"]))
+    return ChoiceTask(f"behaviours/{concept}", items, f"{BEHAVIOURS[concept]}\n\n")
 
 
-# %% ../nbs/02_tasks.ipynb #3b4551d0
-@dataclass(frozen=True, repr=False)
-class MultipleChoice(Choices):
-    "Questions, each with its true answers, the best one first, and its false ones."
-
-    each = ("questions", "true", "false", "topics")
-    kinds = "topics"
-    name: str
-    questions: Sequence[str]
-    true: Sequence[Sequence[str]]
-    false: Sequence[Sequence[str]]
-    topics: Sequence[str]
-    template: str = "Q: {}\nA:"  # words around a question ({}) when it is asked
-    instruction: str = ""
-    split: str = ""
-
-    def __post_init__(self):
-        for k in self.each:
-            object.__setattr__(
-                self, k, tuple(x if isinstance(x, str) else tuple(x) for x in getattr(self, k))
-            )
-        if not self.questions:
-            raise ValueError(f"{self.name!r} has no questions.")
-        for q, true, false in zip(self.questions, self.true, self.false, strict=True):
-            where = f"{self.name!r}: {q!r}"
-            if not (true and false):
-                raise ValueError(f"{where} needs at least one true and one false answer.")
-            if both := {*true} & {*false}:
-                raise ValueError(f"{where} has {min(both)!r} among its true and its false answers.")
+# %% ../nbs/02_tasks.ipynb #c36038bd
+def multiple_choice(
+    name: str,
+    rows: Iterable[tuple],  # question, true answers with the best one first, false answers
+    template: str = "Q: {}\nA:",  # {} is the question
+    instruction: str = "Answer truthfully, even where many people believe something else.\n\n",
+) -> ChoiceTask:
+    "Questions with their true and their false answers. Raises ValueError where one side is missing."
+    items = []
+    for question, true, false in rows:
+        n, answers = len({*true}), tuple(f" {a}" for a in dict.fromkeys((*true, *false)))  # each once
+        if not 0 < n < len(answers):
+            raise ValueError(f"task {name!r}: {question!r} needs at least one true and one false answer.")
+        items.append(ChoiceItem(template.format(question), answers, 0, question, n))
+    return ChoiceTask(name, items, instruction)
 
 
-# %% ../nbs/02_tasks.ipynb #654c3344
-@patch(as_prop=True)
-def answers(self: MultipleChoice) -> list[tuple[str, ...]]:
-    "Of each question: true ones, the best first, then false ones, each with a space before it."
-    return [tuple(f" {a}" for a in (*t, *f)) for t, f in zip(self.true, self.false, strict=True)]
-
-
-@patch(as_prop=True)
-def items(self: MultipleChoice) -> list[ChoiceItem]:  # type: ignore[override]
-    "Questions as choice items; the best answer is the target."
-    rows = zip(self.questions, self.answers, strict=True)
-    return [ChoiceItem(self.template.format(q), a, 0, q) for q, a in rows]
-
-
-@patch(as_prop=True)
-def n_true(self: MultipleChoice) -> list[int]:
-    "How many answers of each question are true."
-    return [len(t) for t in self.true]
-
-
-# %% ../nbs/02_tasks.ipynb #1ff751d4
-TRUTHFULLY = "Answer truthfully, even where many people believe something else.\n\n"
-
-
-def _multiple(name, rows, **given):
-    "From rows of a question, its true answers, its false ones and its topic."
-    questions, true, false, topics = zip(*rows, strict=True)
-    return MultipleChoice(name, questions, true, false, topics, **given)
-
-
+# %% ../nbs/02_tasks.ipynb #6c32a1b3
 def _truthfulness(split):
     "Common misconceptions, written for this package."
     rows = builtin_rows("truthfulness", split)
-    asked = [(r["question"], (r["best"], *r["correct"]), r["incorrect"], r["topic"]) for r in rows]
-    return _multiple(f"truthfulness/{split}", asked, instruction=TRUTHFULLY, split=split)
+    asked = [(r["question"], [r["best"], *r["correct"]], r["incorrect"]) for r in rows]
+    return multiple_choice(f"truthfulness/{split}", asked)
 
 
-# %% ../nbs/02_tasks.ipynb #c24b366c
+# %% ../nbs/02_tasks.ipynb #72dbc892
 def _knowledge(split):
     "Sentences to be completed, four ways each, over ten subjects. One set, no split."
-    rows = []
-    for r in builtin_rows("knowledge"):
-        best = r["choices"][r["answer"]]
-        rows.append((r["question"], [best], [c for c in r["choices"] if c != best], r["subject"]))
-    return _multiple("knowledge", rows, template="{}")
+    rows = builtin_rows("knowledge")  # when the right answer is taken out, the false ones are left
+    asked = [(r["question"], [r["choices"].pop(r["answer"])], r["choices"]) for r in rows]
+    return multiple_choice("knowledge", asked, "{}", "")
 
 
-# %% ../nbs/02_tasks.ipynb #efe41c33
-_COLUMNS = ("Category", "Question", "Best Answer", "Correct Answers", "Incorrect Answers")
-_TruthRow = TypedDict("_TruthRow", dict.fromkeys(_COLUMNS, str))  # type: ignore[misc]
-
-
-def _closed(text):
-    "Answers between semicolons, each once and with a full stop."
-    return dict.fromkeys(a.strip().rstrip(".") + "." for a in text.split(";") if a.strip())
-
-
-def _truthfulqa_csv(path):
+# %% ../nbs/02_tasks.ipynb #e83ee533
+def _truthfulqa_csv(path, rows):
     "TruthfulQA (Lin, Hilton and Evans 2022) from its CSV."
-    rows = []
-    for r in check_rows(read_rows(path), _TruthRow, path):
-        best, correct, incorrect = (_closed(r[k]) for k in _COLUMNS[2:])
-        true = best | correct
-        rows.append((r["Question"].strip(), true, [a for a in incorrect if a not in true], r["Category"]))
-    return _multiple(path.stem, rows, instruction=TRUTHFULLY)
+
+    def answers(text):
+        return [f"{a.strip().rstrip('.')}." for a in text.split(";") if a.strip()]
+
+    columns = ("Question", "Best Answer", "Correct Answers", "Incorrect Answers")
+    asked = [
+        (
+            r["Question"].strip(),
+            answers(f"{r['Best Answer']};{r['Correct Answers']}"),
+            answers(r["Incorrect Answers"]),
+        )
+        for r in check_rows(rows, path, **dict.fromkeys(columns, str))
+    ]
+    return multiple_choice(path.stem, asked)
 
 
-# %% ../nbs/02_tasks.ipynb #1f6fc74a
+# %% ../nbs/02_tasks.ipynb #9fe4b6d4
 def _truthfulqa_hub(split):
     "TruthfulQA from the Hub; it has one split, whichever is asked for."
-    repo = "truthfulqa/truthful_qa"
     try:
         from datasets import load_dataset
-    except ImportError:
-        raise ImportError("this needs datasets, which is not installed: pip install datasets") from None
-    try:
-        asked = list(load_dataset(repo, "multiple_choice", split="validation"))
-    except OSError as e:
-        fix = 'Go online, or download TruthfulQA.csv and use `load_task("TruthfulQA.csv")`.'
-        raise ConnectionError(f"{repo} could not be read ({e}). {fix}") from None
-    rows = []
-    for r in asked:
-        targets = (r["mc1_targets"], r["mc2_targets"])
-        one, two = (list(zip(t["choices"], t["labels"], strict=True)) for t in targets)
-        true = dict.fromkeys(a for a, label in one + two if label)
-        rows.append((r["question"], true, [a for a, label in two if not label], ""))
-    return _multiple("truthful_qa", rows, instruction=TRUTHFULLY)
+
+        asked = load_dataset("truthfulqa/truthful_qa", "multiple_choice", split="validation")
+    except (ImportError, OSError) as e:
+        fix = "Go online after `pip install datasets`, or download TruthfulQA.csv and use it as a file."
+        raise ConnectionError(f"truthfulqa/truthful_qa could not be read ({e}). {fix}") from None
+
+    def answers(label, *sets):
+        return [a for s in sets for a, x in zip(s["choices"], s["labels"], strict=True) if x == label]
+
+    rows = [
+        (r["question"], answers(1, r["mc1_targets"], r["mc2_targets"]), answers(0, r["mc2_targets"]))
+        for r in asked
+    ]
+    return multiple_choice("truthful_qa", rows)
 
 
-# %% ../nbs/02_tasks.ipynb #37c8d331
+# %% ../nbs/02_tasks.ipynb #540c6533
 def mc_scores(
-    logp: Sequence[
-        Sequence[float]
-    ],  # log-probability of each answer of an item: true ones first, the best at 0
+    logp: Sequence[Sequence[float]],  # of each answer of an item: true ones first, the best at 0
     lengths: Sequence[Sequence[int]],  # tokens of each answer
     n_true: Sequence[int],  # true answers of an item
 ) -> dict[str, np.ndarray]:  # mc1, mc2 and, per token, mc1_norm, mc2_norm: (n,)
     "MC1 and MC2 (Lin, Hilton and Evans 2022), and both with log-probabilities divided by length."
     rows = []
-    for sums, tokens, k in zip(logp, lengths, n_true, strict=True):
-        whole = np.asarray(sums)  # (answers,)
-        row = []
-        for s in (whole, whole / np.asarray(tokens)):
-            row += [s[0] > s[k:].max(), softmax(s)[:k].sum()]
-        rows.append(row)
-    names = ("mc1", "mc2", "mc1_norm", "mc2_norm")
-    return dict(zip(names, np.array(rows, float).T, strict=True))  # (n, 4) -> (4, n)
+    for whole, tokens, k in zip(logp, lengths, n_true, strict=True):
+        s = np.array([whole, np.divide(whole, tokens)])  # (2, answers)
+        rows.append([*(s[:, 0] > s[:, k:].max(1)), *softmax(s, 1)[:, :k].sum(1)])
+    names = ("mc1", "mc1_norm", "mc2", "mc2_norm")
+    return dict(zip(names, np.transpose(rows), strict=True))  # (n, 4) -> (4, n)
 
 
-# %% ../nbs/02_tasks.ipynb #8fd4815f
+# %% ../nbs/02_tasks.ipynb #1a4dc5d2
 @dataclass(frozen=True)
 class Scorer:
     "A function from text to number, and what the number means."
 
     name: str
     words: str  # what it measures
-    score: Callable[..., Any]  # of a text and, by name, what else it must know
-    needs: str = ""  # a package that is not always installed
-    range: tuple[float, float] = (0.0, 1.0)  # smallest and largest value
+    score: Callable  # of a text and, by name, what else it must know
 
     def __repr__(self):
-        return f"{type(self).__name__}({self.name!r}: {self.words})"
+        return f"Scorer({self.name!r}: {self.words})"
 
 
 @patch
-def __call__(self: Scorer, text: str, *args: Any, **given: Any) -> float:
+def __call__(self: Scorer, text: str, **given: Any) -> float:
     "The score of a text. Raises ImportError, saying what to install, where a package is missing."
     try:
-        return float(self.score(text, *args, **given))
-    except ImportError:
-        if not self.needs:
-            raise
-    raise ImportError(f"this needs {self.needs}, which is not installed: pip install {self.needs}")
+        return float(self.score(text, **given))
+    except ImportError as e:
+        fix = "The built-in scorers come with: pip install concept_transfer[tasks]"
+        raise ImportError(f"{self.name} needs {e.name}, which is not installed. {fix}") from None
 
 
 # %% ../nbs/02_tasks.ipynb #546dc94a
@@ -403,7 +313,7 @@ def bind(self: Scorer, **args: Any) -> Scorer:
     return replace(self, score=partial(self.score, **args))
 
 
-# %% ../nbs/02_tasks.ipynb #90638854
+# %% ../nbs/02_tasks.ipynb #38f3cfb0
 @cache
 def _vader():
     from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
@@ -415,12 +325,10 @@ sentiment = Scorer(
     "sentiment",
     "VADER's compound score, from -1 (negative) to 1 (positive); English (Hutto and Gilbert 2014)",
     lambda text: _vader().polarity_scores(text)["compound"],
-    "vaderSentiment",
-    (-1.0, 1.0),
 )
 
 
-# %% ../nbs/02_tasks.ipynb #9a59ce12
+# %% ../nbs/02_tasks.ipynb #12476e2e
 def _toxicity(text):
     from profanity_check import predict_prob
 
@@ -431,190 +339,158 @@ toxicity = Scorer(
     "toxicity",
     "probability of offensive language by alt-profanity-check's linear model of word counts; English",
     _toxicity,
-    "alt-profanity-check",
 )
 
-# %% ../nbs/02_tasks.ipynb #ec2b9bd6
-LANGUAGES = ("english", "french", "german", "italian", "spanish")
 
-
+# %% ../nbs/02_tasks.ipynb #2d51d2cf
 @cache
 def _detector():
+    "The languages by name, and what tells them apart."
     from lingua import Language, LanguageDetectorBuilder
 
-    known = {name: Language.from_str(name) for name in LANGUAGES}
+    known = {name: Language.from_str(name) for name in "english french german italian spanish".split()}
     return known, LanguageDetectorBuilder.from_languages(*known.values()).build()
 
 
 def _language(text, name="french"):
     known, detector = _detector()
     if name not in known:
-        raise ValueError(f"language {name!r}: use one of {', '.join(LANGUAGES)}.")
+        raise ValueError(f"language {name!r}: use one of {', '.join(known)}.")
     return detector.compute_language_confidence(text, known[name])
 
 
 language = Scorer(
     "language",
-    "probability that a text is in the language `name`, if it is in one of `LANGUAGES`, by lingua",
+    "probability that a text is in the language `name`, if it is in one of five, by lingua",
     _language,
-    "lingua-language-detector",
 )
 
 
-# %% ../nbs/02_tasks.ipynb #5aa49421
+# %% ../nbs/02_tasks.ipynb #81ec7141
 def _distinct(text, n=2):
     "1 where a text is too short to have n-grams."
     words = split_words(text)
-    grams = [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
-    return len(set(grams)) / len(grams) if grams else 1.0
-
-
-def _repetition(text, n=4):
-    return 1 - _distinct(text, n)
+    grams = [*zip(*(words[i:] for i in range(n)), strict=False)]
+    return len({*grams}) / len(grams) if grams else 1.0
 
 
 distinct = Scorer("distinct", "different word n-grams over all of them (Li et al. 2016)", _distinct)
-repetition = Scorer("repetition", "share of word n-grams that stood earlier in the same text", _repetition)
+repetition = Scorer(
+    "repetition",
+    "share of word n-grams that stood earlier in the same text",
+    lambda text, n=4: 1 - _distinct(text, n),
+)
 
-# %% ../nbs/02_tasks.ipynb #61a86e62
-SCORERS: dict[str, Scorer] = {s.name: s for s in (sentiment, toxicity, language, distinct, repetition)}
-
-
-# %% ../nbs/02_tasks.ipynb #0f2423e3
-@dataclass(frozen=True, repr=False)
-class Rule(Scorer):
-    "A scorer that says whether an answer does what was asked: 1 or 0."
+# %% ../nbs/02_tasks.ipynb #e388315c
+SCORERS = {s.name: s for s in (sentiment, toxicity, language, distinct, repetition)}
 
 
-@patch
-def __call__(self: Rule, text: str, *args: Any, **given: Any) -> float:
-    "1 where the text, without white space around it, follows the rule. Silence never does."
-    return float(bool(text.strip()) and bool(self.score(text.strip(), *args, **given)))
+# %% ../nbs/02_tasks.ipynb #2ea19b31
+class _Rule(Scorer):
+    "Whether an answer does what was asked: 1 or 0."
+
+    def __call__(self, text, **given):
+        text = text.strip()
+        return float(bool(text and self.score(text, **given)))
 
 
-# %% ../nbs/02_tasks.ipynb #8f6d57de
+# %% ../nbs/02_tasks.ipynb #eff776c3
 def _sentences(text):
     return re.split(r"(?<=[.!?…])[\"'”’)]*\s+", text)
-
-
-def _lines(text):
-    return [line.strip() for line in text.splitlines() if line.strip()]
-
-
-def _numbers(text):
-    "Of the lines that begin with one."
-    found = (re.match(r"(\d+)[.):]\s", line) for line in _lines(text))
-    return [int(m[1]) for m in found if m]
 
 
 def _is_json(text):
     "A bare number or word does not count."
     try:
         return isinstance(json.loads(text), (dict, list))
-    except json.JSONDecodeError:
+    except ValueError:
         return False
 
 
-# %% ../nbs/02_tasks.ipynb #287192ec
-_TESTS: dict[str, Callable[..., Any]] = {
+# %% ../nbs/02_tasks.ipynb #48aa6d66
+_TESTS: dict[str, Callable] = {
     "one_word": lambda text: len(text.split()) == 1,
     "at_most": lambda text, n: len(text.split()) <= n,
     "at_least": lambda text, n: len(text.split()) >= n,
     "sentences": lambda text, n: len(_sentences(text)) == n,
     "upper": str.isupper,
     "lower": str.islower,
-    "numbered": lambda text, n: _numbers(text) == [*range(1, n + 1)],
-    "bullets": lambda text, n: [bool(re.match(r"[-*•–]\s", x)) for x in _lines(text)] == [True] * n,
+    "numbered": lambda text, n: (
+        re.findall(r"(?m)^[ \t]*(\d+)[.):][ \t]+\S", text) == [*map(str, range(1, n + 1))]
+    ),
+    "bullets": lambda text, n: re.subn(r"(?m)^\s*[-*•–][ \t].*\n?", "", text) == ("", n),
     "is_json": _is_json,
     "starts": lambda text, phrase: text.startswith(phrase),
     "ends": lambda text, phrase: text.endswith(phrase),
-    "contains": lambda text, word: re.search(rf"\b{re.escape(word)}\b", text, re.I),
+    "contains": lambda text, word: re.search(rf"(?i)\b{re.escape(word)}\b", text),
     "without": lambda text, what: what.lower() not in text.lower(),
-    "is_language": lambda text, name: language(text, name) > 0.5,
+    "is_language": lambda text, name: language(text, name=name) > 0.5,
     "question": lambda text: all(s.rstrip("\"'”’)").endswith("?") for s in _sentences(text)),
     "quoted": lambda text: re.fullmatch(r'"[^"]+"|“[^“”]+”', text),
 }
-RULES = {name: Rule(name, f"follows {name!r}", test) for name, test in _TESTS.items()}
+RULES = {name: _Rule(name, f"follows {name!r}", test) for name, test in _TESTS.items()}
 
 
-# %% ../nbs/02_tasks.ipynb #32cc674d
-def follows(
-    row: dict,  # `rule` and, if it takes any, `args`
-    text: str,  # what the model answered
-) -> bool:
-    "Whether an answer does what was asked. Raises KeyError for a rule that is not in `RULES`."
-    return RULES[row["rule"]](text, **row.get("args", {})) > 0
+# %% ../nbs/02_tasks.ipynb #ecbe9782
+def _find(scorer):
+    "What scores a text, by its name in `SCORERS` or `RULES` or as it is."
+    known = SCORERS | RULES
+    if callable(scorer):
+        return scorer
+    if scorer not in known:
+        raise ValueError(f"scorer {scorer!r} is none of {', '.join(known)}, nor a function of a text.")
+    return known[scorer]
 
 
-# %% ../nbs/02_tasks.ipynb #7385aa14
-def find_scorer(
-    ref: str | Callable[[str], float],  # a name in `SCORERS` or `RULES`, or what is to be called
-) -> Callable[[str], float]:
-    "What scores a text. Raises ValueError for a name that is not there."
-    if callable(ref):
-        return ref
-    known: dict[str, Scorer] = {**SCORERS, **RULES}
-    if ref not in known:
-        raise ValueError(
-            f"scorer {ref!r} is none of {', '.join(known)}. A function of a text is one as well."
-        )
-    return known[ref]
+# %% ../nbs/02_tasks.ipynb #5159dcd3
+class GenerationItem(NamedTuple):
+    "A prompt that a model goes on from, and what scores its text."
+
+    prompt: str
+    scorer: Callable
+    group: str  # scenario
+
+    @property
+    def wanted(self) -> str:
+        "What the scorer measures."
+        return getattr(self.scorer, "words", "what your function measures")
 
 
-# %% ../nbs/02_tasks.ipynb #1d05bb76
-@dataclass(frozen=True, repr=False)
 class GenerationTask(Task):
     "Prompts that a model goes on from, and what scores its texts."
 
-    each = ("prompts", "groups", "scorer")
-    name: str
-    prompts: Sequence[str]
-    scorer: Any  # a scorer's name, an entry or a function of a text; or a list of these, one for each prompt
-    groups: Sequence[str] = ()  # scenario of each prompt; empty: each is its own
-
-    def __post_init__(self):
-        check_texts(self.prompts, f"generation task {self.name!r}")
-        n = len(self.prompts)
-        one = isinstance(self.scorer, str) or callable(self.scorer)
-        scorers = map(find_scorer, [self.scorer] * n if one else self.scorer)
-        columns = (self.prompts, self.groups or map(str, range(n)), scorers)
-        for k, values in zip(self.each, map(tuple, columns), strict=True):
-            object.__setattr__(self, k, values)
-            if len(values) != n:
-                raise ValueError(f"generation task {self.name!r}: {len(values)} {k} for {n} prompts.")
-
-    @property
-    def hash(self) -> str:
-        "Fingerprint of the prompts."
-        return data_hash(self.prompts)
+    def score(self, texts: Sequence[str]) -> list[float]:
+        "What the scorers say of the continuations, in the order of the prompts."
+        return [float(item.scorer(t)) for item, t in zip(self.items, texts, strict=True)]
 
 
-# %% ../nbs/02_tasks.ipynb #e04afd60
-@patch
-def score(
-    self: GenerationTask,
-    texts: Sequence[str],  # the continuations, in the order of the prompts
-) -> list[float]:
-    "What the scorers say, one number a text."
-    return [float(f(t)) for f, t in zip(self.scorer, texts, strict=True)]
+# %% ../nbs/02_tasks.ipynb #5d464289
+def generation_task(
+    name: str,
+    prompts: Sequence[str],
+    scorer: Any,  # a scorer's name, an entry or a function of a text; or a list of these, one for each prompt
+    groups: Sequence[str] = (),  # scenario of each prompt; empty: each is its own
+) -> GenerationTask:
+    "Prompts to go on from. Raises ValueError for a scorer that is not known, and for lists of other lengths."
+    n = len(prompts)
+    scorers = scorer if isinstance(scorer, (list, tuple)) else [scorer] * n
+    groups = groups or [*map(str, range(n))]
+    if not len(scorers) == len(groups) == n:
+        counts = f"{len(scorers)} scorers and {len(groups)} groups for {n} prompts"
+        raise ValueError(f"generation task {name!r}: {counts}.")
+    return GenerationTask(name, [*map(GenerationItem, prompts, map(_find, scorers), groups)])
 
 
-@patch(as_prop=True)
-def wanted(self: GenerationTask) -> list[str]:
-    "What the scorers measure."
-    return [getattr(f, "words", "what your function measures") for f in self.scorer]
-
-
-# %% ../nbs/02_tasks.ipynb #8fc12090
+# %% ../nbs/02_tasks.ipynb #a7e7cbee
 def _instructions(split):
     "The built-in instructions, at least three for each rule. One set, no split."
     rows = builtin_rows("instructions")
-    rules = [RULES[r["rule"]].bind(**r["args"]) for r in rows]
-    return GenerationTask("instructions", [r["prompt"] for r in rows], rules, [r["rule"] for r in rows])
+    items = [GenerationItem(r["prompt"], RULES[r["rule"]].bind(**r["args"]), r["rule"]) for r in rows]
+    return GenerationTask("instructions", items)
 
 
-# %% ../nbs/02_tasks.ipynb #19a8b4bd
-TASKS: dict[str, Callable[[str], Task]] = {
+# %% ../nbs/02_tasks.ipynb #d3bc44ff
+TASKS: dict[str, Callable] = {
     **{f"emotions/{e}": partial(_emotion, e) for e in EMOTIONS},
     **{f"behaviours/{b}": partial(_behaviour, b) for b in BEHAVIOURS},
     "emotions": _emotions,
@@ -625,70 +501,48 @@ TASKS: dict[str, Callable[[str], Task]] = {
 }
 
 
-# %% ../nbs/02_tasks.ipynb #11a3be27
-class _ItemRow(TypedDict):
-    "An item of a choice task in JSON."
-
-    prompt: str
-    choices: list[str]
-    target: int
-    group: NotRequired[Any]
-
-
-def _choices_json(path, d):
-    "A choice task from JSON with `items`."
-    items = []
-    for i, r in enumerate(check_rows(d["items"], _ItemRow, path)):
-        items.append(ChoiceItem(r["prompt"], tuple(r["choices"]), r["target"], str(r.get("group", i))))
-    return ChoiceTask(d.get("name", path.stem), items, d.get("instruction", ""))
+# %% ../nbs/02_tasks.ipynb #feeb523a
+def _items(path, rows):
+    "Items of a choice task from rows."
+    rows = check_rows(rows, path, prompt=str, choices=list[str], target=int)
+    return [
+        ChoiceItem(r["prompt"], tuple(r["choices"]), r["target"], str(r.get("group", i)))
+        for i, r in enumerate(rows)
+    ]
 
 
-# %% ../nbs/02_tasks.ipynb #5eaef61b
-def _generation_json(path, d):
-    "A generation task from JSON with `prompts`."
-    if not isinstance(d["prompts"], list):
-        raise ValueError(f"{path}: needs an object with the list 'prompts' and a 'scorer'.")
-    try:
-        scorer: Any = find_scorer(d.get("scorer"))
-        scorer = scorer.bind(**d.get("args", {}))
-    except ValueError as e:
-        raise ValueError(f"{path}: {e}") from None
-    return GenerationTask(d.get("name", path.stem), d["prompts"], scorer, d.get("groups", ()))
+# %% ../nbs/02_tasks.ipynb #c3c3ba9b
+def _read_task(path):
+    "A task of a file, by what it looks like."
+    match read_file(path):
+        case {"items": list(rows)} as d:
+            return ChoiceTask(d.get("name", path.stem), _items(path, rows), d.get("instruction", ""))
+        case {"prompts": list(prompts)} as d:
+            scorer = _find(d.get("scorer")).bind(**d.get("args", {}))
+            return generation_task(d.get("name", path.stem), prompts, scorer, d.get("groups", ()))
+        case [{"Question": _}, *_] as rows:
+            return _truthfulqa_csv(path, rows)
+    raise ValueError(
+        f"{path}: a task is JSON with the list 'items', or with the list 'prompts' and a 'scorer', "
+        "TruthfulQA's CSV, or pairs (say what to ask with --choices a,b,c and --target a)."
+    )
 
 
-# %% ../nbs/02_tasks.ipynb #cbd5afcf
-def _file_task(path, choices, target):
-    if choices or target:
-        if not (choices and target):
-            raise ValueError(f"{path}: --choices a,b,c and --target a belong together.")
-        return choice_task(read_pairs(path).negative, choices, target, path.stem)
-    lines = path.suffix in (".csv", ".jsonl")
-    d = next(iter(read_rows(path)), {}) if lines else read_json(path)
-    keys = d.keys() if isinstance(d, dict) else set()
-    if path.suffix == ".csv" and "Question" in keys:
-        return _truthfulqa_csv(path)
-    if "items" in keys:
-        return _choices_json(path, d)
-    if "prompts" in keys:
-        return _generation_json(path, d)
-    if {"neg", "negative", "label"} & keys:
-        say = "say what to ask with --choices a,b,c and --target a"
-        raise ValueError(f"{path} holds pairs, not a task: {say}.")
-    kinds = "JSON with 'items', or with 'prompts' and a 'scorer', TruthfulQA's CSV, or pairs"
-    raise ValueError(f"{path}: a task is {kinds} together with choices and a target.")
-
-
-# %% ../nbs/02_tasks.ipynb #6bd269d8
+# %% ../nbs/02_tasks.ipynb #97a99099
 def load_task(
-    ref: str
-    | Path,  # a name in `TASKS`, or a file: JSON, TruthfulQA's CSV, or pairs with `choices` and `target`
+    ref: str | Path,  # a name in `TASKS`, or a file: JSON, TruthfulQA's CSV, or pairs
     split: str = "test",  # of a built-in task: tune or test
-    choices: Sequence[str] | None = None,  # for a file of pairs
-    target: str | None = None,  # for a file of pairs
+    choices: Sequence[str] = (),  # for a file of pairs
+    target: str = "",  # for a file of pairs
 ) -> Task:
     "A task by name or from a file. Raises ValueError or FileNotFoundError, saying what to change."
     if split not in ("tune", "test"):
         raise ValueError(f"split {split!r}: a task is tune or test; the fit scenarios made the direction.")
-    if str(ref) in TASKS:
-        return TASKS[str(ref)](split)
-    return _file_task(find_file(ref, tuple(TASKS), "task"), choices, target)
+    if make := TASKS.get(str(ref)):
+        return make(split)
+    path = find_file(ref, TASKS)
+    if choices and target:
+        return choice_task(load_pairs(path).negative, choices, target, path.stem)
+    if choices or target:
+        raise ValueError(f"{path}: --choices a,b,c and --target a belong together.")
+    return _read_task(path)

@@ -26,25 +26,25 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 from .data import EMOTION_PROMPT, EMOTIONS, FAMILIES, builtin_rows
 
 
-# %% ../nbs/05_toys.ipynb #97f659bf
+# %% ../nbs/05_toys.ipynb #d01c7994
 @cache
 def _trained(kind):
     "Byte-level or SentencePiece-like BPE over the built-in scenarios."
-    byte, special = kind == "byte", ["<s>", "</s>", "<unk>"]
-    t = Tokenizer(models.BPE(byte_fallback=not byte, unk_token=None if byte else "<unk>"))
-    if byte:
+    special = ["<s>", "</s>", "<unk>"]
+    if kind == "byte":
+        t = Tokenizer(models.BPE())
         t.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         t.decoder = decoders.ByteLevel()
+        size, alphabet = 700, pre_tokenizers.ByteLevel.alphabet()
     else:
+        t = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
         t.pre_tokenizer = pre_tokenizers.Metaspace()
         t.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace()])
         t.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
         special += [f"<0x{i:02X}>" for i in range(256)]
+        size, alphabet = 800, []
     trainer = trainers.BpeTrainer(
-        vocab_size=700 if byte else 800,
-        special_tokens=special,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet() if byte else [],
-        show_progress=False,
+        vocab_size=size, special_tokens=special, initial_alphabet=alphabet, show_progress=False
     )
     t.train_from_iterator([row["text"] for row in builtin_rows("emotions")], trainer)
     return t
@@ -108,10 +108,10 @@ def random_rotation(
     return Q - 2 * torch.outer(Q @ mirror, mirror)  # (d, d)
 
 
-# %% ../nbs/05_toys.ipynb #c973a408
-def _turn_readers(norm, readers, Q, scale):
-    "Fold a norm's gain into what reads it, in the new basis (d, d'); `scale`, the new gain, is sqrt(d / d')."
-    gain = norm.weight  # (d,)
+# %% ../nbs/05_toys.ipynb #7035e174
+def _turn_readers(norm, readers, Q):
+    "Fold a norm's gain into what reads it, in the new basis (d, d'); the new gain is sqrt(d / d')."
+    gain, (d, wide) = norm.weight, Q.shape  # (d,)
     for reader in readers:
         if isinstance(reader, torch.nn.Linear):
             reader.weight.data = reader.weight * gain @ Q  # (out, d')
@@ -120,8 +120,8 @@ def _turn_readers(norm, readers, Q, scale):
     if isinstance(norm, torch.nn.LayerNorm):
         norm.bias.data = norm.bias / gain @ Q  # (d',)
     else:
-        norm.variance_epsilon *= scale**2
-    norm.weight.data = Q.new_full((Q.shape[1],), scale)
+        norm.variance_epsilon *= d / wide
+    norm.weight.data = Q.new_full((wide,), (d / wide) ** 0.5)
 
 
 # %% ../nbs/05_toys.ipynb #a6ccb92a
@@ -133,7 +133,7 @@ def _turn_writer(writer, Q):
         writer.bias.data = writer.bias @ Q  # (d',)
 
 
-# %% ../nbs/05_toys.ipynb #4bf6b2ff
+# %% ../nbs/05_toys.ipynb #872e38e2
 def twin_module(
     module: PreTrainedModel,  # of a family in LAYOUTS
     widen: int = 0,  # how many dimensions to add (RMSNorm families)
@@ -142,12 +142,14 @@ def twin_module(
     "The same function in another basis, the ground truth for maps. Raises ValueError where there is none."
     family, d = module.config.model_type, module.config.hidden_size
     if family not in LAYOUTS:
-        do = f"Use one of {', '.join(LAYOUTS)}."
-        raise ValueError(f"{family} has no exact twin: its norms do not commute with a rotation. {do}")
+        raise ValueError(
+            f"{family} has no exact twin: its norms do not commute with a rotation. "
+            f"Use one of {', '.join(LAYOUTS)}."
+        )
     layout = LAYOUTS[family]
     if layout["layernorm"] and widen:
         raise ValueError(f"a {family} model ties its width to its heads; twin it with widen=0.")
-    Q, scale = random_rotation(d, d + widen, seed, layout["layernorm"]), (d / (d + widen)) ** 0.5
+    Q = random_rotation(d, d + widen, seed, layout["layernorm"])
     module = copy.deepcopy(module).double()
     head, part = module.get_output_embeddings(), module.get_submodule
     head.weight = copy.deepcopy(head.weight)  # no longer tied to the embedding
@@ -156,10 +158,10 @@ def twin_module(
     blocks: Any = part(layout["blocks"])
     for block in blocks:
         for norm, readers in layout["readers"].items():
-            _turn_readers(block.get_submodule(norm), map(block.get_submodule, readers), Q, scale)
+            _turn_readers(block.get_submodule(norm), map(block.get_submodule, readers), Q)
         for path in layout["writers"]:
             _turn_writer(block.get_submodule(path), Q)
-    _turn_readers(part(layout["final"]), [head], Q, scale)
+    _turn_readers(part(layout["final"]), [head], Q)
     module.config.tie_word_embeddings = False
     module.config.hidden_size = d + widen
     return module.float(), Q.float()
@@ -176,7 +178,7 @@ def _log_odds(tokenizer, kinds):
     return share - share.mean(0)
 
 
-# %% ../nbs/05_toys.ipynb #e9d2655d
+# %% ../nbs/05_toys.ipynb #3eaf1a0a
 def planted_module(
     seed: int = 0,
     **config,  # as for `tiny_module`
@@ -191,21 +193,20 @@ def planted_module(
     k, n = len(kinds), TINY["llama"]["vocab_size"]
     module, tokenizer = tiny_module("llama", seed, vocab_size=n + k, **config)
     tokenizer.add_tokens([f" {e}" for e in EMOTIONS])
-    weights: Any = module.get_input_embeddings().weight, module.get_output_embeddings().weight
-    table, head = weights
-    hints = random_rotation(k, table.shape[1], seed).float()  # (k, d)
-    table += 2 * _log_odds(tokenizer, kinds).T @ hints  # (vocabulary, d)
-    for block in module.model.layers:
+    inner: Any = module.model
+    hints = random_rotation(k, module.config.hidden_size, seed).float()  # (k, d)
+    inner.embed_tokens.weight += 2 * _log_odds(tokenizer, kinds).T @ hints  # (vocabulary, d)
+    for block in inner.layers:
         block.self_attn.o_proj.weight *= 0.6
         block.mlp.down_proj.weight *= 0.6
 
     def last(text):
         "What the head reads after the last token, (d,)."
-        return module.model(tokenizer(text, return_tensors="pt").input_ids).last_hidden_state[0, -1]
+        return inner(tokenizer(text, return_tensors="pt").input_ids).last_hidden_state[0, -1]
 
     means = torch.stack([torch.stack([*map(last, texts[:48])]).mean(0) for texts in kinds])  # (k, d)
     middle = normalize(means.mean(0), dim=0)  # (d,)
     apart = means - means.mean(0)  # (k, d)
     apart -= torch.outer(apart @ middle, middle)
-    head[n:] = 2 * normalize(apart, dim=1)
+    module.lm_head.weight[n:] = 2 * normalize(apart, dim=1)
     return module, tokenizer

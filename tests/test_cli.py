@@ -13,7 +13,7 @@ import pytest
 
 from concept_transfer import cli, moments
 from concept_transfer.concepts import Concept
-from concept_transfer.data import EMOTIONS, Corpus, load_corpus, load_pairs, texts_hash
+from concept_transfer.data import EMOTIONS, Corpus, load_corpus, load_pairs, text_key, texts_hash
 from concept_transfer.maps import MAP_METHODS, LayerGrid, fit_maps
 from concept_transfer.models import model_info, tiny_model
 from concept_transfer.steering import Transplant
@@ -171,7 +171,7 @@ def test_an_interrupted_align_goes_on_and_another_corpus_starts_anew(here, monke
     monkeypatch.setattr(moments, "paired_tokens", counted)
     assert len(list(here.glob("again.*.part"))) == 1  # and a run over other texts leaves it alone
     assert align("two.txt", "again.safetensors") == 0 and sum(reads) == 400
-    assert LayerGrid.load("again.safetensors").texts_hash == texts_hash(texts[300:700])
+    assert LayerGrid.load("again.safetensors").texts_hash == texts_hash(map(text_key, texts[300:700]))
     assert align("one.txt", "again.safetensors") == 0 and 0 < sum(reads) < whole
     clean, again = map(LayerGrid.load, ("clean.safetensors", "again.safetensors"))
     assert (again.texts_hash, again.texts, again.rows) == (clean.texts_hash, clean.texts, clean.rows)
@@ -268,7 +268,7 @@ def test_truthfulqa_csv(here, made, capsys):
 
 @pytest.mark.parametrize(
     "out, says",
-    [("/proc/nowhere/x", "cannot write"), ("corpus.txt", "is a file"), ("corpus.txt/x", "is a file")],
+    [("/proc/nowhere/x", "cannot write"), ("corpus.txt", "File exists"), ("corpus.txt/x", "Not a directory")],
 )
 def test_an_unwritable_folder_is_found_before_the_work(here, out, says, capsys, monkeypatch):
     monkeypatch.setattr(cli, "evaluate", lambda *a, **k: pytest.fail("worked first"))
@@ -314,7 +314,7 @@ ERRORS = [
         ["extract", "--model", "./nowhere", "--pairs", "honesty", "--out", "c.safetensors"],
         "no folder './nowhere'",
     ),
-    ([*EXTRACT, "missing.json"], "neither a file nor a built-in set"),
+    ([*EXTRACT, "missing.json"], "neither a file nor built in"),
     (
         ["extract", "--model", "./small", "--pairs", "honesty", "--out", "no/such/c.safetensors"],
         "Create it first",

@@ -71,8 +71,8 @@ def test_a_position_of_ones_own_reads_like_any_other():
     m, texts = tiny_model("llama"), SCENES.texts[:6]
     everything = activations(m, texts, position="all")  # n of (t, L, d)
     for rule, want in {
-        "second": (Position("second", tokens=lambda n: [1], read=lambda h: h[0]), [h[1] for h in everything]),
-        "ends": (Position("ends", tokens=lambda n: [1, n - 1], read=lambda h: h.mean(0)), None),
+        "second": (Position("second", read=lambda h: h[1]), [h[1] for h in everything]),
+        "ends": (Position("ends", read=lambda h: h[[1, -1]].mean(0)), None),
         "function": (lambda h: h.amax(0), [h.amax(0) for h in everything]),
         "taken": (Position("taken", take=lambda h, mask: h[:, 0]), [h[0] for h in everything]),
     }.values():
@@ -81,7 +81,7 @@ def test_a_position_of_ones_own_reads_like_any_other():
 
 
 def test_a_position_that_is_added_to_the_table_has_a_name(monkeypatch, tmp_path):
-    second = Position("second", "the second token", tokens=lambda n: [1], read=lambda h: h[0])
+    second = Position("second", "the second token", read=lambda h: h[1])
     monkeypatch.setitem(POSITIONS, "second", second)
     m, texts = tiny_model("llama"), SCENES.texts[:4]
     kept = activations(m, texts, position="second", path=tmp_path)

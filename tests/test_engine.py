@@ -15,11 +15,11 @@ from concept_transfer.engine import (
     attach,
     bundled,
     engine,
+    gathered,
     hidden_of,
     left_batches,
     length_batches,
     pad,
-    places,
     rows_of,
     steered,
     stream,
@@ -43,17 +43,24 @@ class Hooks:
         self.model, self.weights, self.calls = model, engine(model).weights, set()
 
     @contextlib.contextmanager
-    def steer(self, layer, change):
+    def steer(self, layer, change, masked=False):
         self.calls.add("steer")
+        seen = []
+
+        def before(module, args, given):
+            seen[:] = [given.get("attention_mask")]
 
         def hook(module, args, output):
-            return with_hidden(output, change(hidden_of(output)))
+            return with_hidden(output, change(hidden_of(output), *(seen if masked else ())))
 
-        handle = self.model.layers[layer]._module.register_forward_hook(hook)
+        inner = self.model._module
+        handles = [inner.register_forward_pre_hook(before, with_kwargs=True)]
+        handles.append(self.model.layers[layer]._module.register_forward_hook(hook))
         try:
             yield self.model
         finally:
-            handle.remove()
+            for handle in handles:
+                handle.remove()
 
     def forward(self, ids, mask, **options):
         where = (mask.cumsum(-1) - 1).clamp(min=0)
@@ -67,17 +74,15 @@ class Hooks:
         with torch.no_grad():
             return self.model._module.generate(input_ids=ids, attention_mask=mask, **options)
 
-    def states(self, ids, layers, at=None, take=None, batch_tokens=512, progress=None):
+    def states(self, ids, layers, at, take=None, batch_tokens=512):
         self.calls.add("states")
         for rows in length_batches(ids, batch_tokens):
-            (x, mask), seen = pad(self.model, [ids[i] for i in rows]), {}
+            (x, mask, wanted), seen = gathered(self.model, rows, ids, at), {}
             with contextlib.ExitStack() as stack:
                 for k in set(layers):
                     stack.enter_context(self.steer(k, partial(self.see, seen, k)))
                 self.forward(x, mask)
-            where = places(at, rows)
-            got = [seen[k] if where is None else seen[k][where] for k in layers]
-            yield rows, [take(h, mask) for h in got] if take else got
+            yield rows, [take(seen[k], wanted) if take else seen[k][wanted] for k in layers]
 
     @staticmethod
     def see(seen, k, h):
@@ -101,12 +106,12 @@ class Hooks:
         run.read = 0
         return run
 
-    def sums(self, texts, prepare, into, weight=None, notes=None, tokens=0):
+    def sums(self, texts, prepare, into, notes=None, tokens=0):
         self.calls.add("sums")
         for part in bundled(texts, len, CHUNK):
             (chunk,) = prepare([part])
             Y = rows_of(self.model, chunk.ids, chunk.at, into.target_layers)
-            yield partial(into.take, chunk, Y, weight)
+            yield partial(into.take, chunk, Y)
 
 
 def close(a, b, eps=1e-4):
@@ -159,11 +164,13 @@ def test_every_family_by_hooks_too(family):
     m = tiny_model(family)
     hooked, here = Hooks(m), engine(m)
     ids = m.tokenizer(["Rain.", "The cat sat on the mat.", "We walked home."]).input_ids
-    for (rows, a), (same, b) in zip(here.states(ids, [3, 1]), hooked.states(ids, [3, 1]), strict=True):
+    at = [range(len(x)) for x in ids]
+    for (rows, a), (same, b) in zip(
+        here.states(ids, [3, 1], at), hooked.states(ids, [3, 1], at), strict=True
+    ):
         assert rows == same
-        for i, row in enumerate(rows):
-            for x, y in zip(a, b, strict=True):
-                close(x[i, : len(ids[row])], y[i, : len(ids[row])])
+        for x, y in zip(a, b, strict=True):
+            close(x, y)
     batches = left_batches(m, ids, [[len(x) - 2, len(x) - 1] for x in ids])
     up = torch.linspace(-3, 3, 48)
     changes = [lambda batch: lambda h: h + up, lambda batch: lambda h: h + batch.asked[..., None] * up]

@@ -22,9 +22,10 @@ from concept_transfer.evidence import (
 from concept_transfer.maps import fit_maps
 from concept_transfer.measure import METRICS, Bench, Metric
 from concept_transfer.models import tiny_model, twin
+from concept_transfer.report import write_report
 from concept_transfer.selection import choose
 from concept_transfer.steering import place
-from concept_transfer.tasks import ChoiceItem, ChoiceTask, GenerationTask, load_task
+from concept_transfer.tasks import ChoiceItem, ChoiceTask, generation_task, load_task
 
 PAIRS = load_pairs("emotions/happiness")
 NEUTRAL = Corpus("neutral", load_corpus("neutral").texts[:48])
@@ -122,7 +123,7 @@ def test_the_same_seed_gives_the_same_file(pair, task, evidence, tmp_path):
 
 def test_experiments_are_chosen_by_the_caller(pair, task):
     e = asked(pair, task, experiments=("knowledge", "texts", "off_target"), off=(task,))
-    assert e.effect.gain is None and "not asked" in e.arms["transplanted"].reason and not e.curve()
+    assert e.effect.gain is None and "not asked" in e.arms["transplanted"].reason and not e.of("curves")
     assert set(e.capability) == {"base"} and e.capability["base"].knowledge_n == len(load_task("knowledge"))
     only = asked(pair, task, experiments=EQUAL, random=0)
     assert only.arms["native"].same_norm is None and not only.capability and not only.off_target
@@ -155,14 +156,16 @@ def test_several_true_answers_are_scored_as_truthfulqa_does(pair):
         assert means[0] == pytest.approx(means[1], abs=1e-3)
 
 
-def test_an_arm_and_a_metric_of_ones_own(pair, task, monkeypatch):
+def test_an_arm_and_a_metric_of_ones_own(pair, task, monkeypatch, tmp_path):
     def opposite(trial):
         return [replace(trial.t, direction=-trial.t.direction)]
 
-    longest = Metric(
-        "length", "length", "tokens of the choices", lambda a: np.array([sum(x) for x in a.lengths])
-    )
-    monkeypatch.setitem(METRICS, "length", longest)
+    def rank(answers):
+        scored = zip(answers.logp, answers.target, strict=True)
+        return np.array([(x > x[wanted]).sum() for x, wanted in scored])
+
+    monkeypatch.setitem(METRICS, "rank", Metric("rank", "likelier choices", rank))
+    monkeypatch.setitem(METRICS, "fall", Metric("fall", "fall in rank", rank, change=True))
     mine = {
         "opposite": Arm("opposite", "the other way", opposite),
         "hint": Arm("hint", "a hint", lambda trial: [Words("Red or blue. ")]),
@@ -170,8 +173,18 @@ def test_an_arm_and_a_metric_of_ones_own(pair, task, monkeypatch):
     e = asked(pair, task, experiments=EQUAL, arms={**ARMS, **mine}, random=0)
     assert e.arms["opposite"].logit_shift < 0 < e.arms["transplanted"].logit_shift
     assert e.arms["hint"].dose is None and e.arms["hint"].kl > 0
-    mean = e.table.query("arm == 'base'")["length"].mean()
-    assert e.arms["base"].score_means["length"]["mean"] == pytest.approx(mean) and mean >= 2
+    means = e.table.groupby("arm")["rank"].mean()
+    assert (means + e.table.groupby("arm").chosen.mean() - 1).abs().max() < 1e-9  # of two choices
+    for arm in ("base", "transplanted"):
+        scores = e.arms[arm].score_means
+        assert scores["rank"]["mean"] == pytest.approx(means[arm])
+        assert scores["fall"]["mean"] == pytest.approx(means[arm] - means["base"])
+    assert (e.summary["rank"] - means).abs().max() < 1e-9 and "rank" in repr(e)
+    write_report(e, tmp_path / "r.html", {})
+    page = (tmp_path / "r.html").read_text(encoding="utf-8")
+    for words in ("likelier choices", "fall in rank"):
+        assert words in page and words in e._repr_html_()
+    assert e.show(metric="rank").axes[0].get_xlabel().startswith("likelier choices")
 
 
 def test_a_behaviour_is_moved_by_its_own_transplant_first(pair, task):
@@ -218,13 +231,14 @@ def test_items_that_chose_the_layers_are_noticed_again(pair, task):
     with pytest.warns(UserWarning, match="8 of these items"):
         e = evaluate(found, task, NEUTRAL, experiments=EQUAL, settings=Settings(random=0))
     assert e.provenance.notes["texts_read"] == found.notes["texts_read"]
-    for wrong, words in ((dict(damage=0.0), "positive KL"), (dict(random=-1), "number of random")):
-        with pytest.raises(ValueError, match=words):
-            Settings(**wrong)
+    with pytest.raises(ValueError, match="positive KL"):
+        asked(pair, task, damage=0.0)
+    with pytest.raises(ValueError, match="number of random"):
+        Settings(random=-1)
 
 
 def test_texts_are_scored_for_every_arm(pair):
     _, target, t = pair
-    found = evaluate_text({"base": None, "steered": t}, GenerationTask("n", ("It", "Rain"), len), target, 6)
+    found = evaluate_text({"base": None, "steered": t}, generation_task("n", ("It", "Rain"), len), target, 6)
     assert found.scores["base"] == [float(len(x)) for x in found.texts["base"]]
     assert found.gain_ci["base"] == [0, 0] and list(found.index) == ["base", "steered"]

@@ -149,7 +149,8 @@ def test_weights_are_repetitions():
 def test_duplicate_rows_and_constant_dimensions_are_harmless(method):
     X, Y = rows(50)
     X[:, :, 3], Y[:, :, 2] = 7.0, -1.0
-    W = MAP_METHODS[method].solve(SourceLayer(summed(torch.cat([X, X]), torch.cat([Y, Y])), 0))
+    u = SourceLayer(summed(torch.cat([X, X]), torch.cat([Y, Y])), 0)
+    W = u.maps(MAP_METHODS[method].solve, u.S)
     assert torch.isfinite(W).all() and not W[:, 3].any() and not W[:, :, 2].any()
 
 
@@ -225,8 +226,8 @@ def test_a_method_of_ones_own_stands_wherever_a_name_does(tmp_path, pair):
     def least_squares(R, C, lam):
         return torch.linalg.pinv(R) @ C
 
-    def half(u):
-        return ridge(u) / 2
+    def half(u, t, C):
+        return u.inverse(u.lam[t].item()) @ C / 2
 
     sums = collect(*pair, SCENES, [1], [2])
     close(solve(sums, least_squares).W, fit_maps(*pair, SCENES, [1], [2], method=least_squares).W, 1e-6)
@@ -251,7 +252,7 @@ def test_a_method_that_is_not_there_is_said(pair):
     ):
         solve(planted(torch.eye(8).double(), 100, 1.0), "contrans")
     no_products = summed(*rows(50))
-    no_products.yy = None
+    no_products.yy = no_products.squares
     with pytest.raises(ValueError, match="products=True"):
         solve(no_products, "whitened")
 

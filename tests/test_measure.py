@@ -11,7 +11,7 @@ from concept_transfer.concepts import extract_concept
 from concept_transfer.data import Corpus, load_corpus, load_pairs
 from concept_transfer.engine import encode, engine, pad
 from concept_transfer.maps import fit_maps, random_map
-from concept_transfer.measure import METRICS, Bench, dose_curve, steerability
+from concept_transfer.measure import METRICS, Answers, Bench, dose_curve, steerability
 from concept_transfer.models import load_model, tiny_model, twin
 from concept_transfer.selection import choose, offline_scores, search_p, transplant
 from concept_transfer.steering import Transplant, adding, generate, place
@@ -92,10 +92,20 @@ def test_metrics_fit_the_task(pair):
     emotions, truth = (
         Bench(target, 2, load_task(k).take(6)).ask() for k in ("emotions/happiness", "truthfulness")
     )
-    assert [k for k, m in METRICS.items() if m.applies(emotions)] == ["chosen", "first", "margin"]
-    assert all(m.applies(truth) and m.value(truth).shape == (6,) for m in METRICS.values())
-    assert (truth.values("mc1") == truth.chosen).all()
-    assert METRICS["margin"].mean(truth, truth) == 0
+    assert list(emotions.metrics) == ["chosen", "first", "margin"]
+    assert list(truth.metrics) == list(METRICS) and all(v.shape == (6,) for v in truth.metrics.values())
+    assert (truth.metrics["mc1"] == truth.chosen).all()
+
+
+def test_answers_hold_what_a_metric_may_ask_for():
+    "The wanted choice wherever it stands, the choices it is compared with, and the words of all."
+    sky = ChoiceItem("The sky is", (" red", " blue", " green"), 1, "sky")
+    true = ChoiceItem("It is true that", (" ice is cold", " fire is hot", " rain is dry"), 0, "true", 2)
+    logp, likeliest = ([-3.0, -1.0, -2.0], [-4.0, -1.0, -3.0]), [False, True, False]
+    a = Answers([sky, true], logp, ([2] * 3, [2] * 3), (likeliest, likeliest))
+    assert a.target.tolist() == [1, 0] and a.first.tolist() == [True, False]
+    assert a.chosen.tolist() == [True, False] and a.margin.tolist() == [1.5, -1.0]
+    assert [i.choices[k] for i, k in zip(a.items, a.target, strict=True)] == [" blue", " ice is cold"]
 
 
 # doses and damage
@@ -131,8 +141,11 @@ def test_several_directions_get_the_doses_that_each_gets_alone(pair):
 def test_a_damage_that_cannot_be_reached_is_said(pair):
     _, target, _, _ = pair
     bench = Bench(target, 2, None, NEUTRAL)
-    with pytest.warns(UserWarning, match="a damage of 1e-08 was not reached; KL is"):
-        bench.at_damage(bench.place(random_direction(), name="noise"), damage=1e-8)
+    noise = bench.place(random_direction(), name="noise")
+    for ts in (noise, [noise]):
+        with pytest.warns(UserWarning, match="a damage of 1e-08 was not reached; KL is") as said:
+            bench.at_damage(ts, damage=1e-8)
+        assert [w.filename for w in said] == [__file__]  # it points at the line that asked
     with pytest.raises(ValueError, match="positive KL"):
         Bench(target, 2, damage=-1.0)
     with pytest.raises(ValueError, match="3 neutral texts are too few"):
@@ -180,7 +193,7 @@ def test_a_curve_goes_through_nothing_and_turns_with_its_sign(pair):
     bench = Bench(target, 2, load_task("emotions/happiness").take(20), NEUTRAL, 0.2)
     t = bench.at_damage(bench.place(joy, maps[2, 2]))
     curve = dose_curve(t, bench, (-1.0, 0.0, 1.0))
-    shift = [p.mean("margin") for p in curve]
+    shift = [(p.answers.margin - bench.ask().margin).mean() for p in curve]
     assert shift[0] < 0 == shift[1] < shift[2]
     assert curve[1].damage.mean == 0 and curve[1].damage.perplexity_ratio == 1 and curve[2].dose == t.dose
     found = steerability([(p.strength, p.answers.margin) for p in curve])
@@ -307,7 +320,7 @@ def test_files_hold_a_rule_by_its_name(tmp_path):
     t.save(tmp_path / "t.safetensors")
     again = Transplant.load(tmp_path / "t.safetensors", m)
     assert (again.positions, again.layer, again.dose) == ("last", 3, t.dose)
-    with pytest.raises(ValueError, match="cannot be saved"):
+    with pytest.raises(ValueError, match="cannot be kept in a file.* or use last, all"):
         replace(t, positions=lambda h: torch.ones(h.shape[:2])).save(tmp_path / "u.safetensors")
     with pytest.raises(ValueError, match="mean"):
         adding(torch.ones(48), "mean")

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from concept_transfer import moments
 from concept_transfer.artefacts import load_artefact
-from concept_transfer.data import Corpus, load_pairs, texts_hash
+from concept_transfer.data import Corpus, load_pairs, text_key, texts_hash
 from concept_transfer.engine import Chunk
 from concept_transfer.models import model_info, tiny_model, wrap
 from concept_transfer.moments import Moments, collect, robust_weight
@@ -91,7 +91,7 @@ def test_the_sums_are_those_of_the_oracle():
         for k, want in oracle(X, Y, fold, 4, weight).items():
             if k != "yy" or products:
                 close(getattr(m, k), want, 1e-12)
-        assert m.products == (m.yy is not None) == products
+        assert m.products == (m.yy.ndim == 4) == products
 
 
 def test_the_shuffled_control_pairs_one_row_in_ten_with_another():
@@ -137,14 +137,46 @@ def test_merge_equals_the_whole():
         assert torch.equal(getattr(nothing + summed(X, Y), k), getattr(summed(X, Y), k))
 
 
+def test_a_sum_leaves_its_parts_as_they_were():
+    X, Y = rows(300)
+    fold, parts = torch.arange(300) % 4, (slice(0, 90), slice(90, 180), slice(180, None))
+
+    def moments_of(*some):
+        m = Moments.zeros(4, 2, 12, 2, 9, settings={"held_out": 0.1})
+        for i in some:
+            m.add(X[i], Y[i], fold[i])
+        m.held_x, m.held_y = (Z[some[0]][:5].float() for Z in (X, Y))
+        m.held_of = torch.arange(5)
+        m.seen = {i.start for i in some}
+        return m
+
+    one, two, both = (moments_of(i) for i in parts)
+    before = [copy.deepcopy(m) for m in (one, two, both)]
+    for first in (one, two):  # the same one stands on the right twice
+        total = first + both
+        want = moments_of(parts[0] if first is one else parts[1], parts[2])
+        for k in (*SUMS, "shift_x", "shift_y"):
+            close(getattr(total, k), getattr(want, k), 1e-10)
+        assert total.seen == want.seen and len(total.held_x) == len(total.held_of) == 10
+    for m, was in zip((one, two, both), before, strict=True):
+        assert m.seen == was.seen and all(torch.equal(v, m.tensors()[k]) for k, v in was.tensors().items())
+
+
+def about(shift_x, shift_y, m):
+    "The same sums about another shift."
+    nothing = Moments.zeros(*m.shape, products=m.products)
+    nothing.shift_x, nothing.shift_y = shift_x, shift_y
+    return nothing + m
+
+
 def test_another_shift_changes_no_covariance():
     X, Y = rows(300)
     for products in (True, False):
         m, moved = (summed(X, Y, products=products) for _ in range(2))
-        moved.recentre(m.shift_x + 1, m.shift_y - 2)
+        moved = about(m.shift_x + 1, m.shift_y - 2, moved)
         alike(moved, m, 1e-9)
         want = oracle(X, Y, torch.arange(300) % 4, 4, torch.ones(300).double())
-        moved.recentre(X.mean(0), Y.mean(0))
+        moved = about(X.mean(0), Y.mean(0), moved)
         for k in SUMS if products else SUMS[:5]:
             close(getattr(moved, k), want[k], 1e-9)
 
@@ -179,8 +211,8 @@ def test_what_a_server_sums_is_what_is_summed_here():
     here, there = (Moments.zeros(4, 2, 12, 2, 9, settings={"held_out": 0.2}) for _ in range(2))
     fold = torch.tensor([here.fold(t) for t in texts])[of]
     held, fit = torch.nonzero(fold < 0)[:30, 0], fold >= 0
-    chunk = Chunk(texts, X, of, fold, held, [], [])
-    assert here.take(chunk, Y, robust_weight) == 40
+    chunk = Chunk(texts, X, of, fold, held, [], [], robust_weight)
+    assert here.take(chunk, Y) == 40
     folds, w = [0, 1, 2, 3], robust_weight(X[fit], Y[fit])
     tally = there.tally(folds)("cpu")
     tally.add(X[fit].double(), Y[fit].double(), fold[fit], w.double())
@@ -192,9 +224,15 @@ def test_what_a_server_sums_is_what_is_summed_here():
         assert torch.equal(getattr(here, k), getattr(there, k))
     again = there.tally([1])("cpu")  # a later request, of one fold, about the shift of the first
     again.add(X[fit][:50].double(), Y[fit][:50].double(), torch.zeros(50).long(), torch.ones(50).double())
-    before, shift = there.n.clone(), there.shift_x
+    before, shift, elsewhere = there.n.clone(), there.shift_x, copy.deepcopy(there)
     there.merge(again.tensors(), [1])
     assert (there.n - before).tolist() == [0, 50, 0, 0] and torch.equal(there.shift_x, shift)
+    other = Moments.zeros(4, 2, 12, 2, 9).tally([1])("cpu")  # the same request about a shift of its own
+    other.add(X[fit][:50].double(), Y[fit][:50].double(), torch.zeros(50).long(), torch.ones(50).double())
+    elsewhere.merge(other.tensors(), [1])
+    assert not torch.equal(elsewhere.shift_x, shift)
+    for a, b in zip(covariances(elsewhere)[1:], covariances(there)[1:], strict=True):
+        close(a, b, 1e-9)
 
 
 def test_rows_that_are_not_finite_are_refused_and_the_text_is_named():
@@ -246,7 +284,7 @@ def test_two_machines_with_half_of_the_texts_each(pair):
         whole + one
     both = one + two
     assert torch.equal(both.n, whole.n) and both.seen == whole.seen and both.kind == whole.kind
-    assert both.texts_hash == whole.texts_hash == texts_hash(texts)
+    assert both.texts_hash == whole.texts_hash == texts_hash(map(text_key, texts))
     assert len(both.held_x) == len(both.held_of) == len(whole.held_x)
     alike(both, whole, 1e-4)
 
@@ -280,10 +318,10 @@ def test_moments_read_in_another_way_are_not_mixed(tmp_path, other, pair):
 def test_moments_without_products_are_told_from_those_with(tmp_path, pair):
     few = SCENES.take(60)
     slim, full = (collect(*pair, few, [1], [2], products=p) for p in (False, None))
-    assert slim.yy is None and full.yy is not None and torch.equal(slim.xy, full.xy)
+    assert slim.yy.ndim == 3 and full.yy.ndim == 4 and torch.equal(slim.xy, full.xy)
     close(slim.squares, full.squares, 1e-5)
     slim.save(tmp_path / "m")
-    assert Moments.load(tmp_path / "m").yy is None
+    assert torch.equal(Moments.load(tmp_path / "m").yy, slim.yy)
     with pytest.raises(ValueError, match="another choice of products"):
         collect(*pair, few, [1], [2], path=tmp_path / "m")
     with pytest.raises(ValueError, match="products=True"):
@@ -328,8 +366,7 @@ def test_a_file_of_the_first_format_is_read(tmp_path, pair, squares):
     for new, old in (("shuffled", "null"), ("n_shuffled", "n_null")):
         tensors[old] = tensors.pop(new)
     if squares:  # as a server gave them
-        tensors["yy"] = tensors["squares"]
-    del tensors["squares"]
+        tensors["yy"] = m.squares
     head["format"], head["settings"]["positions"] = 1, head["settings"]["thin"]
     settings = {k: head["settings"][k] for k in ("positions", "weight", "folds", "held_out", "precision")}
     words = {"concept_transfer": json.dumps(head | dict(settings=settings))}

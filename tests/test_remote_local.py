@@ -8,7 +8,6 @@ import time
 from dataclasses import replace
 from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from types import SimpleNamespace
 
 import nnsight
 import pytest
@@ -29,7 +28,7 @@ from concept_transfer.ndif import Ndif, planes, served_mark, unplaned
 from concept_transfer.remote import Job, Remote, hosted
 from concept_transfer.selection import transplant
 from concept_transfer.steering import Transplant, adding, generate, place
-from concept_transfer.tasks import GenerationTask, load_task
+from concept_transfer.tasks import generation_task, load_task
 
 SMALL = Remote(simulated=True, tokens=1500, batch=300, flight=2)
 
@@ -104,7 +103,7 @@ def test_interrupted_reading_goes_on(near, distant, tmp_path, monkeypatch):
 def transplant_with(source, target, corpus):
     "The README's lines, with whichever models."
     joy = extract_concept(source, load_pairs("emotions/happiness"))
-    maps = fit_maps(source, target, corpus, [1, 2], [2])
+    maps = fit_maps(source, target, corpus, [1, 2], [2], template=joy.template)
     return place(joy, target, map=maps[1, 2], dose=0.5)
 
 
@@ -123,7 +122,7 @@ def test_the_readme_with_layers_and_dose_chosen(near, distant, corpus):
     joy = extract_concept(near[0], load_pairs("emotions/happiness"))
     task = load_task("emotions/happiness", "tune").take(8)
     neutral = Corpus("some", load_corpus("neutral").texts[:8])
-    maps = fit_maps(*near, corpus, [1, 2], [1, 2])
+    maps = fit_maps(*near, corpus, [1, 2], [1, 2], template=joy.template)
     a, b = (transplant(joy, maps, m, task, neutral=neutral) for m in (near[1], distant[1]))
     assert (a.source_layer, a.layer, a.positions) == (b.source_layer, b.layer, b.positions)
     assert a.dose == pytest.approx(b.dose, rel=1e-3)
@@ -137,7 +136,7 @@ def test_the_readme_with_layers_and_dose_chosen(near, distant, corpus):
 def test_everything_that_is_asked_of_a_transplant(near, distant):
     v = torch.randn(48, generator=torch.Generator().manual_seed(0))
     tests, tune = (load_task("emotions/happiness", s).take(n) for s, n in (("test", 8), ("tune", 4)))
-    talk = GenerationTask("length", ("The cat", "It rained all day and"), lambda x: len(x) / 100)
+    talk = generation_task("length", ("The cat", "It rained all day and"), lambda x: len(x) / 100)
     neutral = Corpus("some", load_corpus("neutral").texts[:12])
     given = dict(pairs=load_pairs("emotions/happiness"), other=load_pairs("emotions/fear"), source=near[0])
     experiments, found = ("equal_damage", "equal_norm", "knowledge", "texts"), []
@@ -166,13 +165,15 @@ def test_no_request_is_larger_than_allowed(near, monkeypatch):
     "A direction over many texts goes in several requests, and many directions over few texts too."
     task, texts = load_task("emotions/happiness").take(60), load_corpus("neutral").texts[:60]
     draws = [torch.randn(48, generator=torch.Generator().manual_seed(i)) for i in range(3)]
-    fns, sizes, real = [adding(v) for v in draws], [], ndif.asking
+    fns, sizes = [adding(v) for v in draws], []
 
-    def counted(made, model, layer, batches, reduce):
-        sizes.append(sum((len(fs) + (b.plain is not None)) * b.ids.numel() for b, fs in batches))
-        return real(made, model, layer, batches, reduce)
+    class Counted(remote.Simulated):
+        def __call__(self, tracer=None):
+            batches = tracer.info.frame.f_locals["batches"]
+            sizes.append(sum((len(fs) + (b.plain is not None)) * b.ids.numel() for b, fs in batches))
+            super().__call__(tracer)
 
-    monkeypatch.setattr(ndif, "asking", counted)
+    monkeypatch.setattr(remote, "Simulated", Counted)
     m = load_model(near[1], remote=Remote(simulated=True, tokens=2048))
     (ask, local), (hurt, here) = (
         (f(m), f(near[1])) for f in (lambda m: choices(m, 2, task), lambda m: neutral_text(m, 2, texts))
@@ -311,17 +312,16 @@ def test_rows_that_are_not_finite_are_named(bring, monkeypatch):
 def test_what_is_too_much_for_the_server_is_halved(near, monkeypatch):
     "Batches first, then texts; an error that says something else is an error."
     texts, m = [f"It rained {i} times." for i in range(40)], load_model(near[1], remote=SMALL)
-    real, asked = ndif.reading, []
+    real, asked = remote.Simulated.result, []
 
-    def crowded(made, model, batches, *how):
-        sent = real(made, model, batches, *how)
-        asked.append(sum(len(ids) for ids, *_ in batches))
+    def crowded(self):
+        got = real(self)
+        asked.append(sum(len(states[0]) for states in got["got"]))
         if asked[-1] > 3:
-            full = SimpleNamespace(result=lambda: (_ for _ in ()).throw(RuntimeError("CUDA out of memory.")))
-            return full
-        return sent
+            raise RuntimeError("CUDA out of memory.")
+        return got
 
-    monkeypatch.setattr(ndif, "reading", crowded)
+    monkeypatch.setattr(remote.Simulated, "result", crowded)
     close(activations(m, texts, [2]), activations(near[1], texts, [2]))
     assert max(asked) > 3 >= min(asked)
     monkeypatch.setattr(ndif, "out_of_memory", lambda e: False)
@@ -535,3 +535,26 @@ def test_words_of_the_server(ask, monkeypatch):
     job.sent = 3
     with pytest.raises(ConnectionError, match="lost job 1 3 times"):
         job.failed("Replica was evicted while processing your request...")
+
+
+def test_a_job_of_an_earlier_run_is_taken_up(site, ask, monkeypatch):
+    "Unless it failed, its result is gone, or nobody knows it: then it is sent anew."
+    there = {"1": ("COMPLETED", "gone"), "2": ("COMPLETED", "result"), "3": ("ERROR", "")}
+
+    def answer(s):
+        name = s.path.split("/")[-1]
+        if name in there:
+            status, where = there[name]
+            s.say(200, json.dumps({"status": status, "data": f"{site.url}/{where}"}).encode())
+        else:
+            known = {"request": b'{"id": "2"}', "result": b"states"}
+            s.say(200, known[name]) if name in known else s.say(404)
+
+    site.answer = answer
+    monkeypatch.setattr(remote.time, "sleep", lambda s: None)
+    monkeypatch.setattr(Job, "_serialize", lambda self, tracer: b"")
+    for before, sent in (("2", 0), ("1", 1), ("3", 1), ("gone", 1), (None, 1)):
+        job = ask(Remote(attempts=2))
+        job.job_id, job.sent, job.finalize = before, 0, lambda b: b
+        job()
+        assert job.result() == b"states" and job.sent == sent

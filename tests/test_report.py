@@ -20,7 +20,6 @@ from concept_transfer.evidence import (
     Settings,
     evaluate,
     recorded,
-    summarise,
 )
 from concept_transfer.maps import fit_maps
 from concept_transfer.measure import Bench
@@ -108,7 +107,7 @@ def test_texts_are_escaped(evidence, tmp_path):
     name = "<script>alert(1)</script> & more"
     e = replace(evidence, provenance=replace(evidence.provenance, transplant=name))
     texts = ["</td><b>bold</b>"] * 8
-    e = replace(e, capability={k: replace(c, texts=texts) for k, c in e.capability.items()})
+    e = replace(e, runs=[replace(r, texts=texts) if r.texts else r for r in e.runs])
     write_report(e, tmp_path / "a.html")
     page = (tmp_path / "a.html").read_text(encoding="utf-8")
     assert "<script" not in page and "<b>" not in page and "&lt;script&gt;" in page
@@ -118,7 +117,7 @@ def test_scores_of_several_true_answers_are_in_the_page(joy, tmp_path):
     e = short(joy, Settings(random=0, damage=0.1), load_task("truthfulness").take(8))
     write_report(e, tmp_path / "a.html")
     page = (tmp_path / "a.html").read_text(encoding="utf-8")
-    assert all(f">{k}<" in page for k in ("mc1", "mc2", "mc1_norm", "mc2_norm"))
+    assert all(f">{k}<" in page for k in ("MC1", "MC2", "MC1 per token", "MC2 per token"))
 
 
 def test_a_report_is_whole_or_not_there(evidence, tmp_path):
@@ -175,7 +174,7 @@ def test_the_verdict_is_rarely_wrong_on_nothing(joy):
     for seed in range(200):
         first, *others = (pool[i] for i in rng.choice(len(pool), 21, replace=False))
         runs = [*plain.runs, replace(first, arm="transplanted"), *others]
-        e = summarise(replace(plain.provenance, seed=seed, bootstrap=200), runs, {})
+        e = Evidence(replace(plain.provenance, seed=seed, bootstrap=200), runs)
         wrong += not verdict(e).startswith("No effect")
     assert wrong <= 10, wrong
 
@@ -215,7 +214,7 @@ def test_pictures_are_shown_once_and_in_one_style(evidence, pair):
         pictures = [
             *figures(evidence).values(),
             plot_separation(pair[2]),
-            pair[3].show("cosine"),
+            plot_grid(pair[3], "cosine"),
             evidence.show(),
         ]
     assert not plt.get_fignums() and all(p.get_facecolor() == (1, 1, 1, 1) for p in pictures)

@@ -16,10 +16,9 @@ from concept_transfer.tasks import (
     TASKS,
     ChoiceItem,
     ChoiceTask,
-    GenerationTask,
     Scorer,
     distinct,
-    follows,
+    generation_task,
     language,
     load_task,
     sentiment,
@@ -42,26 +41,33 @@ def test_truthfulness_has_its_counts():
     assert all(1 <= len(r["correct"]) <= 3 <= len(r["incorrect"]) <= 4 for r in rows)
 
 
-def test_every_topic_is_in_both_splits(truth):
-    assert len(set(truth.topics)) == 12
+@pytest.mark.parametrize("split", ["tune", "test"])
+def test_every_topic_is_in_both_splits(split):
+    assert len({r["topic"] for r in builtin_rows("truthfulness", split)}) == 12
+
+
+def sides(task):
+    "Of each question its true and its false answers, without the space before them."
+    answers = [([a.strip() for a in i.choices], i.n_true) for i in task.items]
+    return [(a[:n], a[n:]) for a, n in answers]
 
 
 @pytest.mark.parametrize("size", [len, lambda answer: len(split_words(answer))], ids=["letters", "words"])
 def test_truth_is_not_told_by_length(truth, size):
-    best, true = [t[0] for t in truth.true], [a for t in truth.true for a in t]
-    false = [size(a) for f in truth.false for a in f]
+    best, true = [t[0] for t, _ in sides(truth)], [a for t, _ in sides(truth) for a in t]
+    false = [size(a) for _, f in sides(truth) for a in f]
     for side in (best, true):
         assert 0.35 < auc([size(a) for a in side], false) < 0.65
 
 
 def test_truth_is_not_told_by_negation(truth):
-    best, false = [t[0] for t in truth.true], [a for f in truth.false for a in f]
+    best, false = [t[0] for t, _ in sides(truth)], [a for _, f in sides(truth) for a in f]
     share = [sum(bool(NEGATED.search(a)) for a in side) / len(side) for side in (best, false)]
     assert abs(share[0] - share[1]) < 0.15 and all(0.4 < s < 0.6 for s in share)
 
 
 def test_answers_are_sentences_and_differ(truth):
-    for answers in (t + f for t, f in zip(truth.true, truth.false, strict=True)):
+    for answers in (t + f for t, f in sides(truth)):
         assert len(set(answers)) == len(answers)
         assert all(a.endswith(".") and a[0].isupper() and len(split_words(a)) <= 12 for a in answers)
 
@@ -82,8 +88,8 @@ def test_knowledge_is_balanced():
     assert set(subjects.values()) == {12} and len(subjects) == 10
     assert Counter(r["answer"] for r in rows) == dict.fromkeys(range(4), 30)
     assert all(len(set(r["choices"])) == 4 and not any(c != c.strip() for c in r["choices"]) for r in rows)
-    task = load_task("knowledge")
-    right, wrong = [len(t[0]) for t in task.true], [len(a) for f in task.false for a in f]
+    asked = sides(load_task("knowledge"))
+    right, wrong = [len(t[0]) for t, _ in asked], [len(a) for _, f in asked for a in f]
     assert 0.4 < auc(right, wrong) < 0.6
 
 
@@ -114,9 +120,11 @@ def test_a_model_is_scored_by_the_rules(rows, smol):
     from concept_transfer.evidence import evaluate_text
 
     task = load_task("instructions")
-    few = replace(task, prompts=task.prompts[:6], scorer=task.scorer[:6], groups=task.groups[:6])
+    few = replace(task, items=task.items[:6])
     got = evaluate_text({"base": None}, few, smol, 12).loc["base"]
-    assert got["scores"] == [float(follows(r, t)) for r, t in zip(rows, got["texts"], strict=False)]
+    assert got["scores"] == [
+        RULES[r["rule"]](t, **r["args"]) for r, t in zip(rows, got["texts"], strict=False)
+    ]
 
 
 @pytest.mark.parametrize(
@@ -130,10 +138,10 @@ def test_a_model_is_scored_by_the_rules(rows, smol):
     ids=lambda x: x.name if isinstance(x, Scorer) else "",
 )
 def test_off_the_shelf_scorers_are_tasks(scorer, high, low, tmp_path):
-    task = GenerationTask(scorer.name, ["One:", "Two:"], scorer)
+    task = generation_task(scorer.name, ["One:", "Two:"], scorer)
     a, b = task.score([high, low])
-    assert a > b + 0.3 and scorer.range[0] <= b < a <= scorer.range[1]
-    assert GenerationTask("by name", ["One:", "Two:"], scorer.name).score([high, low]) == pytest.approx(
+    assert a > b + 0.3 and -1 <= b < a <= 1
+    assert generation_task("by name", ["One:", "Two:"], scorer.name).score([high, low]) == pytest.approx(
         [a, b]
     )
     (tmp_path / "t.json").write_text(json.dumps(dict(prompts=["One:", "Two:"], scorer=scorer.name)))
@@ -144,9 +152,11 @@ def test_a_scorer_of_your_own_is_as_good_as_any(tmp_path, monkeypatch):
     def shouts(text):
         return text.count("!")
 
-    mixed = GenerationTask("mixed", ["One:", "Two:", "Three:"], [shouts, "upper", RULES["at_most"].bind(n=1)])
+    mixed = generation_task(
+        "mixed", ["One:", "Two:", "Three:"], [shouts, "upper", RULES["at_most"].bind(n=1)]
+    )
     assert mixed.score(["Go! Go!", "GO", "Go on"]) == [2, 1, 0]
-    monkeypatch.setitem(SCORERS, "shouts", Scorer("shouts", "exclamation marks", shouts, range=(0, 99)))
+    monkeypatch.setitem(SCORERS, "shouts", Scorer("shouts", "exclamation marks", shouts))
     (tmp_path / "t.json").write_text(json.dumps(dict(prompts=["One:"], scorer="shouts")))
     assert load_task(tmp_path / "t.json").score(["Stop!"]) == [1]
 
@@ -155,8 +165,8 @@ def test_a_missing_package_is_named():
     def judge(text):
         import a_package_that_is_not_there  # noqa: F401
 
-    with pytest.raises(ImportError, match="pip install some-judge"):
-        Scorer("judge", "what a judge says", judge, "some-judge")("Some text.")
+    with pytest.raises(ImportError, match="judge needs a_package_that_is_not_there"):
+        Scorer("judge", "what a judge says", judge)("Some text.")
 
 
 @pytest.mark.parametrize("name", OFFLINE)
@@ -189,20 +199,20 @@ ITEM = dict(prompt="The street", choices=[" is wet", " is dry"], target=0)
 @pytest.mark.parametrize(
     "made, says",
     [
-        ("[1]", "a task is JSON with 'items'"),
-        (dict(items=[ITEM, {"prompt": "x"}]), "row 2 has no 'choices'"),
+        ("[1]", "a task is JSON with the list 'items'"),
+        (dict(items=[ITEM, {"prompt": "x"}]), "row 2, 'choices'"),
         (dict(items=[ITEM | {"target": "0"}]), "row 1, 'target'"),
         (dict(items=[ITEM | {"target": 2}]), "not an index into its 2 choices"),
         (dict(items=[ITEM | {"choices": [" is wet"]}]), "two or more different"),
-        (dict(items=[]), "has no items"),
-        (dict(items=3), "valid list"),
+        (dict(items=[]), "task 't' is empty"),
+        (dict(items=3), "the list 'items'"),
         (dict(pos=["x"], neg=["y"]), "--choices a,b,c and --target a"),
         (dict(prompts="x", scorer="upper"), "the list 'prompts'"),
         (dict(prompts=["x"]), "scorer None is none of sentiment"),
         (dict(prompts=["x"], scorer="beauty"), "none of sentiment"),
         (dict(prompts=["x"], scorer="ends"), "do not fit the scorer 'ends'"),
-        (dict(prompts=[""], scorer="upper"), "item 0 is empty"),
-        (dict(prompts=["x"], scorer="upper", groups=["a", "b"]), "2 groups for 1 prompts"),
+        (dict(prompts=[""], scorer="upper"), "item 0 is ''"),
+        (dict(prompts=["x"], scorer="upper", groups=["a", "b"]), "1 scorers and 2 groups for 1 prompts"),
     ],
 )
 def test_a_file_that_is_no_task_says_why(tmp_path, made, says):
@@ -214,4 +224,4 @@ def test_a_file_that_is_no_task_says_why(tmp_path, made, says):
 def test_a_file_of_items_is_a_task(tmp_path):
     (tmp_path / "t.json").write_text(json.dumps(dict(name="rain", items=[ITEM, ITEM | {"group": 7}])))
     task = load_task(tmp_path / "t.json")
-    assert (task.name, task.groups, task.wanted) == ("rain", ["0", "7"], [" is wet", " is wet"])
+    assert (task.name, task.groups, task.items[0].wanted) == ("rain", ["0", "7"], " is wet")

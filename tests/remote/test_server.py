@@ -56,7 +56,7 @@ def transplant(server, source, target):
     "The same script; only `remote=` differs."
     source, target = load(server, "llama", source), load(server, "gpt2", target)
     joy = extract_concept(source, load_pairs("emotions/happiness"))
-    maps = fit_maps(source, target, SCENES, [1], [2, 4])
+    maps = fit_maps(source, target, SCENES, [1], [2, 4], template=joy.template)
     t, experiments = place(joy, target, map=maps[1, 2], dose=0.5), ("equal_damage", "equal_norm", "curves")
     settings = Settings(random=1, strengths=(-1.0, 0.0, 1.0))
     task, neutral = load_task("emotions/happiness").take(8), load_corpus("neutral").take(12)
@@ -102,7 +102,8 @@ def test_layers_and_dose_are_chosen_alike(server, home, distant):
 def test_the_command_line_asks_the_server_of_the_map(server, home, tmp_path, monkeypatch):
     "Where the map was made for a model on a server, its weights are not loaded here; nor for what comes out."
     joy = home[3][0]
-    maps = fit_maps(load(server, "llama"), load(server, "gpt2", QUICK), SCENES, [1], [2])
+    source, target = load(server, "llama"), load(server, "gpt2", QUICK)
+    maps = fit_maps(source, target, SCENES, [1], [2], template=joy.template)
     joy.save(tmp_path / "c")
     maps.save(tmp_path / "m")
     loaded = "transformers.AutoModelForCausalLM.from_pretrained"
