@@ -48,8 +48,8 @@ def load(server, family, remote=False):
 
 def read(model):
     "States after the second block."
-    ((_, (h,)),) = engine(model).states(IDS.tolist(), [1])
-    return h
+    ((_, (h,)),) = engine(model).states(IDS.tolist(), [1], [range(5)] * 2)  # (10, d)
+    return h.view(2, 5, -1)
 
 
 def transplant(server, source, target):
@@ -254,7 +254,7 @@ def test_other_versions(server, distant, monkeypatch, caplog):
 
 def test_an_error_of_the_block(distant):
     with pytest.raises(RuntimeError, match="out of (bounds|range)"):
-        timed(20, lambda: list(engine(distant).states(IDS.tolist(), [1], at=[[99], [0]])))
+        timed(20, lambda: list(engine(distant).states(IDS.tolist(), [99], [[0], [0]])))
 
 
 def test_no_weights_are_loaded(distant):
