@@ -4,13 +4,14 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install -c constraints.txt
 REMOTE ?= remote
 COVERAGE ?=
+COUNT ?= 10000
 PACKAGE := settings.ini setup.py pyproject.toml constraints.txt
 WRITTEN := nbs tests tools benchmarks setup.py
 NOTEBOOKS := OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2 --do_print
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadgroup
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast test-remote check prepare readme studies benchmarks docs clean
+.PHONY: help demo test test-fast fuzz test-remote check prepare readme studies benchmarks docs clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 12
@@ -26,6 +27,9 @@ test: .venv/.dev ## notebooks, then pytest; with COVERAGE=1 also which lines pyt
 test-fast: .venv/.dev ## what needs no real weights, study, browser or server: at most two minutes
 	$(NOTEBOOKS) --file_re '^[0-9]+_' --skip_folder_re '^([_.]|studies$$)'
 	$(PYTEST) -m "not real and not study and not slow and not remote"
+
+fuzz: .venv/.dev ## mutated artefacts, journals and inputs (COUNT=10000), 300 flipped bits, 20 killed runs: nothing bare, nothing silent
+	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz.py $(COUNT)
 
 test-remote: .venv/.dev ## against a real NDIF server on this machine (needs redis-server; installs 1.7 GB into .venv-server)
 	$(BIN)/python tests/remote/stack.py install .venv-server

@@ -4,41 +4,71 @@
 
 # %% auto #0
 __all__ = [
+    "Score",
+    "Count",
+    "Size",
+    "Layers",
+    "Template",
+    "Notes",
     "disk_space",
     "whole_file",
     "file_hash",
     "plain",
     "versions",
-    "save_fields",
+    "schema",
     "load_artefact",
-    "load_fields",
     "Artefact",
+    "save_fields",
+    "load_fields",
+    "fingerprint",
     "Journal",
 ]
 
-# %% ../nbs/04_artefacts.ipynb #9238d827
+# %% ../nbs/04_artefacts.ipynb #1e1f8dd8
+import errno
+import glob
 import hashlib
 import json
 import math
+import os
 import re
+import shutil
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import fields, is_dataclass
+from functools import cache, partial
 from importlib.metadata import version
+from inspect import getclosurevars, isfunction
 from pathlib import Path
-from typing import Any, Self, get_args, get_origin
+from types import CodeType, FunctionType, ModuleType
+from typing import Annotated, Any, Self, get_args
 from uuid import uuid4
 
+import numpy as np
 import torch
 from fastcore.basics import patch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from pydantic import (
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PositiveInt,
+    TypeAdapter,
+    ValidationError,
+    with_config,
+)
+from safetensors import SafetensorError
+from safetensors.torch import load as tensors_of
+from safetensors.torch import save_file
+from torch import LongTensor, Tensor
+from typing_extensions import TypedDict
 
 from . import __version__
+from .data import parse_json
 
 
-# %% ../nbs/04_artefacts.ipynb #e994af7f
+# %% ../nbs/04_artefacts.ipynb #935a9f4e
 @contextmanager
 def disk_space(
     path: str | Path,  # what is written
@@ -50,25 +80,67 @@ def disk_space(
         if not re.search("No space left|too large|quota exceeded", str(e)):
             raise
         raise OSError(
-            f"{path} could not be written: {e}. Free some space, or take another disk; nothing is kept."
+            f"{path} could not be written: {e}. Free some space, or take another disk; "
+            "nothing of it is kept, and what was there before still is."
         ) from None
 
 
-# %% ../nbs/04_artefacts.ipynb #6a69c11c
+# %% ../nbs/04_artefacts.ipynb #5051f500
+_WRITING: set = set()  # temporary files of this process
+
+
+def _running(file):
+    "Whether the process still runs that writes a temporary file."
+    try:
+        pid = int(file.name.rsplit("-", 2)[1])
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except (ValueError, OverflowError, PermissionError):  # not ours to judge
+        return True
+    return pid != os.getpid() or file in _WRITING
+
+
+def _temporary(path):
+    "A name beside a file, where no killed run has left anything."
+    start = path.with_name(f".{path.name[:50]}-")
+    for left in start.parent.glob(f"{glob.escape(start.name)}*-*.part"):
+        if not _running(left):
+            left.unlink(missing_ok=True)
+    return path.with_name(f"{start.name}{os.getpid()}-{uuid4().hex[:8]}.part")
+
+
+# %% ../nbs/04_artefacts.ipynb #98093bbe
 @contextmanager
 def whole_file(path: str | Path) -> Iterator[Path]:
-    "Within: a temporary file to write to. It becomes `path` when all went well, and disappears when not."
-    path = Path(path)
-    tmp = path.with_name(f".{path.name}-{uuid4().hex}")
+    """Within: a temporary file to write to. It becomes `path` when all went well, and disappears when not.
+    Raises OSError, naming `path`, where that cannot be."""
+    path = Path(path).expanduser()
+    real = Path(os.path.realpath(path))
+    device = path.exists() and not path.is_file()
+    tmp = _temporary(Path(tempfile.gettempdir(), real.name) if device else real)
+    try:
+        if path.is_dir() or (path.exists() and not os.access(path, os.W_OK)):
+            raise OSError(errno.EISDIR if path.is_dir() else errno.EACCES, "not written")
+        _WRITING.add(tmp)
+        tmp.touch()
+        rights = (real if path.is_file() else tmp).stat().st_mode
+    except OSError as e:
+        why = f"{os.strerror(e.errno or 0)}; give the name of a file in a folder where you may write"
+        raise OSError(e.errno, why, str(path)) from None
     try:
         with disk_space(path):
-            tmp.touch()
-            rights = tmp.stat().st_mode  # those of any new file; safetensors leaves fewer
+            tmp.chmod(rights)
             yield tmp
-        tmp.chmod(rights)
-        tmp.replace(path)
+            if device:
+                with open(tmp, "rb") as whole, open(path, "wb") as out:
+                    shutil.copyfileobj(whole, out)
+            else:
+                tmp.chmod(rights)  # safetensors makes a file of its own
+                tmp.replace(real)
     finally:
         tmp.unlink(missing_ok=True)
+        _WRITING.discard(tmp)
 
 
 # %% ../nbs/04_artefacts.ipynb #7acbff5f
@@ -78,10 +150,17 @@ def file_hash(path: str | Path) -> str:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
-# %% ../nbs/04_artefacts.ipynb #d72e1a46
+# %% ../nbs/04_artefacts.ipynb #062de021
+def _listed(x):
+    "What JSON holds in the place of a number of numpy, an array, or a dataclass."
+    if not is_dataclass(x) and not hasattr(x, "tolist"):
+        raise ValueError(f"{x!r} cannot be kept in a file; give numbers, texts, lists or dictionaries.")
+    return vars(x) if is_dataclass(x) else x.tolist()
+
+
 def plain(x: Any) -> Any:
     "`x` as JSON gives it back: tuples are lists, and None stands for a number that JSON cannot hold."
-    return json.loads(json.dumps(x, default=vars), parse_constant=lambda name: None)
+    return json.loads(json.dumps(x, default=_listed), parse_constant=lambda name: None)
 
 
 # %% ../nbs/04_artefacts.ipynb #c387faa6
@@ -90,23 +169,22 @@ def versions() -> dict[str, str]:  # by package
     return {"concept_transfer": __version__} | {k: version(k) for k in ("torch", "transformers", "nnsight")}
 
 
-# %% ../nbs/04_artefacts.ipynb #d676af6b
+# %% ../nbs/04_artefacts.ipynb #c6ebe85b
 _FORMAT = 2
+_BLANK = "0" * 64  # where the digest will stand
 
 
-def save_fields(
-    x: Any,  # a dataclass
-    path: str | Path,
-    kind: str,  # "concept", "map", ...
-    **more: Any,  # further values for the file, or in the place of fields
-):
-    "Write an object to one safetensors file, whole or not at all; `load_fields` reads it."
-    values = {f.name: getattr(x, f.name) for f in fields(x) if f.compare} | more
-    tensors = {k: v.detach().cpu().contiguous() for k, v in values.items() if isinstance(v, torch.Tensor)}
-    head: dict = {k: v for k, v in values.items() if k not in tensors}
-    head |= {"kind": kind, "format": _FORMAT, "package": __version__, "site": "block output"}
+def _write(path, kind, tensors, values):
+    "Tensors and a header of values, in one safetensors file with a digest."
+    head = {"digest": _BLANK, "kind": kind, "format": _FORMAT, "package": __version__, "site": "block output"}
+    tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
     with whole_file(path) as tmp:
-        save_file(tensors, tmp, {"concept_transfer": json.dumps(plain(head))})
+        save_file(tensors, tmp, {"concept_transfer": json.dumps(head | plain(values))})
+        digest = file_hash(tmp)
+        with disk_space(path), open(tmp, "r+b") as f:
+            at = f.read(1 << 20).index(_BLANK.encode())
+            f.seek(at)
+            f.write(digest.encode())
 
 
 # %% ../nbs/04_artefacts.ipynb #1e9d21ea
@@ -118,28 +196,74 @@ def _renamed(x):
     return {_RENAMED.get(k, k): v for k, v in x.items()}
 
 
-# %% ../nbs/04_artefacts.ipynb #e4193c9d
+# %% ../nbs/04_artefacts.ipynb #615ad5a1
+_STRICT = ConfigDict(strict=True, allow_inf_nan=False, extra="forbid")
+
+
+@cache
+def schema(extra: str, *kinds: tuple[str, Any], total: bool = True) -> TypeAdapter:
+    "What compares the values of a dictionary with types, by name; `extra` is as pydantic's."
+    made: Any = TypedDict("values", dict(kinds), total=total)  # type: ignore[misc]
+    return TypeAdapter(with_config(_STRICT | {"extra": extra})(made))  # type: ignore[call-overload]
+
+
+def _valid(compare, value):
+    "What a schema makes of a value. Raises ValueError naming the field."
+    try:
+        return compare(value)
+    except ValidationError as e:
+        fault, *_ = e.errors()
+    where = ", ".join(map(repr, fault["loc"]))
+    raise ValueError(f"{where}: {fault['msg']}, found {str(fault['input'])[:80]!r}.")
+
+
+_HEAD = schema("allow", ("kind", str), ("format", PositiveInt), ("package", str), ("site", str))
+
+
+# %% ../nbs/04_artefacts.ipynb #6e814b3b
+def _sound(raw, mark):
+    "Whether a digest is that of a file's bytes with zeros in its place."
+    n = 8 + int.from_bytes(raw[:8], "little")
+    found = hashlib.sha256(raw[:n].replace(mark.encode(), _BLANK.encode(), 1))
+    found.update(memoryview(raw)[n:])
+    return found.hexdigest() == mark
+
+
+def _content(path):
+    "The bytes of a safetensors file, its tensors, and what is said of them."
+    with open(Path(path).expanduser(), "rb") as f:
+        start = f.read(8)
+        size = int.from_bytes(start, "little")
+        if not 0 < size < 1 << 24:  # of the header; also where a device never ends
+            raise ValueError("it does not begin as safetensors do")
+        raw = start + f.read()
+    tensors = tensors_of(raw)
+    more = json.loads(raw[8 : 8 + size]).get("__metadata__") or {}
+    return raw, tensors, more.get("concept_transfer")
+
+
+# %% ../nbs/04_artefacts.ipynb #3d651993
 def load_artefact(
     path: str | Path,
     kind: str | None = None,  # which one is needed; default: any
-) -> tuple[dict[str, torch.Tensor], dict]:  # tensors, metadata
-    """Read what `save_fields` wrote; a file of format 1 gives a warning.
-    Raises ValueError for a damaged or foreign file, FileNotFoundError for none."""
+) -> tuple[dict[str, Tensor], dict]:  # tensors, metadata
+    """Read what an artefact's `save` wrote; a file of format 1 gives a warning.
+    Raises ValueError for a damaged or foreign file, OSError where there is none."""
+    broken = f"{path} cannot be read as an artefact; it is damaged or of another kind"
     try:
-        with safe_open(path, "pt") as f:
-            text = (f.metadata() or {}).get("concept_transfer")
-        tensors = load_file(path)
-    except SafetensorError as e:
-        raise ValueError(
-            f"{path} cannot be read as an artefact; it is damaged or of another kind ({e}). Make it again."
-        ) from None
-    if text is None:
+        raw, tensors, text = _content(path)
+        head = text and _valid(_HEAD.validate_python, parse_json(text, "header"))
+    except (SafetensorError, ValueError, KeyError) as e:
+        raise ValueError(f"{broken} ({e}). Make it again.") from None
+    if not head:
         raise ValueError(f"{path} is a safetensors file, but not one of this package.")
-    head = json.loads(text)
     if (old := head["format"]) > _FORMAT:
         raise ValueError(
             f"{path} has format {old}, newer than this version reads ({_FORMAT}). Upgrade concept_transfer."
         )
+    mark = head.pop("digest", "")
+    if (mark or old == _FORMAT) and not _sound(raw, str(mark)):
+        raise ValueError(f"{broken} (its digest is not that of its content). Make it again.")
     if kind and head["kind"] != kind:
         raise ValueError(f"{path} holds kind {head['kind']!r}, where {kind!r} is needed.")
     if old < _FORMAT:
@@ -148,99 +272,316 @@ def load_artefact(
     return tensors, head
 
 
-# %% ../nbs/04_artefacts.ipynb #e3dce0a0
-def _typed(x, kind):
-    "A value of JSON as what the type of a field says."
-    if tuple in (kind, get_origin(kind)):
-        return tuple(math.nan if v is None else v for v in x)
-    if isinstance(x, dict):
-        made: list = [t for t in (kind, *get_args(kind)) if is_dataclass(t)]
-        return made[0](**x) if made else x
-    return math.nan if x is None and kind is float else x
+# %% ../nbs/04_artefacts.ipynb #c7546ac2
+def _unmeasured(x):
+    "NaN for None, which stands for it in files."
+    if x in (math.inf, -math.inf):
+        raise ValueError("an infinite number")
+    return math.nan if x is None else x
 
 
-def load_fields(
-    cls: type,  # a dataclass
-    path: str | Path,
-    kind: str,  # "concept", "map", ...
-    **missing: Any,  # values for fields that the file may lack
-) -> Any:
-    "Make an object of the fields in a file. Raises as `load_artefact` does."
-    tensors, head = load_artefact(path, kind)
-    known = {f.name: _typed(head[f.name], f.type) for f in fields(cls) if f.name in head}
-    return cls(**missing | known | tensors)
+def _told(x):
+    "Notes, with what is known of them checked."
+    return _valid(_NOTES.validate_python, x)
 
 
-# %% ../nbs/04_artefacts.ipynb #031e33ab
+Score = Annotated[float, Field(allow_inf_nan=True), BeforeValidator(_unmeasured)]  # NaN: not measured
+Count = Annotated[int, Field(ge=0, lt=1 << 53)]
+Size = Annotated[float, Field(ge=0, lt=1e30)]
+Layers = Annotated[tuple[Count, ...], Field(min_length=1)]
+Template = Annotated[str, Field(pattern=r"\{\}")]  # words around a text
+Notes = Annotated[dict, BeforeValidator(_told)]  # where something comes from
+
+_FLOATS = dict.fromkeys(("kl", "lam", "damage_budget", "held_out", "search_p"), float)
+_COUNTS = dict.fromkeys(("n_pairs", "seed", "rows", "texts", "texts_read", "folds"), Count)
+_WORDS = dict.fromkeys("reducer position method texts_hash tuning map thin weight".split(), str)
+_LISTS = {"precision": list[str], "tuning_items": list[str], "search": list[dict]}
+_SAID = _FLOATS | _COUNTS | _WORDS | _LISTS | {"template": Template, "r2": Score, "auc": Score}
+_NOTES = schema("allow", *_SAID.items(), total=False)
+
+
+# %% ../nbs/04_artefacts.ipynb #00269b04
 class Artefact:
-    "A dataclass in one safetensors file."
+    """A dataclass in one safetensors file. What is made, in memory or from a file, is checked: the types of
+    its fields, and `shapes`. Fields that do not count in a comparison stay out of files."""
 
-    kind = "artefact"
+    artefact = "artefact"  # which kind it is, in the file
+    shapes: Any = {}  # {field: sizes by name, then perhaps "<" and what its numbers are below}
+    apart: Any = ()  # values in files that the class itself looks after
+    endless: Any = ()  # tensors that may hold infinity
+    missing: Any = {}  # values for what files of format 1 may lack
+
+    def __post_init__(self):
+        _check_values(self)
+        _check_shapes(self)
 
     def save(self, path: str | Path):
-        "Write to one safetensors file."
-        save_fields(self, path, self.kind)
+        "Write to one safetensors file, whole or not at all."
+        save_fields(self, path)
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
         "Read what `save` wrote. Raises as `load_artefact` does."
-        return load_fields(cls, path, cls.kind)
+        return load_fields(cls, path)
 
 
-# %% ../nbs/04_artefacts.ipynb #a2a5636f
+# %% ../nbs/04_artefacts.ipynb #56092035
+@cache
+def _declared(cls):
+    "Fields that are tensors, with their types, and what compares all others."
+    kinds = {f.name: f.type for f in fields(cls) if f.compare and f.name not in cls.apart}
+    tensors = {k: t for k, t in kinds.items() if {Tensor, LongTensor} & {t, *get_args(t)}}
+    return tensors, schema("forbid", *(x for x in kinds.items() if x[0] not in tensors))
+
+
+def _check_values(x):
+    "Replace values by what their types make of them. Raises ValueError for what is not of its type."
+    tensors, others = _declared(type(x))  # type: ignore[arg-type]
+    for k, kind in tensors.items():
+        v, dtypes = getattr(x, k), [torch.int64] if kind is LongTensor else _DTYPES
+        if v is None and k in x.missing:
+            continue
+        if not isinstance(v, Tensor) or v.dtype not in dtypes:
+            raise ValueError(f"{k!r}: a tensor of {dtypes[0]} is needed, found {getattr(v, 'dtype', v)}.")
+        if not (v.isfinite() if k not in x.endless else ~v.isnan()).all():
+            raise ValueError(f"{k!r}: holds numbers that are not finite.")
+        if k.startswith("direction") and not v.any(-1).all():
+            raise ValueError(f"{k!r}: a direction of zeros points nowhere.")
+    rest = {f.name: getattr(x, f.name) for f in fields(x) if f.compare and f.name not in {*tensors, *x.apart}}
+    vars(x).update(_valid(others.validate_json, json.dumps(rest, default=_listed)))
+
+
+_DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+
+
+# %% ../nbs/04_artefacts.ipynb #5c26b0d3
+def _check_shapes(x):
+    "Raise ValueError where sizes do not belong together, and for a layer that a model has not."
+    parts = {k: v for k, v in vars(x).items() if is_dataclass(v)}
+    sizes = {f"{k}.{name}": n for k, part in parts.items() for name, n in vars(part).items()}
+    for k, spec in x.shapes.items():
+        if (v := getattr(x, k)) is None:
+            continue
+        letters, _, below = spec.partition("<")
+        names, shape = letters.split(), tuple(np.shape(v))
+        want = [sizes.setdefault(*d) for d in zip(names, shape, strict=False)]
+        if len(names) != len(shape) or want != [*shape]:
+            raise ValueError(f"{k!r} has the shape {shape}, where ({', '.join(names)}) is {tuple(want)}.")
+        if (most := [sizes[b] for b in below.split() if b in sizes]) and not np.less(v, most).all():
+            raise ValueError(f"{k!r} is {v}, but layers go from 0 to {min(most) - 1}.")
+
+
+# %% ../nbs/04_artefacts.ipynb #c5cc507b
+def save_fields(
+    x: Any,  # an `Artefact`
+    path: str | Path,
+    **more: Any,  # further values for the file, or in the place of fields
+):
+    "Write an object to one safetensors file, whole or not at all; `load_fields` reads it."
+    values = {f.name: getattr(x, f.name) for f in fields(x) if f.compare} | more
+    tensors = {k: v for k, v in values.items() if isinstance(v, Tensor)}
+    _write(path, x.artefact, tensors, {k: v for k, v in values.items() if k not in tensors})
+
+
+def load_fields(
+    cls: type[Artefact],  # a dataclass
+    path: str | Path,
+) -> Any:
+    "Make an object of the fields in a file. Raises as `load_artefact` does."
+    tensors, head = load_artefact(path, cls.artefact)
+    known = {f.name for f in fields(cls) if f.compare}  # type: ignore[arg-type]
+    given = (cls.missing if head["format"] == 1 else {}) | tensors
+    given |= {k: v for k, v in head.items() if k not in _HEAD_NAMES}
+    if wrong := given.keys() - {*known, *cls.apart} or known - given.keys():
+        raise ValueError(f"{path}: {', '.join(sorted(wrong))}: not known, or missing. Make it again.")
+    try:
+        return cls(**{k: given[k] for k in known})
+    except (ValueError, TypeError, RecursionError) as e:
+        raise ValueError(f"{path}: {e} Make it again.") from None
+
+
+_HEAD_NAMES = ("kind", "format", "package", "site")
+
+
+# %% ../nbs/04_artefacts.ipynb #67555e1b
+def _code(f):
+    "What a function does."
+    around = getclosurevars(f)
+    used = {k: v for k, v in around.globals.items() if getattr(v, "__module__", f.__module__) == f.__module__}
+    names = sorted({**around.globals, **around.builtins}.keys() - used)
+    return names, f.__code__, f.__defaults__, f.__kwdefaults__, dict(around.nonlocals), used
+
+
+def _told_once(x, memo):
+    "Hash of a function or a class, which may lead back to itself."
+    if x not in memo:
+        memo[x] = f"{x.__module__}.{x.__qualname__}"
+        parts = [f for f in vars(x).values() if isfunction(f)] if isinstance(x, type) else _code(x)
+        memo[x] = hashlib.sha256(repr([memo[x], _said(parts, memo)]).encode()).hexdigest()
+    return memo[x]
+
+
+# %% ../nbs/04_artefacts.ipynb #8b5733c3
+def _said(x, memo):
+    "A value as nested lists of what `repr` tells apart."
+    said = partial(_said, memo=memo)
+    x = x.tolist() if hasattr(x, "tolist") else x
+    parts: Any
+    match x:
+        case None | bool() | int() | float() | str() | bytes():
+            return x
+        case FunctionType() | type():
+            return _told_once(x, memo)
+        case ModuleType() | np.ufunc():
+            return x.__name__
+        case list() | tuple():
+            parts = map(said, x)
+        case set() | frozenset():
+            parts = sorted(repr(said(v)) for v in x)
+        case dict():
+            parts = sorted(repr((said(k), said(v))) for k, v in x.items())
+        case CodeType():
+            parts = x.co_code, x.co_names, said(x.co_consts)
+        case _ if is_dataclass(x):
+            parts = [said({f.name: getattr(x, f.name) for f in fields(x) if f.compare})]
+        case _:
+            parts = map(said, x.__reduce_ex__(2))
+    return [type(x).__name__, getattr(x, "__module__", ""), *parts]
+
+
+def fingerprint(*values: Any) -> str:  # 16 hex digits
+    "Hash of values. Functions count by what they do. Raises ValueError for what cannot be said."
+    try:
+        return hashlib.sha256(repr(_said(values, {})).encode()).hexdigest()[:16]
+    except (TypeError, RecursionError) as e:
+        why = f"{values} cannot be told from others of its kind ({e})"
+        raise ValueError(f"{why}; give texts, numbers, or functions of these.") from None
+
+
+# %% ../nbs/04_artefacts.ipynb #7174fcb3
 class Journal:
     """What a run has finished, by name, kept at `path` so that a rerun goes on from there.
 
     `evaluate` calls it, `journal(name, make)`. `activations` looks into `done` and keeps batches of tensors
     in a folder. `collect` keeps ids of jobs until all are done. The demo keeps whole files with `artefact`.
-    Raises ValueError for a file that is no journal."""
+    Raises ValueError, naming the path and why, for what is no journal of this run; it is left as it is."""
 
     def __init__(
         self,
         path: str | Path | None,  # a file or, for tensors, a folder; None: kept in memory alone
-        key: str = "",  # hash of all that the values depend on, where their names do not say it
+        what: str = "values",  # what it keeps, in a word
+        parts: dict[str, Any] | None = None,  # by name, what all values depend on; the rest is in their names
         tensors: bool = False,  # the values are tensors
     ):
-        self.path = Path(path) if path else None
-        self.key, self.tensors = key, tensors
+        self.path = Path(path).expanduser() if path else None
+        self.what, self.tensors = what, tensors
         self.done: dict = {}
-        if not self.path or not self.path.exists():
-            return
-        if tensors:
-            for file in self.path.glob("*.safetensors"):
-                self.done |= load_file(file)
-            return
-        text = self.path.read_text()
-        if not text.startswith('{"key": '):
-            raise ValueError(
-                f"{str(path)!r} holds something else than a journal; move it away, or give another path."
-            )
-        rows = []
-        for line in text.splitlines():
-            with suppress(ValueError):  # half a line
-                rows.append(json.loads(line))
-        self.done = {row["name"]: row["value"] for row in rows if row["key"] == key}
+        self._chain, self._size, self._end = "", 0, 0  # digest of all lines, their bytes, those of the file
+        if self.path and tensors:
+            for file in sorted(self.path.glob("*.safetensors")):
+                kept, _ = load_artefact(file, what)
+                if not all(v.isfinite().all() for v in kept.values()):
+                    raise ValueError(f"{file} holds what is not finite; delete it, to have it made again.")
+                self.done |= kept
+        elif self.path:
+            parts = {"format": _FORMAT} | (parts or {})
+            short = {k: v if isinstance(v, str | int) else fingerprint(v) for k, v in parts.items()}
+            self._read({"journal": what, "parts": short})
 
 
-# %% ../nbs/04_artefacts.ipynb #4979cd30
+# %% ../nbs/04_artefacts.ipynb #0b325c4e
+def _linked(chain, row):
+    "Digest of a row and of all before it, and the line that holds both."
+    digest = hashlib.sha256(f"{chain}{json.dumps(row)}".encode()).hexdigest()[:32]
+    return digest, json.dumps({"digest": digest} | row).encode() + b"\n"
+
+
+def _row(chain, line):
+    "What a line holds; nothing where it is not what was written."
+    with suppress(ValueError, AttributeError, RecursionError):
+        row = {k: v for k, v in json.loads(line).items() if k != "digest"}
+        if _linked(chain, row)[1] == line + b"\n":
+            return row
+    return {}
+
+
+# %% ../nbs/04_artefacts.ipynb #1f79bcc7
+@patch
+def _append(self: Journal, rows):
+    "Add rows with one write. A full disk is an OSError, and leaves what was there."
+    chain, text = self._chain, b""
+    for row in rows:
+        chain, line = _linked(chain, row)
+        text += line
+    with disk_space(self.path), open(self.path, "ab", buffering=0) as f:  # type: ignore[arg-type]
+        if f.tell() != self._end:
+            raise ValueError(f"{self.path} was changed by another run meanwhile; give each run its own path.")
+        f.truncate(self._size)  # half a line goes
+        if f.write(text) != len(text):
+            f.truncate(self._size)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    self._size += len(text)
+    self._chain, self._end = chain, self._size
+
+
+# %% ../nbs/04_artefacts.ipynb #0dbb65b2
+@patch
+def _read(self: Journal, first):
+    "Take up what the file holds, or begin it with a first row."
+    raw = self.path.read_bytes() if self.path.exists() else b""  # type: ignore[union-attr]
+    *lines, half = raw.split(b"\n")
+    self._end, self._size = len(raw), len(raw) - len(half)
+    for i, line in enumerate(lines):
+        row = _row(self._chain, line)
+        if not row:
+            self._refuse(f"is damaged in line {i + 1}" if i else "holds something else than a journal")
+        self._chain, _ = _linked(self._chain, row)
+        if i:
+            self.done[row["name"]] = row["value"]
+        else:
+            self._compare(row, first)
+    if lines:
+        if _row(self._chain, half[:-1]):
+            self._refuse("is damaged at its end")
+    elif _linked("", first)[1].startswith(half):
+        self._append([first])
+    else:
+        self._refuse("holds something else than a journal")
+
+
+@patch
+def _compare(self: Journal, row, first):
+    "Refuse the first row of another journal."
+    if row["journal"] != self.what:
+        self._refuse(f"is a journal of {row['journal']}, where one of {self.what} is needed")
+    was, now = row["parts"], first["parts"]
+    for k in {**was, **now}:
+        if was.get(k) != now.get(k):
+            self._refuse(f"belongs to another run: {k} was {was.get(k)!r} there and is {now.get(k)!r} here")
+
+
+@patch
+def _refuse(self: Journal, why):
+    raise ValueError(f"{self.path} {why}. It is left as it is: move it away, or give another path.")
+
+
+# %% ../nbs/04_artefacts.ipynb #709c7116
 @patch
 def keep(self: Journal, values: dict):
     "Add values by name."
-    self.done |= values
+    values = values if self.tensors else plain(values)
     if self.path and self.tensors:
         self.path.mkdir(parents=True, exist_ok=True)
-        with whole_file(self.path / f"{uuid4().hex}.safetensors") as tmp:
-            save_file(values, tmp)
+        _write(self.path / f"{uuid4().hex}.safetensors", self.what, values, {})
     elif self.path:
-        with whole_file(self.path) as tmp:
-            rows = [{"key": self.key, "name": k, "value": v} for k, v in self.done.items()]
-            tmp.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+        self._append([{"name": k, "value": v} for k, v in values.items()])
+    self.done |= values
 
 
-# %% ../nbs/04_artefacts.ipynb #21d22c2c
+# %% ../nbs/04_artefacts.ipynb #25711ff8
 @patch
 def __call__(self: Journal, name: str, make: Callable[[], Any]) -> Any:
-    "The value kept under `name`, or what `make` gives, which is then kept."
+    "The value kept under `name`, or what `make` gives, which is then kept: as JSON gives it back."
     if name not in self.done:
         self.keep({name: make()})
     return self.done[name]

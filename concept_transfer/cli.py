@@ -17,8 +17,10 @@ __all__ = [
     "cmd_demo",
 ]
 
-# %% ../nbs/21_cli.ipynb #7df6aa2a
+# %% ../nbs/21_cli.ipynb #1e7d349b
 import json
+import math
+import os
 import re
 import sys
 import tempfile
@@ -57,9 +59,16 @@ app = Typer(
 )
 
 
-# %% ../nbs/21_cli.ipynb #1a0443b3
+# %% ../nbs/21_cli.ipynb #a78d23b4
+def _plainly(text):
+    "Text for a terminal: control characters, and halves of characters, by their codes."
+    strange = "[\0-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
+    return re.sub(strange, lambda found: ascii(found[0])[1:-1], text)
+
+
+# %% ../nbs/21_cli.ipynb #0b82880d
 def _say(text):
-    print(text, file=sys.stderr, flush=True)
+    print(_plainly(text), file=sys.stderr, flush=True)
 
 
 def _warn(message, *_, **__):
@@ -67,25 +76,65 @@ def _warn(message, *_, **__):
     _say(f"warning: {message}")
 
 
-def _answer(run, name, as_json, debug):
+# %% ../nbs/21_cli.ipynb #fc55098a
+def _check_numbers(given):
+    "Raise BadParameter for a number that no option can have."
+    for name, x in given.items():
+        if isinstance(x, float) and not math.isfinite(x) or isinstance(x, int) and not 0 <= x < 2**32:
+            option = f"--{name.replace('_', '-')} {x}"
+            raise BadParameter(f"{option}: a number here is finite, and a count or seed is 0 or more.")
+
+
+# %% ../nbs/21_cli.ipynb #5c16a5d5
+def _check_out(out, given):
+    "Raise ValueError where a command would write over an input, or over a file of a model that it reads."
+    here = [out, out.parent] if (out.parent / "config.json").is_file() else [out]
+    for name, x in given.items():
+        if name != "out" and isinstance(x, str) and os.path.exists(x) and any(map(Path(x).samefile, here)):
+            raise ValueError(f"--out would write over {str(out)!r}, which --{name} reads; give another.")
+
+
+# %% ../nbs/21_cli.ipynb #b9a837ab
+def _why(e, out):
+    "An error in one line; `out` is what was to be written."
+    if isinstance(e, KeyboardInterrupt):
+        near = *out.parent.glob(f"{out.name}.*.part"), *out.glob("arms.jsonl"), *out.glob("made_of.jsonl")
+        rest = ", ".join(map(str, near)) or "nothing yet"
+        return f"interrupted; files are whole, and the same command goes on from what is kept: {rest}."
+    text = str(e) if isinstance(e, ValueError | OSError) else f"{type(e).__name__}: {e}"
+    return " ".join(text.split())
+
+
+# %% ../nbs/21_cli.ipynb #49c1bbab
+def _error(e, why):
+    "An error for a program."
+    print(json.dumps({"error": why, "kind": type(e).__name__}), flush=True)
+
+
+# %% ../nbs/21_cli.ipynb #26608f23
+def _answer(run, name, given):
     "Print the facts or the text of a command. Raises `Exit` with code 1 where it fails, or all with `debug`."
+    out = Path(given.get("out", "")).expanduser()
     try:
         with redirect_stdout(sys.stderr), warnings.catch_warnings():
-            if not debug:
+            if not given["debug"]:
                 warnings.showwarning = _warn
+            _check_numbers(given)
+            if out.is_file():
+                _check_out(out, given)
             facts, text = run()
-        return print(json.dumps(plain(facts), allow_nan=False) if as_json else text)
-    except KeyboardInterrupt:
-        why = "interrupted; finished files are whole, and a rerun goes on from them"
-    except Exception as e:
-        if debug or isinstance(e, BadParameter):
+        print(json.dumps(plain(facts), allow_nan=False) if given["json"] else _plainly(text), flush=True)
+    except (KeyboardInterrupt, Exception) as e:
+        if isinstance(e, BadParameter) or given["debug"]:
             raise
-        why = str(e) if isinstance(e, ValueError | OSError) else f"{type(e).__name__}: {e}"
-    _say(f"concept-transfer {name}: {' '.join(why.split())}")
-    raise Exit(1)
+        why = _why(e, out)
+        _say(f"concept-transfer {name}: {why}")
+        if given["json"]:
+            _error(e, why)
+        raise Exit(1) from None
 
 
-# %% ../nbs/21_cli.ipynb #f988be6c
+# %% ../nbs/21_cli.ipynb #bcc971e9
 def _everywhere(
     json: bool = False,  # one JSON object on standard output
     debug: bool = False,  # show the traceback of an error
@@ -98,18 +147,31 @@ def _beside_a_task(
 ): ...
 
 
+def _beside_a_transplant(
+    model: str | None = None,  # the target: name it where it comes from a hub, or lies elsewhere now
+): ...
+
+
+_BESIDE = {"task": _beside_a_task, "transplant": _beside_a_transplant}
+
+
 def _declared(p, words):
     "A parameter as `Typer` wants it: `file` stands alone, the others are options of their name."
-    kind = str if p.name == "task" else p.annotation
+    kind = str if p.name in _BESIDE else p.annotation
     option = Option(f"--{p.name.replace('_', '-')}", help=words)
     return p.replace(annotation=Annotated[kind, Argument(help=words) if p.name == "file" else option])
 
 
-# %% ../nbs/21_cli.ipynb #16481341
+# %% ../nbs/21_cli.ipynb #3af5e2fb
+def _placed(file, model):
+    "A transplant in its target, which is named by hand or by the file."
+    return Transplant.load(file, load_model(model) if model else None)
+
+
 def command(run: Callable) -> Callable:
     "Decorator: the function `cmd_name` becomes the command `name`."
     name, own = run.__name__.removeprefix("cmd_"), signature(run).parameters
-    parts: list = [run, _beside_a_task, _everywhere] if "task" in own else [run, _everywhere]
+    parts: list = [run, *(f for k, f in _BESIDE.items() if k in own), _everywhere]
     options = [_declared(p, docments(f)[k]) for f in parts for k, p in signature(f).parameters.items()]
 
     def call(**given):
@@ -117,38 +179,46 @@ def command(run: Callable) -> Callable:
         if mine.get("task"):
             choices = given["choices"] and [c.strip() for c in given["choices"].split(",")]
             mine["task"] = partial(load_task, mine["task"], choices=choices, target=given["target"])
-        _answer(partial(run, **mine), name, given["json"], given["debug"])
+        if mine.get("transplant"):
+            mine["transplant"] = partial(_placed, mine["transplant"], given["model"])
+        _answer(partial(run, **mine), name, given)
 
     call.__signature__ = Signature(options)  # type: ignore[attr-defined]
     app.command(name, help=run.__doc__)(call)
     return run
 
 
-# %% ../nbs/21_cli.ipynb #ab5b7320
+# %% ../nbs/21_cli.ipynb #d0e10a69
 def main(argv: list[str] | None = None) -> int:
     "Entry point of `concept-transfer`; returns the exit code."
+    argv = sys.argv[1:] if argv is None else argv
     try:
-        return app(argv, prog_name="concept-transfer")
-    except SystemExit as e:
-        return int(e.code or 0)
+        return app(argv, prog_name="concept-transfer", standalone_mode=False) or 0
+    except Exception as e:
+        if not hasattr(e, "show"):  # not about the call
+            raise
+        e.show()
+        if "--json" in argv:
+            _error(e, e.format_message())  # type: ignore[attr-defined]
+        return e.exit_code  # type: ignore[attr-defined]
 
 
-# %% ../nbs/21_cli.ipynb #7d67cdcf
+# %% ../nbs/21_cli.ipynb #5c127d18
 @command
 def cmd_info(
     file: str,  # concept, map or transplant
 ) -> Said:
     "what an artefact is"
     head = load_artefact(file)[1]
-    scores = [repr(c.load(file)) for c in (Concept, LayerGrid, AffineMap) if c.kind == head["kind"]]
+    scores = [repr(c.load(file)) for c in (Concept, LayerGrid, AffineMap) if c.artefact == head["kind"]]
     return head, "\n".join(scores + [f"{k}: {json.dumps(v)[:300]}" for k, v in head.items()])
 
 
-# %% ../nbs/21_cli.ipynb #6c660ef7
+# %% ../nbs/21_cli.ipynb #a8837914
 def _writable(path, folder=False):
     "The path of a file, or of a folder, which is made. Raises OSError where it cannot be written."
-    out = Path(path).absolute()
-    home = out if folder else out.parent
+    out = Path(path).expanduser()
+    home = out if folder else out.absolute().parent
     if out.is_dir() and not folder:
         raise IsADirectoryError(f"{path!r} is a folder; give a file name.")
     try:
@@ -158,7 +228,7 @@ def _writable(path, folder=False):
     except OSError as e:
         why = f"cannot write into the folder {str(home)!r} ({e.strerror})."
         raise OSError(f"{why} Create it first, or give another place.") from None
-    return Path(path)
+    return out
 
 
 # %% ../nbs/21_cli.ipynb #40024ebf
@@ -184,7 +254,7 @@ def cmd_extract(
     return _made(c, out, concept=c.name, model=c.model.name, n_pairs=c.n_pairs, layers=c.layers, auc=c.auc)
 
 
-# %% ../nbs/21_cli.ipynb #f41b8277
+# %% ../nbs/21_cli.ipynb #39425554
 @command
 def cmd_align(
     source: str,  # model that is read
@@ -196,11 +266,11 @@ def cmd_align(
     "maps between all chosen layers of two models"
     if method not in MAP_METHODS:
         raise BadParameter(f"--method {method!r} is not one of {', '.join(MAP_METHODS)}.")
-    _writable(out)
+    file = _writable(out)
     texts, a, b = load_corpus(corpus), load_model(source), load_model(target)
     made_of = f"{method} {texts.hash} {model_info(a)} {model_info(b)}"
-    part = Path(f"{out}.{data_hash([made_of])}.part")  # what an interrupted run left
-    keep: dict[str, Any] = {} if MAP_METHODS[method].fit else {"path": part}
+    part = Path(f"{file}.{data_hash([made_of])}.part")  # what an interrupted run left
+    keep: dict[str, Any] = {} if MAP_METHODS[method].fit else {"path": part, "every": 30}
     try:
         m = fit_maps(a, b, texts, method=method, **keep)
     except ValueError:
@@ -213,7 +283,7 @@ def cmd_align(
     return said
 
 
-# %% ../nbs/21_cli.ipynb #805d3385
+# %% ../nbs/21_cli.ipynb #38e9344a
 @command
 def cmd_transplant(
     concept: str,  # file
@@ -223,34 +293,40 @@ def cmd_transplant(
     pairs: str | None = None,  # the concept's, for the target to read: they rank the layers
     damage: float = 0.1,  # KL in nats a token that strength 1 may cost
     layers: str = "auto",  # auto, or LS:LT counted from 0
+    model: str | None = None,  # the target: name it where it comes from a hub, or lies elsewhere now
 ) -> Said:
     "put a concept into the target"
     pair = re.fullmatch(r"auto|(\d+):(\d+)", layers)
     if not pair:
         raise BadParameter(f"--layers {layers!r} is neither auto nor LS:LT, such as 20:12.")
+    if damage <= 0:
+        raise BadParameter(f"--damage {damage}: give nats a token above 0, such as 0.1.")
     _writable(out)
     read, maps = Concept.load(concept), LayerGrid.load(map)
+    maps.source.require(read.model, "this map (source side)")
     items, own = task and task("tune"), load_pairs(pairs) if pairs else None
     where: Any = (int(pair[1]), int(pair[2])) if pair[1] else layers
+    _ = pair[1] and maps[where]  # layers without a map: say so before the model is loaded
     if task and layers != "auto":
         _warn(f"--task is not used: --layers {layers} leaves nothing to choose.")
-    t = transplant(read, maps, maps.target.load(), items, where, damage, pairs=own)
+    target = load_model(model) if model else maps.target.load()
+    t = transplant(read, maps, target, items, where, damage, pairs=own)
     notes = {k: t.notes[k] for k in ("kl", "damage_budget")}
     names = dict(concept=t.name, source=maps.source.name, target=t.target.name)
     return _made(t, out, dose=t.dose, layers=[t.source_layer, t.layer], **names, **notes)
 
 
-# %% ../nbs/21_cli.ipynb #a16e73d0
+# %% ../nbs/21_cli.ipynb #91733f43
 @command
 def cmd_generate(
-    transplant: str,  # file
+    transplant: Callable,  # file
     prompt: str,  # text
     strength: float = 1.0,  # 0 is the base model
     max_new_tokens: int = 40,  # length
     compare: bool = False,  # show the base model's text too
 ) -> Said:
     "text of the steered target"
-    t = Transplant.load(transplant)
+    t = transplant()
     text = t.generate(prompt, strength, max_new_tokens=max_new_tokens)
     facts = dict(prompt=prompt, strength=strength, text=text)
     if not compare:
@@ -259,10 +335,10 @@ def cmd_generate(
     return facts | dict(base=base), f"base:    {prompt}{base}\n\nsteered: {prompt}{text}"
 
 
-# %% ../nbs/21_cli.ipynb #3b2b09f9
+# %% ../nbs/21_cli.ipynb #957e0254
 @command
 def cmd_evaluate(
-    transplant: str,  # file
+    transplant: Callable,  # file
     task: Callable,  # file, or a built-in one such as emotions/fear, behaviours/honesty, truthfulness
     neutral: str,  # file, or neutral
     out: str,  # folder of the report
@@ -272,14 +348,12 @@ def cmd_evaluate(
     seed: int = 0,  # of the random directions and the bootstrap
 ) -> Said:
     "effect and damage beside controls"
-    if random < 0:
-        raise BadParameter(f"--random {random}: give a number of directions, 0 for none.")
-    folder = _writable(out, folder=True)
+    settings, folder = Settings(random=random, seed=seed), _writable(out, folder=True)
     own, foreign = (load_pairs(p) if p else None for p in (pairs, other))
     items, texts = task("test"), load_corpus(neutral)
     for problem in lint(own, items) if own else ():
         _warn(problem)
-    t, settings = Transplant.load(transplant), Settings(random=random, seed=seed)
+    t = transplant()
     e = evaluate(t, items, texts, settings=settings, path=folder / "arms.jsonl", pairs=own, other=foreign)
     e.save(folder / "evidence.json")
     return _reported(e, folder, {})
@@ -294,11 +368,11 @@ def _reported(e, folder, more):
     return e.data | dict(report=str(report)), text
 
 
-# %% ../nbs/21_cli.ipynb #64f5411d
+# %% ../nbs/21_cli.ipynb #adb0f069
 def _steps(folder):
     "A function that makes one file after the other in a folder, or takes what stands there."
-    journal = Journal(folder / "made_of.jsonl", str(versions()))
-    made_of: list = []
+    journal = Journal(folder / "made_of.jsonl", "demo")
+    made_of: list = [versions()]
 
     def keep(file, make, load, *more):
         made_of.append(more)

@@ -19,7 +19,7 @@ __all__ = [
     "extract_concept",
 ]
 
-# %% ../nbs/11_concepts.ipynb #40bca780
+# %% ../nbs/11_concepts.ipynb #0a15081e
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,13 +28,14 @@ import numpy as np
 import torch
 from fastcore.basics import patch
 from nnsight import TransformersModel
+from pydantic import InstanceOf
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
-from .artefacts import Artefact, Journal
+from .artefacts import Artefact, Count, Journal, Layers, Score, Template, fingerprint
 from .cards import card, sparkline
-from .data import ContrastPairs, data_hash
-from .engine import encode, engine, layer_numbers, refuse_empty, stream
+from .data import ContrastPairs, checked, data_hash
+from .engine import OPEN, encode, engine, layer_numbers, refuse_empty, start_mark, stream
 from .models import ModelInfo, model_info
 from .stats import auc, scenario_folds
 
@@ -73,7 +74,7 @@ def _newest(h, mask):  # states (b, t, d), padded on the left -> (t,) for all te
     return torch.arange(-h.shape[1], 0) == -1
 
 
-# %% ../nbs/11_concepts.ipynb #dc4b3e3f
+# %% ../nbs/11_concepts.ipynb #2a610b93
 POSITIONS: dict = {
     "last": Position("last", "the last token", take=_last, write=_newest, asked=True),
     "mean": Position("mean", "the mean over tokens without the first", take=_mean),
@@ -91,10 +92,10 @@ def position_rule(
     use: str,  # "read" or "write"
 ) -> Position:
     "The entry that is meant. Raises ValueError, naming what there is, for one without that use."
-    rule = POSITIONS.get(position, position)
+    rule = POSITIONS.get(position, position) if isinstance(position, str) else position
     if callable(rule):
         return Position(getattr(rule, "__name__", "custom"), read=rule, write=rule)
-    if isinstance(rule, str) or not _can(rule, use):
+    if not (isinstance(rule, Position) and _can(rule, use)):
         raise ValueError(
             f"position {getattr(rule, 'name', rule)!r}: use "
             f"{', '.join(k for k, p in POSITIONS.items() if _can(p, use))}, or a function of the states."
@@ -117,7 +118,7 @@ def position_name(
     return rule.name
 
 
-# %% ../nbs/11_concepts.ipynb #8cf93955
+# %% ../nbs/11_concepts.ipynb #f1b7b7e1
 def activations(
     model: TransformersModel,
     texts: Sequence[str],
@@ -129,11 +130,14 @@ def activations(
     """Residual stream of each text at the wanted layers and position, equal to reading each text alone.
     Raises ValueError for empty texts and for states that are not finite."""
     rule, numbers, ids = position_rule(position, "read"), layer_numbers(model, layers), encode(model, texts)
-    refuse_empty(texts, ids, model.tokenizer("").input_ids)
+    refuse_empty(texts, ids, start_mark(model))
     if path:
         position_name(rule, "read")
-    on, kept = engine(model), Journal(path, tensors=True)
-    marks = [data_hash(map(str, (on.weights, on.precision, numbers, rule.name, x))) for x in ids]
+        if OPEN.get():
+            raise ValueError("states of a steered model are not kept: leave path= away while it is steered.")
+    on, kept = engine(model), Journal(path, "states", tensors=True)
+    made = on.weights, on.precision, numbers, fingerprint(rule)
+    marks = [data_hash(map(str, (*made, x))) for x in ids]
     todo = [i for i, k in enumerate(marks) if k not in kept.done]
     left = [ids[i] for i in todo]
     for rows, states in stream(model, left, numbers, batch_tokens, take=rule.take, numbers=todo):
@@ -142,6 +146,9 @@ def activations(
         got = H if rule.take else map(rule.read, H.split(sizes))  # type: ignore[arg-type]
         kept.keep({marks[todo[j]]: h.cpu().clone() for j, h in zip(rows, got, strict=True)})
     out = [kept.done[k] for k in marks]
+    size = len(numbers), model_info(model).width
+    if rule.take and (odd := [tuple(h.shape) for h in out if h.shape != size]):
+        raise ValueError(f"{path}: kept states of shape {odd[0]}, where {size} is needed; delete the folder.")
     return out if out[0].ndim > 2 else torch.stack(out)
 
 
@@ -208,23 +215,24 @@ def held_out_auc(
     return auc(score[:n].numpy(), score[n:].numpy())
 
 
-# %% ../nbs/11_concepts.ipynb #9769d5c0
+# %% ../nbs/11_concepts.ipynb #ed76c8e4
 @dataclass(frozen=True)
 class Concept(Artefact):
     "A direction at every layer of one model, how well each tells held-out texts apart, its origin."
 
-    kind = "concept"
+    artefact = "concept"
+    shapes = {"directions": "L model.width", "layers": "L < model.layers", "auc": "L"}
     name: str
     directions: Tensor  # (L, d) float32
-    layers: tuple[int, ...]
-    auc: tuple[float, ...]  # (L,) held-out
+    layers: Layers
+    auc: tuple[Score, ...]  # (L,) held-out
     model: ModelInfo
-    n_pairs: int
+    n_pairs: Count
     reducer: str = "mean_difference"
     position: str = "last"
-    template: str = "{}"  # words around each text when it was read
+    template: Template = "{}"  # words around each text when it was read
     texts_hash: str = ""
-    seed: int = 0  # of the folds
+    seed: Count = 0  # of the folds
 
     @property
     def best(self) -> int:
@@ -263,7 +271,7 @@ def _repr_html_(self: Concept):
     return card(f"Concept {self.name}", facts, sparkline(self.auc, self.layers, "held-out AUC by layer"))
 
 
-# %% ../nbs/11_concepts.ipynb #4bf71f89
+# %% ../nbs/11_concepts.ipynb #27681902
 def extract_concept(
     model: TransformersModel,
     pairs: ContrastPairs,
@@ -281,6 +289,8 @@ def extract_concept(
             f"reducer {reducer!r}: use {', '.join(REDUCERS)}, or a function of (n, d) and (m, d)."
         )
     numbers, rule = layer_numbers(model, layers), position_rule(position, "read")
+    checked(pairs, InstanceOf[ContrastPairs], "pairs")
+    seed = checked(seed, Count, "seed", strict=False)
     H = activations(model, [pairs.template.replace("{}", t) for t in pairs.texts], numbers, rule, path=path)
     if isinstance(H, list) or H.ndim != 3:
         raise ValueError("a concept needs one state a text: last, mean, or a function that returns (L, d).")

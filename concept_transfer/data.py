@@ -10,45 +10,56 @@ __all__ = [
     "SPLITS",
     "EMOTION_PROMPT",
     "FAMILIES",
+    "parse_json",
+    "checked",
     "read_file",
     "find_file",
-    "check_rows",
+    "open_data",
+    "as_table",
     "builtin_rows",
     "emotion_scenes",
+    "as_tuple",
     "data_hash",
     "text_key",
     "texts_hash",
     "check_texts",
+    "fill",
+    "scenarios",
     "ContrastPairs",
     "load_pairs",
     "split_words",
     "overlap",
+    "alike",
     "lint",
     "Corpus",
     "load_corpus",
 ]
 
-# %% ../nbs/01_data.ipynb #945a1edb
+# %% ../nbs/01_data.ipynb #3654e6da
 import csv
+import gzip
 import io
 import json
+import os.path
 import random
 import re
-from collections.abc import Iterable, Sequence
+import zlib
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
-from functools import cache
+from functools import lru_cache
 from hashlib import sha256
-from itertools import combinations
 from pathlib import Path
+from reprlib import repr as short_repr
 from textwrap import shorten
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from fastcore.basics import patch
-from pydantic import TypeAdapter, ValidationError
+from pydantic import PositiveInt, TypeAdapter, ValidationError
 from scipy.stats import mannwhitneyu
-from typing_extensions import TypedDict
 
 import concept_transfer
 from .cards import card, table
@@ -62,60 +73,140 @@ EMOTION_PROMPT = "{} The main emotion in this story is"
 _SETS = Path(concept_transfer.__file__).parent / "sets"  # the files that hold them
 
 
-# %% ../nbs/01_data.ipynb #6bcb1bd2
-def _parsed(text, path, line=1):
-    "What JSON holds that begins in a line of a file."
+# %% ../nbs/01_data.ipynb #b48f6de3
+def _named_once(pairs):
+    "An object of JSON. The second value of a name would silently replace the first."
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError(f"a name stands twice among {short_repr([name for name, _ in pairs])}")
+    return found
+
+
+def parse_json(
+    text: str | bytes,
+    where: str | Path,  # where it stands, for the error
+    line: int = 1,  # of that file
+) -> Any:
+    "What JSON holds. Raises ValueError naming the place, also for what is nested too deep or named twice."
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=_named_once)
     except json.JSONDecodeError as e:
-        raise ValueError(f"{path}: not valid JSON (line {line + e.lineno - 1}: {e.msg}).") from None
+        why = f"line {line + e.lineno - 1}: {e.msg}"
+    except (ValueError, RecursionError) as e:  # not UTF-8, thousands of digits or brackets
+        why = f"line {line}: {e}"
+    raise ValueError(f"{where}: not valid JSON ({why}).")
+
+
+# %% ../nbs/01_data.ipynb #379474f8
+def checked(
+    value: Any,
+    kind: Any,  # a type, as pydantic knows them
+    where: str | Path,  # what it is, for the error
+    strict: bool = True,  # False: numbers may stand for others of the same value, tuples for lists
+) -> Any:
+    "The value as that type. Raises ValueError naming what does not fit, and where."
+    try:
+        return TypeAdapter(kind).validate_python(value, strict=strict)
+    except ValidationError as e:
+        fault, *_ = e.errors()
+    place = f"{where} {', '.join(map(repr, fault['loc']))}".strip()
+    raise ValueError(f"{place}: {fault['msg']}, found {short_repr(fault['input'])}.")
+
+
+# %% ../nbs/01_data.ipynb #94d01def
+def _table(text, path, mark):
+    "Rows of a table with a header."
+    lines = csv.reader(io.StringIO(text), delimiter=mark, strict=True)
+    try:
+        table = [row for row in lines if any(map(str.strip, row))]
+    except csv.Error as e:
+        raise ValueError(f"{path}: line {lines.line_num}: {e}.") from None
+    for i, row in enumerate(table):
+        if not len(row) == len(table[0]) == len({*table[0]}):
+            raise ValueError(
+                f"{path}: row {i} has {len(row)} cells under the columns {table[0]}. Name each column once, "
+                f"and put texts that hold {mark!r} into double quotes."
+            )
+    return [dict(zip(table[0], row, strict=True)) for row in table[1:]]
+
+
+# %% ../nbs/01_data.ipynb #acabc856
+_ENDING = re.compile(r"\.(csv|tsv|json|jsonl|ndjson|txt)(\.gz)?$")
+_LIMIT = 2**28  # characters of a file
+_LIKE_JSON = re.compile(r'\s*(\[\s*\{|\[|\{)\s*"')
+_LIKE_TABLE = re.compile(r"(?i)(?=\w+[,;\t])(\w+[,;\t])*(text|statement|sentence|positive)([,;\t]\w+)*\n")
 
 
 def read_file(path: Path) -> Any:
-    "Rows of CSV or JSONL, what JSON holds, or lines. Raises ValueError naming a line that is not JSON."
+    "Rows of a table or of JSON, what JSON holds, or lines. Raises ValueError naming file and place."
+    ending = _ENDING.search(path.name.lower())
+    if not ending:
+        fix = "use .csv, .tsv, .json, .jsonl, .ndjson, .txt, or one of these and .gz"
+        raise ValueError(f"{path}: what a file holds follows from its ending; {fix}.")
+    form, packed = ending.groups()
     try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError:
-        raise ValueError(f"{path} is not UTF-8 text; save it so.") from None
-    if path.suffix == ".csv":
-        return list(csv.DictReader(io.StringIO(text)))
-    lines = text.split("\n")
-    if path.suffix == ".jsonl":
-        return [_parsed(line, path, i) for i, line in enumerate(lines, 1) if line.strip()]
-    return _parsed(text, path) if path.suffix == ".json" else lines
+        with (gzip.open if packed else open)(path, "rt", encoding="utf-8-sig") as f:
+            text = f.read(_LIMIT)
+    except (UnicodeError, EOFError, gzip.BadGzipFile, zlib.error) as e:
+        raise ValueError(f"{path} is not UTF-8 text; save it so ({e}).") from None
+    if len(text) == _LIMIT:
+        raise ValueError(f"{path} holds {_LIMIT} characters or more; take a part of it.")
+    if "json" in form or _LIKE_JSON.match(text):
+        rows, more = re.subn(r"}(\s*\n\s*){", r"},\1{", text)  # one object a line, as one list
+        found = checked(parse_json(f"[{rows}]" if more else text, path), dict | list, path)
+        return [found] if isinstance(found, dict) and form in ("jsonl", "ndjson") else found
+    if form == "txt" and not _LIKE_TABLE.match(text):
+        return text.split("\n")
+    header = text.lstrip().partition("\n")[0]
+    return _table(text, path, "\t" if form == "tsv" else max(",;\t", key=header.count))
 
 
-# %% ../nbs/01_data.ipynb #a25f73c4
+# %% ../nbs/01_data.ipynb #fb7db8bb
 def find_file(
     ref: str | Path,
     known: Iterable[str],  # names that would have done as well
 ) -> Path:
     "A file of yours, or a text of ours. Raises FileNotFoundError, which names what is built in beside files."
-    for path in Path(ref).expanduser(), _SETS / f"{ref}.txt":
-        if path.is_file():
-            return path
+    for path in os.path.expanduser(str(ref)), _SETS / f"{ref}.txt":
+        if os.path.isfile(path):
+            return Path(path)
     meant = "".join(f" Did you mean {near!r}?" for near in get_close_matches(str(ref), known, 1, 0.7))
     raise FileNotFoundError(
         f"{str(ref)!r} is neither a file nor built in.{meant} Built in: {', '.join(known)}."
     )
 
 
-# %% ../nbs/01_data.ipynb #4b8a0850
-def check_rows(
-    rows: Sequence[Any],
-    path: Path,  # where they come from, for the error
-    **fields: Any,  # what every row must have: the type of each field
-) -> Sequence[dict]:
-    "The rows, if all have these fields. Raises ValueError naming file, row and field."
-    row: Any = TypedDict("row", fields)  # type: ignore[misc]
+# %% ../nbs/01_data.ipynb #2e44e6ae
+_NAMES = """pos positive, chosen positive, answer_matching_behavior positive, neg negative, rejected negative,
+answer_not_matching_behavior negative, statement text, sentence text, question prompt, groups group"""
+_RENAMED = dict(pair.split() for pair in _NAMES.split(","))
+
+
+def open_data(
+    ref: Any,  # name or path; or a DataFrame, a `datasets.Dataset`, a list, a dict
+    known: Iterable[str],  # as for `find_file`
+) -> tuple[Path, Any]:
+    "Where data stands, and what is there."
+    if not isinstance(ref, (str, Path)) and isinstance(ref, Iterable):
+        return Path("data"), ref if isinstance(ref, (dict, pd.DataFrame)) else list(ref)
+    path = find_file(ref, known)
+    return path, read_file(path)
+
+
+def as_table(found: Any, path: Path) -> pd.DataFrame:
+    "Rows or columns as a table, under the names that we use; empty for what is neither."
+    if isinstance(found, dict):
+        found = {k: as_tuple(v, f"{path}: {k}") for k, v in found.items()}
     try:
-        TypeAdapter(dict[int, row]).validate_python(dict(enumerate(rows, 1)), strict=True)
-        return rows
-    except ValidationError as e:
-        fault, *_ = e.errors()
-    raise ValueError(
-        f"{path}: row {', '.join(map(repr, fault['loc'][:2]))}: {fault['msg']}, found {fault['input']!r}."
-    )
+        table = pd.DataFrame(found)
+    except Exception:  # pandas has many kinds; whoever needs a table says what it should be
+        return pd.DataFrame()
+    table.columns = [_RENAMED.get(k := str(name).strip().lower(), k) for name in table]
+    if not table.columns.is_unique:
+        raise ValueError(
+            f"{path}: two of the columns {', '.join(map(str, table))} mean the same; leave one out."
+        )
+    return table
 
 
 # %% ../nbs/01_data.ipynb #693799e2
@@ -139,10 +230,19 @@ def emotion_scenes(
     return {e: [r["text"] for r in rows if r["label"] == e] for e in EMOTIONS}
 
 
-# %% ../nbs/01_data.ipynb #503f0281
+# %% ../nbs/01_data.ipynb #c6317b27
+def as_tuple(items: Iterable, what: str) -> tuple:
+    "The items. Raises ValueError for what only looks like a list: one text, a table, a dict."
+    several = isinstance(items, Iterable) and getattr(items, "ndim", 1) == 1
+    if not several or isinstance(items, (str, bytes, dict, set)):
+        raise ValueError(f"{what}: a list is needed here, not {type(items).__name__} {short_repr(items)}.")
+    return tuple(items)
+
+
 def data_hash(texts: Iterable[str]) -> str:  # 16 hex digits
     "Fingerprint of a list of texts, kept with everything that was made from them."
-    return sha256("\0".join(texts).encode()).hexdigest()[:16]
+    escaped = [t.replace("\1", "\1\1").replace("\0", "\1\2") or "\1" for t in as_tuple(texts, "texts")]
+    return sha256("\0".join(escaped).encode()).hexdigest()[:16]
 
 
 # %% ../nbs/01_data.ipynb #d2202d5f
@@ -157,21 +257,43 @@ def texts_hash(keys: Iterable[int]) -> str:  # 16 hex digits
     return sha256(np.unique([*keys]).tobytes()).hexdigest()[:16]
 
 
-# %% ../nbs/01_data.ipynb #69927070
+# %% ../nbs/01_data.ipynb #f92de9d9
+_CONTROL = re.compile(r"[\0-\x08\x0b\x0e-\x1f\x7f-\x84\x86-\x9f\ud800-\udfff]")  # and halves of pairs
+
+
 def check_texts(
-    texts: Sequence[str],
+    texts: Iterable[str],
     what: str,  # what they are, for the error
 ) -> tuple[str, ...]:
-    "The texts. Raises ValueError where there is none, and for one that is empty or no string."
+    "The texts. Raises ValueError for none, one text in the place of a list, and texts one cannot read."
+    texts = as_tuple(texts, what)
     for i, t in enumerate(texts):
-        if not (isinstance(t, str) and t.strip()):
-            raise ValueError(f"{what}, item {i} is {t!r}. Remove it, or write a text there.")
+        if not (isinstance(t, str) and t.strip()) or _CONTROL.search(t):
+            fix = "Remove it, or write a text there; control characters mean that a file is not UTF-8."
+            raise ValueError(f"{what}, item {i} is {short_repr(t)}. {fix}")
     if not texts:
         raise ValueError(f"{what} is empty. Give at least one text.")
-    return tuple(texts)
+    return texts
 
 
-# %% ../nbs/01_data.ipynb #ff4de805
+def fill(template: str, texts: Iterable[str]) -> list[str]:
+    "Each text in the place of {} in a template. Raises ValueError where it has none."
+    if "{}" not in check_texts([template], "template")[0]:
+        raise ValueError(f"template {template!r} has no {{}} for the text.")
+    return [template.replace("{}", t) for t in texts]
+
+
+# %% ../nbs/01_data.ipynb #219f8eef
+def scenarios(
+    groups: Iterable,
+    rows: Iterable[int],  # number of the row of each
+) -> tuple[str, ...]:
+    "Scenarios as text. Where one is missing, the row is its own."
+    named = zip(map(str, groups), rows, strict=True)
+    return tuple(f"row {i}" if re.fullmatch(r"(?i)\s*(none|nan|<na>)?\s*", g) else g for g, i in named)
+
+
+# %% ../nbs/01_data.ipynb #8dc1798f
 _SIDES = ("positive", "negative")
 
 
@@ -189,11 +311,11 @@ class ContrastPairs:
         what = f"pairs {self.name!r}"
         sides = {side: check_texts(getattr(self, side), f"{what}: the {side} side") for side in _SIDES}
         rows = [i for texts in sides.values() for i in range(len(texts))]
-        vars(self).update(sides, groups=tuple(map(str, self.groups or rows)))  # as it is frozen
-        if len(self.groups) != len(rows):
-            raise ValueError(f"{what}: {len(self.groups)} groups for {len(rows)} texts.")
-        if "{}" not in self.template:
-            raise ValueError(f"{what}: template {self.template!r} has no {{}} for the text.")
+        groups = as_tuple(self.groups, f"{what}: groups") or rows
+        if len(groups) != len(rows):
+            raise ValueError(f"{what}: {len(groups)} groups for {len(rows)} texts.")
+        vars(self).update(sides, groups=scenarios(groups, rows))  # as it is frozen
+        fill(self.template, check_texts([self.name], "name"))
 
     @property
     def texts(self) -> tuple[str, ...]:
@@ -202,8 +324,8 @@ class ContrastPairs:
 
     @property
     def hash(self) -> str:
-        "Fingerprint of texts and template."
-        return data_hash([*self.texts, self.template])
+        "Fingerprint of both sides and the template."
+        return data_hash([data_hash(self.positive), data_hash(self.negative), self.template])
 
     def __len__(self):
         return min(len(self.positive), len(self.negative))
@@ -212,7 +334,7 @@ class ContrastPairs:
         return f"ContrastPairs({self.name!r}, {len(self.positive)} positive, {len(self.negative)} negative)"
 
 
-# %% ../nbs/01_data.ipynb #959d5e99
+# %% ../nbs/01_data.ipynb #53249ae8
 @patch
 def _repr_html_(self: ContrastPairs):
     facts = {
@@ -222,65 +344,68 @@ def _repr_html_(self: ContrastPairs):
         "hash": self.hash,
     }
     rows = [[shorten(t, 160) for t in row] for row in zip(self.positive[:3], self.negative, strict=False)]
-    return card(self.name, facts, table(["positive", "negative"], rows))
+    return card(f"Contrast pairs {self.name}", facts, table(["positive", "negative"], rows))
 
 
-# %% ../nbs/01_data.ipynb #19176da6
-def _labelled(path, rows):
-    "Pairs of rows that hold one text each."
-    positive: list[str] = []
-    negative: list[str] = []
-    for r in check_rows(rows, path, text=str, label=Any):
-        match str(r["label"]).strip().lower():
-            case "positive" | "pos" | "1" | "true" | "yes":
-                positive.append(r["text"])
-            case "negative" | "neg" | "0" | "false" | "no":
-                negative.append(r["text"])
-            case label:
-                use = "use positive/negative, pos/neg or 1/0"
-                raise ValueError(f"{path}: label {label!r} is neither positive nor negative ({use}).")
-    return ContrastPairs(path.stem, positive, negative)
+# %% ../nbs/01_data.ipynb #5b1d5ea7
+_POSITIVE, _NEGATIVE = "positive pos 1 +1 true yes".split(), "negative neg 0 -1 false no".split()
 
 
-# %% ../nbs/01_data.ipynb #cb52ea42
-def _paired(name, rows):
-    "Pairs of rows that hold both sides."
-    positive, negative = ([r[side] for r in rows] for side in _SIDES)
-    groups = [r.get("group", i) for i, r in enumerate(rows)]
-    return ContrastPairs(name, positive, negative, groups * 2)
+def _is_positive(labels, path):
+    "Whether each label stands for the positive side: (n,)."
+    words = [str(x).strip().lower().removesuffix(".0") for x in labels]
+    for word in {*words}:
+        if word not in _POSITIVE + _NEGATIVE or {"0", "-1"} <= {*words}:
+            use = "use positive/negative, pos/neg, true/false, yes/no, 1/0 or 1/-1"
+            raise ValueError(f"{path}: label {word!r} is neither positive nor negative ({use}).")
+    return np.isin(words, _POSITIVE)
 
 
-# %% ../nbs/01_data.ipynb #3c423fec
-def _read_pairs(path):
-    "Pairs of a file, by what it looks like."
-    match read_file(path):
-        case {"positive": list(p), "negative": list(n)} | {"pos": list(p), "neg": list(n)} as d:
-            return ContrastPairs(path.stem, p, n, template=d.get("template", "{}"))
-        case [{"positive": _, "negative": _}, *_] as rows:
-            return _paired(path.stem, check_rows(rows, path, positive=str, negative=str))
-        case [{"text": _, "label": _}, *_] as rows:
-            return _labelled(path, rows)
-        case found:
-            raise ValueError(
-                f"{path}: pairs are an object with the lists 'positive' and 'negative' (or 'pos' and 'neg'), "
-                f"or rows with the columns positive,negative or text,label; found {shorten(repr(found), 90)}."
-            )
+# %% ../nbs/01_data.ipynb #6572579a
+_OF_ROWS = {*"group groups prompt question".split()}  # what makes sides into columns
 
 
-# %% ../nbs/01_data.ipynb #3078ffd1
+def _read_pairs(path, found):
+    "Pairs by what the data looks like."
+    match found:
+        case {"positive": [*p], "negative": [*n]} | {"pos": [*p], "neg": [*n]} if not _OF_ROWS & {*found}:
+            return ContrastPairs(path.stem, p, n, template=found.get("template", "{}"))
+    table = as_table(found, path)
+    columns = ("text", "text") if {"text", "label"} <= {*table} else _SIDES
+    if not {*columns} <= {*table}:
+        raise ValueError(
+            f"{path}: pairs are two lists, or columns of one length, 'positive' and 'negative' (or 'chosen' "
+            "and 'rejected', or answers that match a behavior or not), or 'text' and 'label'; "
+            f"found {short_repr(found)}."
+        )
+    for c in columns:
+        texts = check_texts(table[c], f"{path}: {c}")
+        if c in _SIDES and "prompt" in table:
+            asked = zip(check_texts(table["prompt"], f"{path}: prompt"), texts, strict=True)
+            table[c] = [f"{q.rstrip()} {t.lstrip()}" for q, t in asked]
+    sides = table, table
+    if columns != _SIDES:
+        true = _is_positive(table["label"], path)
+        sides = table[true], table[~true]
+    positive, negative = (side[c].tolist() for side, c in zip(sides, columns, strict=True))
+    groups = [g for side in sides for g in side.get("group", side.get("prompt", ()))]
+    return ContrastPairs(path.stem, positive, negative, groups)
+
+
+# %% ../nbs/01_data.ipynb #3fe46438
 def load_pairs(
-    ref: str | Path,  # a built-in set ("honesty", "emotions/fear") or a .json, .jsonl or .csv file
+    ref: Any,  # a built-in set ("honesty", "emotions/fear"), a file, a DataFrame, rows, two lists
     split: str = "fit",  # which part of a built-in set: fit, tune or test; a file is one part
     seed: int = 0,  # draws the negatives of an emotion
 ) -> ContrastPairs:
-    "Contrast pairs by name or from a file. Raises ValueError or FileNotFoundError, saying what to change."
+    "Contrast pairs by name, of a file or in memory. Raises ValueError or FileNotFoundError with what to do."
     if split not in SPLITS:
         raise ValueError(f"split {split!r}: use one of {', '.join(SPLITS)}.")
     name = str(ref)
     if name not in PAIRS:
-        return _read_pairs(find_file(ref, PAIRS))
+        return _read_pairs(*open_data(ref, PAIRS))
     if name in CONCEPTS:
-        return _paired(name, builtin_rows(name, split))
+        return _read_pairs(Path(name), builtin_rows(name, split))
     scenes, emotion = emotion_scenes(split), name.removeprefix("emotions/")
     positive = scenes.pop(emotion)
     rng = random.Random(f"{seed} {emotion} {split}")
@@ -295,8 +420,8 @@ def split_words(text: str) -> list[str]:
     return re.findall(r"[\w']+", text.lower())
 
 
-# %% ../nbs/01_data.ipynb #aa956a4c
-@cache
+# %% ../nbs/01_data.ipynb #2bf1880c
+@lru_cache(2**15)
 def _trigrams(text):
     words = split_words(text)
     return {*zip(words, words[1:], words[2:], strict=False)} or {tuple(words)}
@@ -306,6 +431,28 @@ def overlap(a: str, b: str) -> float:
     "Jaccard overlap of word trigrams: 1 for a repetition, near 0 for two texts on one topic."
     one, two = _trigrams(a), _trigrams(b)
     return len(one & two) / len(one | two)
+
+
+# %% ../nbs/01_data.ipynb #7670d564
+def alike(
+    texts: Sequence[str],
+    others: Sequence[str],
+    near: float,  # overlap that counts, above 0
+) -> Iterator[tuple[int, int]]:  # in order: number of a text, number of another
+    "Which texts are nearly the same as which others, as `overlap` has it."
+    often = Counter(g for t in (*texts, *others) for g in _trigrams(t))
+
+    def rare(text):
+        grams = sorted(_trigrams(text), key=lambda g: (often[g], g))
+        return grams[: int((1 - near) * len(grams)) + 2]
+
+    having = defaultdict(set)
+    for j, t in enumerate(others):
+        for g in rare(t):
+            having[g].add(j)
+    for i, t in enumerate(texts):
+        near_ones = set().union(*(having[g] for g in rare(t)))
+        yield from ((i, j) for j in sorted(near_ones) if overlap(t, others[j]) >= near)
 
 
 # %% ../nbs/01_data.ipynb #6dae1d9b
@@ -320,30 +467,35 @@ def _length_tells(pairs):
         )
 
 
-# %% ../nbs/01_data.ipynb #9450db57
+# %% ../nbs/01_data.ipynb #0c94afd4
 def _repetition(pairs, side, near):
     "A sentence where a side holds two texts that are nearly one."
-    for text, later in combinations(getattr(pairs, side), 2):
-        if overlap(text, later) >= near:
-            return f"{side} texts repeat: {text[:50]!r}, {later[:50]!r}; held-out scores will be too high."
+    texts = getattr(pairs, side)
+    for i, j in alike(texts, texts, near):
+        if i < j:
+            both = f"{texts[i][:50]!r}, {texts[j][:50]!r}"
+            return f"{side} texts repeat: {both}; held-out scores will be too high."
 
 
-# %% ../nbs/01_data.ipynb #7676c19f
+# %% ../nbs/01_data.ipynb #58930444
 def _leak(pairs, task, near):
     "A sentence where a task asks about scenarios of the pairs."
-    for item in task.items:
-        known = item.group in pairs.groups and not item.group.isdigit()  # bare numbers are only rows
-        if known or any(t in item.prompt or overlap(t, item.prompt) >= near for t in pairs.texts):
+    named = {g for g in pairs.groups if not re.fullmatch(r"(row )?\d+", g)}  # the others are only rows
+    asked = {i for i, _ in alike(task.prompts, pairs.texts, near)}
+    for i, item in enumerate(task.items):
+        if i in asked or item.group in named or any(t in item.prompt for t in pairs.texts):
             return f"task and pairs share scenarios, e.g. {item.prompt[:60]!r}: its result would be leakage."
 
 
-# %% ../nbs/01_data.ipynb #69f3889b
+# %% ../nbs/01_data.ipynb #c081e442
 def lint(
     pairs: ContrastPairs,
     task: Any = None,  # a `ChoiceTask`: also look for scenarios that it asks about
     near: float = 0.5,  # trigram overlap that counts as a near-duplicate
 ) -> list[str]:  # one sentence a problem; empty when none was found
     "What would make a direction from these pairs mean something else."
+    if not 0 < near <= 1:
+        raise ValueError(f"near={near}: an overlap is above 0 and at most 1.")
     both = {*pairs.positive} & {*pairs.negative}
     problems: list[Any] = [
         _length_tells(pairs),
@@ -355,7 +507,7 @@ def lint(
     return list(filter(None, problems))
 
 
-# %% ../nbs/01_data.ipynb #020e8020
+# %% ../nbs/01_data.ipynb #74ab72b6
 @dataclass(frozen=True)
 class Corpus:
     "Ordinary text, one passage an item."
@@ -364,6 +516,7 @@ class Corpus:
     texts: Sequence[str]
 
     def __post_init__(self):
+        check_texts([self.name], "name")
         vars(self)["texts"] = check_texts(self.texts, f"corpus {self.name!r}")  # as it is frozen
 
     @property
@@ -373,7 +526,7 @@ class Corpus:
 
     def take(self, n: int) -> "Corpus":
         "The first `n` texts."
-        return Corpus(self.name, self.texts[:n])
+        return Corpus(self.name, self.texts[: checked(n, PositiveInt, "take(n)", strict=False)])
 
     def __len__(self):
         return len(self.texts)
@@ -382,21 +535,26 @@ class Corpus:
         return f"Corpus({self.name!r}, {len(self)} texts)"
 
 
-# %% ../nbs/01_data.ipynb #05187980
+# %% ../nbs/01_data.ipynb #07d7b4bc
 @patch
 def _repr_html_(self: Corpus):
     words = sum(len(split_words(t)) for t in self.texts)
     facts = {"texts": len(self), "words": words, "hash": self.hash}
-    return card(self.name, facts, table(["the first texts"], [[shorten(t, 200)] for t in self.texts[:4]]))
+    rows = [[shorten(t, 200)] for t in self.texts[:4]]
+    return card(f"Corpus {self.name}", facts, table(["the first texts"], rows))
 
 
-# %% ../nbs/01_data.ipynb #4267541d
+# %% ../nbs/01_data.ipynb #bdc0cdbe
 def load_corpus(
-    ref: str | Path,  # "general" (to fit maps), "neutral" (to measure damage), or a file
+    ref: Any,  # "general" (to fit maps), "neutral" (to measure damage), a file, a DataFrame, rows, texts
 ) -> Corpus:
-    "A corpus by name or from a file: one text a line, or rows with `text`. Blank ones are skipped."
-    path = find_file(ref, ("general", "neutral"))
-    texts = read_file(path)
-    if path.suffix in (".csv", ".json", ".jsonl"):
-        texts = [r["text"] for r in check_rows(texts, path, text=str)]
-    return Corpus(path.stem, [t for t in texts if t.strip()])
+    "A corpus by name, from a file or from memory: texts, or rows with `text`. Blank ones are skipped."
+    path, found = open_data(ref, ("general", "neutral"))
+    table = as_table(found, path)
+    texts = table.get("text", table.get("0"))  # a list of texts is a table with the column 0
+    if texts is None:
+        raise ValueError(
+            f"{path}: a corpus is one text a line, a list of texts, or rows with the column 'text'; "
+            f"found {short_repr(found)}."
+        )
+    return Corpus(path.stem, [t for t in texts if str(t).strip()])

@@ -4,10 +4,14 @@
 
 # %% auto #0
 __all__ = [
+    "OPEN",
     "Ids",
     "Change",
     "States",
     "CHUNK",
+    "so_far",
+    "hidden_of",
+    "with_hidden",
     "wrapped",
     "Batch",
     "Engine",
@@ -16,34 +20,41 @@ __all__ = [
     "context_length",
     "layer_numbers",
     "refuse_empty",
+    "start_mark",
+    "tokenized",
     "encode",
     "pad",
     "gathered",
     "length_batches",
     "bundled",
     "left_batches",
-    "hidden_of",
-    "with_hidden",
     "Local",
     "attach",
     "engine",
     "fast_matmul",
+    "passing",
     "out_of_memory",
     "stream",
     "rows_of",
     "steered",
+    "continued",
     "text_tokens",
     "checked",
 ]
 
-# %% ../nbs/06_engine.ipynb #bb8bd95a
+# %% ../nbs/06_engine.ipynb #d11b411c
 import copy
 import hashlib
+import re
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import cache, cached_property, partial
+from itertools import takewhile
+from operator import index
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -51,8 +62,6 @@ import numpy as np
 import torch
 from fastcore.basics import patch
 from nnsight import TransformersModel, save
-from nnsight.intervention.interleaver import OutOfOrderError
-from nnsight.intervention.iterator import Iterations
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
@@ -73,7 +82,62 @@ def _contiguous(module, args):
     return args[0].contiguous(), *args[1:]
 
 
-# %% ../nbs/06_engine.ipynb #64a0f9ee
+# %% ../nbs/06_engine.ipynb #5c9d7848
+OPEN: ContextVar[tuple] = ContextVar("open", default=())  # what was opened here, the first one first
+_GIVEN: ContextVar[dict] = ContextVar("given")  # what the last pass here was called with
+
+
+def _called(module, args, given):
+    mask, past = given.get("attention_mask"), given.get("past_key_values")
+    _GIVEN.set(dict(attention_mask=mask, past_key_values=past if mask is None else None))
+
+
+def so_far(given: dict, h: Tensor) -> Tensor:  # what a pass was called with, (b, t, d) -> (b, T)
+    "Attention mask of all tokens so far; where a pass was given none, as where nothing is padded, all count."
+    mask, past = given.get("attention_mask"), given.get("past_key_values")
+    if mask is None:
+        mask = h.new_ones(len(h), h.shape[1] if past is None else past.get_seq_length())
+    return mask
+
+
+# %% ../nbs/06_engine.ipynb #2bf5a295
+def hidden_of(output: Any) -> Tensor:  # (b, t, d)
+    "The residual stream in what a block returned."
+    return output[0] if isinstance(output, tuple) else output
+
+
+def with_hidden(output: Any, hidden: Tensor):
+    "What a block returned, with another residual stream."
+    return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+
+
+def _write(block, args, output):
+    for where, change, masked in OPEN.get():
+        if where is block:
+            h = hidden_of(output)
+            output = with_hidden(output, change(h, so_far(_GIVEN.get(), h)) if masked else change(h))
+    return output
+
+
+# %% ../nbs/06_engine.ipynb #d97da7c8
+def _once(part, kind, hook, **how):
+    "A model may be wrapped again and again: no hook is put there twice."
+    if hook not in getattr(part, f"_{kind}_hooks").values():
+        getattr(part, f"register_{kind}_hook")(hook, prepend=True, **how)
+
+
+def _hooked(model):
+    "The model, with its three hooks in place."
+    inner = model._module
+    _once(inner.get_output_embeddings(), "forward_pre", _contiguous)
+    for part in (inner, inner.base_model):
+        _once(part, "forward_pre", _called, with_kwargs=True)
+    for k in range(len(model.layers)):
+        _once(model.layers[k]._module, "forward", _write)
+    return model
+
+
+# %% ../nbs/06_engine.ipynb #4c9778b9
 def wrapped(
     module: torch.nn.Module | str,  # a loaded causal language model; or the name of one that runs elsewhere
     tokenizer,  # its tokenizer; nnsight sets its padding side and, where it has none, its padding token
@@ -90,10 +154,9 @@ def wrapped(
         lists = (p for p, m in inner.named_modules() if isinstance(m, torch.nn.ModuleList))
         path = next(lists, "path.to.blocks")
         raise ValueError(f"{kind}: no list of blocks found. Pass rename={{'{path}': 'layers'}}.") from None
-    if (head := inner.get_output_embeddings()) is None:
+    if inner.get_output_embeddings() is None:
         raise ValueError(f"{kind} has no language-model head; load it with AutoModelForCausalLM.")
-    head.register_forward_pre_hook(_contiguous)
-    return model
+    return _hooked(model)
 
 
 # %% ../nbs/06_engine.ipynb #dba80f67
@@ -115,7 +178,7 @@ class Batch:
     plain: tuple | None = None  # (ids, mask) of the same rows as the base model reads them
 
 
-# %% ../nbs/06_engine.ipynb #b478af49
+# %% ../nbs/06_engine.ipynb #4eef3c67
 class Engine(Protocol):
     "What runs a model."
 
@@ -136,8 +199,8 @@ class Engine(Protocol):
         "Fingerprint; on a server `remote:precision:` and a hash of what it says of the model."
 
     @property
-    def branching(self) -> bool:
-        "Whether continuations of one prompt can be read in one pass."
+    def branching(self) -> int:
+        "Continuations of one prompt can be read in one pass of so many tokens; 0: not at all."
 
     def states(
         self,
@@ -237,11 +300,18 @@ def context_length(model: TransformersModel) -> int:
     return getattr(model._module.config.get_text_config(), "max_position_embeddings", None) or 2048
 
 
-# %% ../nbs/06_engine.ipynb #80296993
+# %% ../nbs/06_engine.ipynb #307f485f
 def layer_numbers(model: TransformersModel, layers: Sequence[int] | None = None) -> list[int]:
     "Checked layer numbers, all by default; a negative one counts from the end."
+    if not isinstance(model, TransformersModel):
+        raise ValueError(f"{model!r:.80} is no model; load_model gives one. Are two arguments swapped?")
     n = len(model.layers)
-    wanted = range(n) if layers is None else layers
+    try:
+        wanted = [index(k) for k in (range(n) if layers is None else layers)]
+    except TypeError:
+        wanted = []
+    if not wanted:
+        raise ValueError(f"layers {layers!r}: give at least one whole number, such as [{n // 2}].")
     for k in wanted:
         if not -n <= k < n:
             raise ValueError(f"layer {k} is out of range: this model has layers 0 to {n - 1}.")
@@ -258,17 +328,64 @@ def refuse_empty(texts: Sequence[str], ids: Ids, nothing: Sequence[int] = ()):
             )
 
 
-# %% ../nbs/06_engine.ipynb #a3c90484
+# %% ../nbs/06_engine.ipynb #20ebc720
+def start_mark(model: TransformersModel) -> list[int]:
+    "What the tokenizer puts before every text."
+    whole, bare = (model.tokenizer("a", add_special_tokens=x).input_ids for x in (True, False))
+    return whole[: whole.index(bare[0])]
+
+
+def tokenized(
+    model: TransformersModel, texts: Sequence[str]
+) -> tuple[list[list[int]], list[list]]:  # token ids of each text, characters (start, end) of each token
+    """Whole texts with their start mark; no characters from a slow tokenizer.
+    Raises ValueError for what is no text, naming it."""
+    for i, text in enumerate(texts):
+        if not isinstance(text, str) or text.encode("utf-8", "ignore").decode() != text:
+            raise ValueError(f"text {i} is no text, or holds half a character: {text!r}. Write it anew.")
+    tok, start = model.tokenizer, start_mark(model)
+    got = tok(list(texts), add_special_tokens=False, return_offsets_mapping=tok.is_fast)
+    n, spans = len(start), got.get("offset_mapping") or [[] for _ in texts]
+    for ids, at in zip(got.input_ids, spans, strict=True):
+        while n and ids[:n] == start:
+            del ids[:n], at[:n]
+        while n + len(ids) > 1 and ids[-1:] == [tok.eos_token_id]:
+            del ids[-1:], at[-1:]
+        ids[:0], at[:0] = start, [(0, 0)] * n
+    return got.input_ids, spans
+
+
+# %% ../nbs/06_engine.ipynb #91152621
+def _rendered(model, i, chat):
+    "A chat as a text; a text as it is."
+    if not isinstance(chat, list | tuple):
+        return chat
+    try:
+        if not all(isinstance(message[k], str) for message in chat for k in ("role", "content")):
+            raise ValueError("a message needs a role and a content")
+        return model.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    except Exception as e:
+        say = f"text {i} is a chat that the template of this tokenizer does not take: {e}."
+        raise ValueError(f"{say} Give messages {{'role': ..., 'content': ...}}, or the text itself.") from e
+
+
+# %% ../nbs/06_engine.ipynb #bec46218
 def encode(
     model: TransformersModel,
-    texts: Sequence[str],
+    texts: Sequence,  # or a chat, or a list of chats: messages {"role": ..., "content": ...}
     room: int = 0,  # tokens of the context to leave free
 ) -> list[list[int]]:  # token ids of each text
-    "Token ids; a text longer than the context is cut, with a warning. Raises ValueError for an empty one."
+    """Token ids; a text longer than the context is cut, with a warning. Raises ValueError for an empty one,
+    and for one that is no text."""
     if not len(texts):
         raise ValueError("there is no text to read; give at least one.")
+    if isinstance(texts, str):
+        raise ValueError("this is one text; give a list of texts.")
+    texts = [texts] if all(isinstance(x, dict) for x in texts) else texts
+    texts = [_rendered(model, i, x) for i, x in enumerate(texts)]
+    (ids, _), start = tokenized(model, texts), start_mark(model)
     size = context_length(model)
-    ids, limit = model.tokenizer(list(texts)).input_ids, size - room
+    limit = size - room
     if limit < 2:
         say = f"{room} new tokens leave no room for a prompt in a context of {size}; ask for fewer."
         raise ValueError(say)
@@ -277,8 +394,7 @@ def encode(
         what = f"context of {size} tokens has room for ({limit}; first: text {long[0]})"
         warnings.warn(f"{len(long)} texts are longer than the {what}; their beginning was cut.", stacklevel=2)
     for i in long:
-        start = int(ids[i][0] == model.tokenizer.bos_token_id)
-        ids[i] = ids[i][:start] + ids[i][start - limit :]
+        ids[i] = start + ids[i][len(start) - limit :]
     return ids
 
 
@@ -370,17 +486,6 @@ def left_batches(
     return out
 
 
-# %% ../nbs/06_engine.ipynb #a46a7bd3
-def hidden_of(output: Any) -> Tensor:  # (b, t, d)
-    "The residual stream in what a block returned."
-    return output[0] if isinstance(output, tuple) else output
-
-
-def with_hidden(output: Any, hidden: Tensor):
-    "What a block returned, with another residual stream."
-    return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
-
-
 # %% ../nbs/06_engine.ipynb #49d2a5c4
 def _inputs(model, ids, mask):
     "What a model is called with. With a mask (b, 1, t, t), a token stands after all that it sees."
@@ -391,17 +496,40 @@ def _inputs(model, ids, mask):
     return dict(input_ids=ids, attention_mask=shut, position_ids=(mask.sum(-1) - 1)[:, 0])
 
 
-# %% ../nbs/06_engine.ipynb #0122c5ff
-def _weights_hash(module):
-    "Fingerprint of all weights, 32 hex digits."
-    h = hashlib.sha256()
-    for name, w in sorted(module.state_dict().items()):
+# %% ../nbs/06_engine.ipynb #bcecb672
+_WRAPPERS = re.compile(r"^(module\.|base_model\.model\.)+|_orig_mod\.|(?<=\.)base_layer\.")
+
+
+def _all_weights(module):
+    "Names, without those of wrappers, and tensors; from disk where accelerate put them, unpacked if packed."
+    for name, path, w in sorted((_WRAPPERS.sub("", k), k, w) for k, w in module.state_dict().items()):
+        if isinstance(w, Tensor) and w.is_meta:
+            owner, _, leaf = path.rpartition(".")
+            w = module.get_submodule(owner)._hf_hook.weights_map[leaf]
+        for part in w if isinstance(w, tuple) else [w]:
+            if isinstance(part, Tensor):
+                yield name, part.dequantize() if part.is_quantized else part
+
+
+# %% ../nbs/06_engine.ipynb #88cdfc8b
+def _fingerprint(module):
+    "Hash of all weights, 32 hex digits, and sketch (64,)."
+    h, signs, sketch = hashlib.sha256(), np.random.PCG64(0), torch.zeros(64)
+    for name, w in _all_weights(module):
         h.update(f"{name}{tuple(w.shape)}".encode())
-        h.update(w.to("cpu", torch.bfloat16).contiguous().view(torch.int16).numpy())
-    return h.hexdigest()[:32]
+        own, square = torch.zeros(64), 1e-6 * (w.numel() + 1)
+        for part in w.detach().flatten().split(1 << 22):
+            exact = part.cpu()
+            x = exact.float()
+            h.update((x.bfloat16().view(torch.int16) if part.is_floating_point() else exact).numpy())
+            rows = torch.nn.functional.pad(x, (0, -len(x) % 64)).view(-1, 64)
+            own += torch.tensor(signs.random_raw(len(rows)) >> 63).float().mul(2).sub(1) @ rows  # (64,)
+            square += x.square().sum()
+        sketch += own / square**0.5
+    return h.hexdigest()[:32], tuple(sketch.double().round(decimals=5).tolist())
 
 
-# %% ../nbs/06_engine.ipynb #678ea30c
+# %% ../nbs/06_engine.ipynb #2874df51
 @dataclass(eq=False)
 class Local:
     "A model that runs here, through nnsight."
@@ -413,8 +541,12 @@ class Local:
     own_products = True
 
     @cached_property
+    def fingerprint(self) -> tuple[str, tuple[float, ...]]:
+        return _fingerprint(self.model._module)
+
+    @property
     def weights(self) -> str:
-        return _weights_hash(self.model._module)
+        return self.fingerprint[0]
 
     @cached_property
     def precision(self) -> str:
@@ -425,8 +557,9 @@ class Local:
         return isinstance(_block_output(self.model, 0), tuple)
 
     @cached_property
-    def branching(self) -> bool:
-        return _shares_prompts(self)
+    def branching(self) -> int:
+        sizes = [8 << k for k in range(8) if 8 << k <= context_length(self.model)]
+        return max(takewhile(partial(_shares_prompts, self), sizes), default=0)
 
 
 # %% ../nbs/06_engine.ipynb #f5dce656
@@ -461,20 +594,42 @@ def _amd():
     return info.is_file() and "AuthenticAMD" in info.read_text()
 
 
-# %% ../nbs/06_engine.ipynb #20bc414e
+# %% ../nbs/06_engine.ipynb #2ebb0da8
+_TURN = threading.RLock()
+
+
 @contextmanager
 def fast_matmul(device: torch.device):
-    "Within: the fastest matrix products that are still float32."
-    old = torch.get_float32_matmul_precision()
-    if device.type == "cpu" and _amd():
-        torch.set_float32_matmul_precision("medium")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(old)
+    "Within: the fastest matrix products that are still float32, and no pass of another thread."
+    with _TURN:
+        old = torch.get_float32_matmul_precision()
+        if device.type == "cpu" and _amd():
+            torch.set_float32_matmul_precision("medium")
+        try:
+            yield
+        finally:
+            torch.set_float32_matmul_precision(old)
 
 
-# %% ../nbs/06_engine.ipynb #3064e24c
+# %% ../nbs/06_engine.ipynb #932b7ade
+@contextmanager
+def passing(model: TransformersModel) -> Iterator[None]:
+    "Within: passes of this thread alone, without gradients, in evaluation mode."
+    inner = model._module
+    with fast_matmul(_device(model)), torch.no_grad():
+        trained, returns = [m for m in inner.modules() if m.training], inner.config.return_dict
+        inner.config.return_dict = True
+        try:
+            for part in trained:
+                part.training = False
+            yield
+        finally:
+            inner.config.return_dict = returns
+            for part in trained:
+                part.training = True
+
+
+# %% ../nbs/06_engine.ipynb #2f9f07ed
 @patch
 def read(
     self: Local,
@@ -484,12 +639,13 @@ def read(
 ) -> list[Tensor]:  # for each layer, in the order asked for: (b, t, d)
     "Residual stream after each of `layers`; nothing deeper is computed."
     model, order = self.model, sorted(set(layers))  # nnsight wants them in the order of execution
-    with fast_matmul(ids.device), torch.no_grad(), model.trace(**_inputs(model, ids, mask)) as tracer:
-        got = save({})
-        for k in order:
-            got[k] = hidden_of(model.layers[k].output).clone()
-        tracer.stop()
-    return [got[k] for k in layers]
+    with passing(model):
+        with model.trace(**_inputs(model, ids, mask)) as tracer:
+            got = save({})
+            for k in order:
+                got[k] = hidden_of(model.layers[k].output).clone()
+            tracer.stop()
+        return [_write(model.layers[k]._module, (), got[k]) for k in layers]
 
 
 # %% ../nbs/06_engine.ipynb #90022915
@@ -563,36 +719,19 @@ def rows_of(
     return out
 
 
-# %% ../nbs/06_engine.ipynb #138f86fb
-def _so_far(given, h):  # what the model was called with, (b, t, d) -> (b, T)
-    "Attention mask of all tokens so far; where a pass was given none, as where nothing is padded, all count."
-    mask, past = given.get("attention_mask"), given.get("past_key_values")
-    if mask is None:
-        mask = h.new_ones(len(h), h.shape[1] if past is None else past.get_seq_length())
-    return mask
-
-
-# %% ../nbs/06_engine.ipynb #d9a65aaf
+# %% ../nbs/06_engine.ipynb #92630026
 @contextmanager
 def steered(model: TransformersModel, layer: int, change: Change, masked: bool = False):
     "While open, the residual stream after `layer` is `change` of itself; traces of your own included."
-    with model.edit(inplace=True):
-        for _ in Iterations()[:]:
-            try:
-                given, block = model.inputs[1], model.layers[layer]
-                h = hidden_of(block.output)
-                more = [_so_far(given, h)] if masked else []
-                block.output = with_hidden(block.output, change(h, *more))
-            except OutOfOrderError:
-                break
-    edit = model._edits[-1]
+    mine = model.layers[layer]._module, change, masked
+    OPEN.set((*OPEN.get(), mine))
     try:
         yield model
     finally:
-        model._edits = [e for e in model._edits if e is not edit]
+        OPEN.set(tuple(x for x in OPEN.get() if x is not mine))
 
 
-# %% ../nbs/06_engine.ipynb #a448c2e7
+# %% ../nbs/06_engine.ipynb #84595219
 @patch
 def steer(self: Local, layer, change, masked=False):
     "As of `Engine.steer`."
@@ -602,28 +741,42 @@ def steer(self: Local, layer, change, masked=False):
 @patch
 def generate(self: Local, ids, mask, **options):
     "As of `Engine.generate`."
-    return self.model.generate(input_ids=ids, attention_mask=mask, **options)
+    with passing(self.model):
+        return self.model.generate(input_ids=ids, attention_mask=mask, **options)
 
 
-# %% ../nbs/06_engine.ipynb #64eebf7c
-def _probe(model):
-    "Some tokens that every vocabulary has, to try a model with, and their mask (1, 6)."
+# %% ../nbs/06_engine.ipynb #65db97da
+def continued(model: TransformersModel, ids: Tensor, mask: Tensor, **options) -> Tensor:  # (b, t + new)
+    "As of `Engine.generate`, in halves where memory does not suffice."
+    try:
+        return engine(model).generate(ids, mask, **options)
+    except Exception as e:
+        if not out_of_memory(e) or len(ids) == 1:
+            raise
+    halves = zip(ids.tensor_split(2), mask.tensor_split(2), strict=True)
+    rows = [x for half in halves for x in continued(model, *half, **options)]
+    return pad_sequence(rows, True, options.get("pad_token_id") or 0)
+
+
+# %% ../nbs/06_engine.ipynb #164fee08
+def _probe(model, n=6):
+    "Some tokens that every vocabulary has, to try a model with, and their mask (1, n)."
     size = model._module.config.get_text_config().vocab_size
-    return pad(model, [[k % size for k in (3, 5, 7, 11, 13, 17)]])
+    return pad(model, [[(3 + 2 * k + k * k // 5) % size for k in range(n)]])
 
 
-# %% ../nbs/06_engine.ipynb #6adf3b51
+# %% ../nbs/06_engine.ipynb #5406e776
 def _block_output(model, layer):
     "What a block returns for them, by a plain PyTorch hook."
     seen: list = []
     hook = model.layers[layer]._module.register_forward_hook(lambda m, i, o: seen.append(o))
     ids, mask = _probe(model)
-    with torch.no_grad(), hook:
+    with passing(model), hook:
         model._module(input_ids=ids, attention_mask=mask)
     return seen[0]
 
 
-# %% ../nbs/06_engine.ipynb #69cd5222
+# %% ../nbs/06_engine.ipynb #cd2b168a
 @patch
 def logits(
     self: Local,
@@ -634,29 +787,36 @@ def logits(
     hidden: Tensor | None = None,  # ... from this state (b, t, d)
 ) -> Tensor:  # (b, keep, vocabulary) float32
     "Next-token logits at the last `keep` positions; the head runs for those alone."
-    model, stand_in = self.model, (hidden, None) if self.tuples else hidden
-    inputs = _inputs(model, ids, mask)
-    with fast_matmul(ids.device), torch.no_grad(), model.trace(**inputs, logits_to_keep=keep):
-        for k in range(layer + 1):
-            model.layers[k].skip(stand_in)
-        out = model.output.logits.save()
+    model, stand_in = self.model, (hidden, None) if layer >= 0 and self.tuples else hidden
+    inputs, skipped = _inputs(model, ids, mask), [model.layers[k]._module for k in range(layer + 1)]
+    was = OPEN.set(tuple(x for x in OPEN.get() if x[0] not in skipped))  # `hidden` was changed when read
+    try:
+        with passing(model), model.trace(**inputs, logits_to_keep=keep):
+            for k in range(layer + 1):
+                model.layers[k].skip(stand_in)
+            out = model.output.logits.save()
+    finally:
+        OPEN.reset(was)
     return out.float()
 
 
-# %% ../nbs/06_engine.ipynb #ef73768e
-def _shares_prompts(here):
-    "Whether two continuations that are read in one pass get the logits that each gets alone."
-    ids, mask = _probe(here.model)
-    part = torch.tensor([[0, 0, 1, 1, 2, 2]]).to(ids)
-    alone = here.logits(ids[:, [0, 1, 4, 5]], mask[:, :4], 2)
+# %% ../nbs/06_engine.ipynb #4d815bb9
+def _shares_prompts(here, n):
+    "Whether two continuations that are read in one pass of n tokens get the logits that each gets alone."
+    ids, mask = _probe(here.model, n)
+    part = torch.arange(3).repeat_interleave(n // 4)
+    part = torch.cat([part[: n // 4], part])[None].to(ids)  # half of them the prompt
+    own = part[0] != 1
     try:
-        off = here.logits(ids, _branches(part), 2) - alone
+        alone, both = here.logits(ids[:, own], mask[:, own], 2), here.logits(ids, _branches(part), 2)
     except Exception:  # whatever the family's own code has against such a mask
         return False
-    return bool(off.abs().max() <= (2e-3 if here.precision == "float32" else 0.05) * alone.abs().max())
+    return bool(
+        (both - alone).abs().max() <= (2e-3 if here.precision == "float32" else 0.05) * alone.abs().max()
+    )
 
 
-# %% ../nbs/06_engine.ipynb #71e1761e
+# %% ../nbs/06_engine.ipynb #4d175824
 @dataclass(eq=False)
 class _Scores:
     "Batches of a local model, read up to a layer."
@@ -666,18 +826,27 @@ class _Scores:
     batches: Sequence[Batch]
     reduce: Callable
     read: int = 0  # texts that went on from there
+    begun: tuple = (None, None)  # under what was open here, and what came of it
 
-    @cached_property
+    @property
     def kept(self):  # batch, hidden (b, t, d), base of each
-        return [self.begin(b) for b in self.batches]
+        under, kept = self.begun
+        if under is not OPEN.get():
+            self.begun = _, kept = OPEN.get(), [self.begin(b) for b in self.batches]
+        return kept
 
 
-# %% ../nbs/06_engine.ipynb #8c115d0d
+# %% ../nbs/06_engine.ipynb #59b0723b
 @patch
 def after(self: _Scores, batch, base, ids, mask, *start):
     "What `reduce` makes of a batch; `start`: the layer, and the state from which to go on."
     self.read += len(batch.rows)
-    return self.reduce(self.here.logits(ids, mask, batch.keep, *start), base, batch.extra)
+    z = self.here.logits(ids, mask, batch.keep, *start)  # (b, keep, vocabulary)
+    real = mask[:, -batch.keep :] > 0 if mask.ndim == 2 else ...  # not the padding
+    if not z.sum(-1)[real].isfinite().all():
+        say = f"logits that are not finite from layer {self.layer} on"
+        raise ValueError(f"{self.here.name} gives {say}. Load it in float32, or change it less there.")
+    return self.reduce(z, base, batch.extra)
 
 
 @patch
@@ -727,26 +896,34 @@ def sums(self: Local, texts, prepare, into, notes=None, tokens=0):
             yield partial(take, chunk, Y)
 
 
-# %% ../nbs/06_engine.ipynb #48821e0b
-def _wrong(model, k):
-    "What is wrong with layer k, if anything."
-    here, (ids, mask) = Local(model), _probe(model)
-    (got,), want = here.read(ids, mask, [k]), hidden_of(_block_output(model, k))
-    width = model._module.config.get_text_config().hidden_size
+# %% ../nbs/06_engine.ipynb #6dc9aa99
+def _faults(model):
+    "What is wrong with a model, and what to do."
+    here, (ids, mask), k = Local(model), _probe(model), len(model.layers) // 2
+    other = torch.cat([ids[:, :-1], ids[:, :1]], 1)
+    (got, deep), (_, moved) = (here.read(x, mask, [k, len(model.layers) - 1]) for x in (ids, other))
+    want, width = hidden_of(_block_output(model, k)), model._module.config.get_text_config().hidden_size
+    if not deep.isfinite().all():
+        yield "states are not finite. Load it in float32, or get its weights anew."
+    if ((deep - moved).norm(dim=-1) > 0.01 * deep.norm(dim=-1))[:, :-1].any():
+        yield "a later token moves an earlier state. Load one that reads from left to right (`is_causal`)."
     if not (got - want).abs().max() <= 1e-6 * want.abs().max():
-        return f"reading layer {k} through nnsight differs from a plain hook"
+        yield f"reading layer {k} through nnsight differs from a plain hook. {_RENAME}"
     if got.shape[-1] != width:
-        return f"layer {k} is {got.shape[-1]} wide, not {width}"
+        yield f"layer {k} is {got.shape[-1]} wide, not {width}. {_RENAME}"
     ramp = torch.linspace(-1, 1, width).to(got)
     before = here.logits(ids, mask)
     with here.steer(k, lambda h: h + ramp * h.norm(dim=-1, keepdim=True)):
-        if torch.equal(before, here.logits(ids, mask)):
-            return f"writing to layer {k} does not reach the logits"
+        after = here.logits(ids, mask)
+    if torch.equal(before, after):
+        yield f"writing to layer {k} does not reach the logits. {_RENAME}"
+
+
+_RENAME = "Pass rename={path of its list of blocks: 'layers'}."
 
 
 def checked(model: TransformersModel) -> TransformersModel:
     "The model, read and written once. Raises ValueError naming the fix."
-    if fault := _wrong(model, len(model.layers) // 2):
-        kind = type(model._module).__name__
-        raise ValueError(f"{kind}: {fault}. Pass rename={{path of its list of blocks: 'layers'}}.")
+    for fault in _faults(model):
+        raise ValueError(f"{type(model._module).__name__}: {fault}")
     return model

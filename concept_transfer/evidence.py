@@ -30,7 +30,7 @@ __all__ = [
     "off_target",
 ]
 
-# %% ../nbs/17_evidence.ipynb #75cf5549
+# %% ../nbs/17_evidence.ipynb #f784e417
 import json
 import warnings
 from collections.abc import Callable, Sequence
@@ -38,7 +38,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import pandas as pd
@@ -46,37 +46,49 @@ import torch
 from fastcore.basics import patch
 from markupsafe import Markup
 from nnsight import TransformersModel
+from pydantic import NonNegativeInt, PositiveInt, StringConstraints
 from tqdm import tqdm
 
-from .artefacts import Journal, plain, versions, whole_file
+from .artefacts import Journal, fingerprint, plain, versions, whole_file
 from .cards import bar, card
 from .cards import table as html_table
 from .concepts import POSITIONS, REDUCERS, extract_concept
-from .data import ContrastPairs, Corpus, data_hash, load_corpus
+from .data import ContrastPairs, Corpus, data_hash, load_corpus, parse_json
+from .engine import engine
 from .measure import METRICS, STRENGTHS, Answers, Bench, Damage, dose_curve, steerability
+from .models import model_info
+from .moments import Listed, Strict, fits, strict
 from .stats import bootstrap, holm, interval, mcnemar, permutation_p, smallest_effect, wilson
 from .steering import Transplant, generate
 from .tasks import BEHAVIOURS, ChoiceTask, GenerationTask, load_task, repetition
 
-# %% ../nbs/17_evidence.ipynb #aa2db89b
+# %% ../nbs/17_evidence.ipynb #6bdec2a6
 Number = float | None  # None: was not asked, or cannot be said
 Interval = list[float] | None  # lower and upper end
+_Line = Annotated[str, StringConstraints(pattern=r"^\P{Cc}*$")]  # without control characters
 
 
 @dataclass(frozen=True)
-class Run:
+class Run(Strict):
     "One draw of one arm, as it was measured."
 
-    arm: str
-    experiment: str  # one of `EXPERIMENTS`
+    arm: _Line
+    experiment: _Line  # one of `EXPERIMENTS`
     draw: int = 0
     dose: Number = None  # None: words, or another model
     strength: Number = None  # of a point of a dose curve
-    task: str = ""  # where it is not the task of the evidence
-    answers: dict[str, list] = field(default_factory=dict)  # (n,) for each metric
-    kl: list | None = None  # (texts, keep) in nats
-    lost: list | None = None  # (texts, keep) log-probability that the tokens lost
+    task: _Line = ""  # where it is not the task of the evidence
+    answers: dict[_Line, list[float]] = field(default_factory=dict)  # (n,) for each metric
+    kl: list[list[float]] | None = None  # (texts, keep) in nats
+    lost: list[list[float]] | None = None  # (texts, keep) log-probability that the tokens lost
     texts: list[str] | None = None  # what was generated
+
+    def __post_init__(self):
+        super().__post_init__()
+        if taken := {*vars(self), "item", "group"} & {*self.answers}:
+            raise ValueError(
+                f"a metric cannot be called {min(taken)!r}: a column of the table has that name."
+            )
 
     @property
     def damage(self) -> Damage | None:
@@ -122,24 +134,27 @@ STARTS = (
 )
 
 
-# %% ../nbs/17_evidence.ipynb #aaac4932
+# %% ../nbs/17_evidence.ipynb #5463bb5e
 @dataclass(frozen=True)
-class Settings:
+class Settings(Strict):
     "How an evaluation is done. Raises ValueError for what cannot be."
 
     random: int = 20  # random directions
     damage: Number = None  # nats a token for every arm; default: that of the transplant, else 0.1
-    seed: int = 0  # of the random directions and the bootstrap
-    bootstrap: int = 2000  # draws
-    strengths: Sequence[float] = STRENGTHS  # of the dose curves
+    seed: NonNegativeInt = 0  # of the random directions and the bootstrap
+    bootstrap: PositiveInt = 2000  # draws
+    strengths: Annotated[Sequence[float], Listed] = STRENGTHS  # of the dose curves
     off: Sequence[ChoiceTask] | None = None  # what else may move; default: items of built-in behaviours
 
     def __post_init__(self):
+        super().__post_init__()
         if self.random < 0:
             raise ValueError(f"random={self.random}: give the number of random directions, 0 for none.")
+        if self.off and len({t.name for t in self.off}) < len(self.off):
+            raise ValueError("two tasks of `off` have one name; give each its own.")
 
 
-# %% ../nbs/17_evidence.ipynb #d89406f4
+# %% ../nbs/17_evidence.ipynb #2804bbf0
 @dataclass(frozen=True)
 class Trial:
     "What every arm of an evaluation can use."
@@ -149,10 +164,12 @@ class Trial:
     given: dict[str, Any]  # pairs, other, examples, source, and what arms of your own need
     settings: Settings = Settings()
     experiments: Sequence[str] = tuple(EXPERIMENTS)
-    journal: Callable = lambda name, make: make()  # what was kept under a name, else made now
+    journal: Journal = field(default_factory=partial(Journal, None, "evaluation"))  # what was measured before
 
-    def keep(self, name: str, make: Callable[[], list[Run]]) -> list[Run]:
-        "Runs that an earlier evaluation finished under this name, else made now."
+    def keep(self, name: str, make: Callable[[], list[Run]], *of: Any) -> list[Run]:
+        "Runs that an earlier evaluation made of the same, else made now."
+        if self.journal.path:
+            name = f"{name} {fingerprint(of, self.bench.damage, METRICS)}"
         return [Run(**r) for r in self.journal(name, lambda: [vars(r) for r in make()])]
 
 
@@ -331,7 +348,19 @@ def _measured(trial, arm, some, first):
     ]
 
 
-# %% ../nbs/17_evidence.ipynb #0a213b57
+# %% ../nbs/17_evidence.ipynb #9c4bb88b
+def _which(model):
+    return f"{model_info(model)}, {engine(model).precision}"
+
+
+def _made_of(draw):
+    "All that an arm's draw does to a model."
+    if isinstance(draw, Transplant):
+        return draw.vector(), draw.positions
+    return _which(draw.model) if isinstance(draw, Unsteered) else draw
+
+
+# %% ../nbs/17_evidence.ipynb #d8c52c88
 def _measure_arm(trial, arm):
     "The draws of an arm, and what was measured of them; none where they cannot be made."
     if arm.input and trial.given.get(arm.input) is None:
@@ -342,7 +371,8 @@ def _measure_arm(trial, arm):
         some = draws[first : first + 4]
         if runs and runs[-1].dose:
             some = [replace(t, dose=runs[-1].dose) for t in some]
-        runs += trial.keep(f"{arm.name} {first}", partial(_measured, trial, arm.name, some, first))
+        of = [*map(_made_of, some)], "equal_norm" in trial.experiments
+        runs += trial.keep(f"{arm.name} {first}", partial(_measured, trial, arm.name, some, first), of)
     return draws, runs
 
 
@@ -394,23 +424,23 @@ FOLLOWED: dict[str, Callable] = {
 }
 
 
-# %% ../nbs/17_evidence.ipynb #b168653f
+# %% ../nbs/17_evidence.ipynb #aa93cf0e
 @dataclass(frozen=True)
-class Provenance:
+class Provenance(Strict):
     "Which question was asked of what."
 
-    transplant: str
-    task: str
+    transplant: _Line
+    task: _Line
     n: int
     damage_budget: float  # nats a token
-    layers: list  # of the source, of the target
-    positions: str
-    source: str | None
-    target: str
-    task_hash: str
-    neutral_hash: str
-    seed: int
-    bootstrap: int  # draws
+    layers: list[int | None]  # of the source, of the target
+    positions: _Line
+    source: _Line | None
+    target: _Line
+    task_hash: _Line
+    neutral_hash: _Line
+    seed: NonNegativeInt
+    bootstrap: PositiveInt  # draws
     notes: dict  # of the transplant: concept, map, search
     groups: list[str]  # scenario of each item
     versions: dict[str, str]
@@ -475,14 +505,14 @@ class Effect:
     p_value: Number = None  # against random directions
 
 
-# %% ../nbs/17_evidence.ipynb #defada88
+# %% ../nbs/17_evidence.ipynb #c50357e9
 @dataclass(frozen=True)
-class Evidence:
+class Evidence(Strict):
     "What `evaluate` found: what was measured, and what follows from it."
 
     provenance: Provenance
     runs: list[Run]
-    missing: dict[str, str] = field(default_factory=dict)  # why an arm was not run
+    missing: dict[_Line, _Line] = field(default_factory=dict)  # why an arm was not run
 
     @cached_property
     def arms(self) -> dict[str, ArmResult]:
@@ -584,14 +614,14 @@ class Capability:
     texts: list[str] | None = None  # greedy continuations of `STARTS`
 
 
-# %% ../nbs/17_evidence.ipynb #2d9b652f
+# %% ../nbs/17_evidence.ipynb #fb5e065e
 @patch(as_prop=True)
 def capability(self: Evidence) -> dict[str, Capability]:
     "What each arm knows, and how it repeats itself."
     found: dict[str, Capability] = {}
     right = {k: r.answers["chosen"] for k, (r,) in self.of("knowledge").items()}
     for arm, hits in right.items():
-        k, n, p = sum(hits), len(hits), None if arm == "base" else mcnemar(right["base"], hits)
+        k, n, p = int(sum(hits)), len(hits), None if arm == "base" else mcnemar(right["base"], hits)
         found[arm] = Capability(k / n, list(wilson(k, n)), n, p)
     for arm, (r,) in self.of("texts").items():
         again = float(np.mean([*map(repetition, r.texts)]))
@@ -610,7 +640,7 @@ class OffTarget:
     p: dict[str, float]  # McNemar's, adjusted over all behaviours (Holm)
 
 
-# %% ../nbs/17_evidence.ipynb #58bf27b3
+# %% ../nbs/17_evidence.ipynb #f8cea2f9
 @patch(as_prop=True)
 def off_target(self: Evidence) -> list[OffTarget]:
     "How every other behaviour moved; Holm's adjustment pays for having looked at all of them."
@@ -626,12 +656,15 @@ def off_target(self: Evidence) -> list[OffTarget]:
     ]
 
 
-# %% ../nbs/17_evidence.ipynb #9353e279
+# %% ../nbs/17_evidence.ipynb #c2bb2ea2
 @patch
 def steered(self: Evidence, arm: str = "transplanted") -> dict | None:
-    "Slope of the margin for one unit of strength, and the share of items that move the wrong way."
+    """Slope of the margin for one unit of strength, and the share of items that move the wrong way. None
+    where there are not two strengths up to 1."""
     points = [(p.strength, p.answers["margin"]) for p in self.of("curves").get(arm, ())]
-    return steerability(points) if points else None
+    with suppress(ValueError):
+        return steerability(points)
+    return None
 
 
 # %% ../nbs/17_evidence.ipynb #f68dc4ef
@@ -699,7 +732,7 @@ def __repr__(self: Evidence) -> str:
     return "\n".join([head, ran.to_string(), *missing, *self.effect.lines])
 
 
-# %% ../nbs/17_evidence.ipynb #92907945
+# %% ../nbs/17_evidence.ipynb #036b11dc
 @patch
 def _repr_html_(self: Evidence) -> Markup:
     of, rows, further = self.provenance, [], self.further
@@ -712,12 +745,13 @@ def _repr_html_(self: Evidence) -> Markup:
     return card(f"Evidence for {of.transplant}", facts, html_table(columns, rows))
 
 
-# %% ../nbs/17_evidence.ipynb #a71e0b0e
+# %% ../nbs/17_evidence.ipynb #6328c4ac
 @patch(as_prop=True)
 def data(self: Evidence) -> dict:
     "The evidence as `evidence.json` holds it."
     parts = {k: getattr(self, k) for k in ("runs", "arms", "capability", "off_target")}
-    return plain(vars(self.provenance) | vars(self.effect) | parts)
+    parts = plain(vars(self.provenance) | vars(self.effect) | parts)
+    return parts | {"digest": data_hash([json.dumps(parts)])}
 
 
 # %% ../nbs/17_evidence.ipynb #6ee3eaa8
@@ -729,35 +763,48 @@ def save(self: Evidence, path: str | Path):
         tmp.write_text("{\n" + ",\n".join(parts) + "\n}\n", encoding="utf-8")
 
 
-# %% ../nbs/17_evidence.ipynb #bd9b124f
+# %% ../nbs/17_evidence.ipynb #1445ef3b
 @patch(cls_method=True)
 def load(cls: Evidence, path: str | Path) -> Evidence:
-    "Read what `save` wrote and compute again what follows from the runs. Raises ValueError for another file."
+    """Read what `save` wrote and compute again what follows from the runs. Raises ValueError for a file
+    that is another, or was changed."""
+    d = parse_json(Path(path).expanduser().read_bytes(), path)
     try:
-        d = json.loads(Path(path).read_text(encoding="utf-8"))
+        changed = d.pop("digest") != data_hash([json.dumps(d)])
         made_of = Provenance(**{f.name: d[f.name] for f in fields(Provenance)})
         missing = {k: a["reason"] for k, a in d["arms"].items() if a["reason"]}
-        return Evidence(made_of, [Run(**r) for r in d["runs"]], missing)
-    except (ValueError, KeyError, TypeError) as e:
+        found = Evidence(made_of, [Run(**r) for r in d["runs"]], missing)
+        odd = {r.arm for r in found.runs} | {*missing} != {*d["arms"]} or made_of.n != len(made_of.groups)
+        if changed or odd or found.table.empty or not found.data:
+            raise ValueError("it was changed")
+    except Exception as e:  # whatever a wrong file breaks
         why = f"is not evidence that this version wrote ({e!r}); evaluate again."
         raise ValueError(f"{str(path)!r} {why}") from None
+    return found
 
 
-# %% ../nbs/17_evidence.ipynb #7293cb62
+# %% ../nbs/17_evidence.ipynb #eb6ad4f1
+_GIVEN = {"pairs": ContrastPairs, "other": ContrastPairs, "examples": ChoiceTask, "source": TransformersModel}
+
+
 def _check_asked(t, task, experiments, given, arms):
-    """Raise ValueError for an experiment and TypeError for an input that is not known. Warn of items that
-    chose the layers, which would flatter the result."""
+    """Raise ValueError for arms or an experiment, and TypeError for an input, that will not do. Warn of items
+    that chose the layers, which would flatter the result."""
+    names = [a.name for a in arms.values()]
+    if "base" not in names or len({*names}) < len(names):
+        raise ValueError("arms: 'base' is needed, and every arm needs a name of its own: {**ARMS, ...}.")
     if unknown := [x for x in experiments if x not in EXPERIMENTS]:
         raise ValueError(f"no experiment {unknown[0]!r}: use some of {', '.join(EXPERIMENTS)}.")
     known = sorted({a.input for a in arms.values() if a.input})
     if strange := [k for k in given if k not in known]:
         raise TypeError(f"evaluate: no arm needs {strange[0]!r}; arms need {', '.join(known)}.")
+    fits({k: v for k, v in given.items() if v is not None}, _GIVEN, "evaluate")
     if seen := {data_hash([x]) for x in task.prompts} & {*t.notes.get("tuning_items", ())}:
         say = f"{len(seen)} of these items chose layers and dose; the result will be too good. Use others."
         warnings.warn(say, stacklevel=3)
 
 
-# %% ../nbs/17_evidence.ipynb #9e5494af
+# %% ../nbs/17_evidence.ipynb #b1db24bb
 def _run_arms(trial, arms):
     "Runs of all arms, then of the experiments on those that are followed, and why others are missing."
     runs: list = []
@@ -771,13 +818,15 @@ def _run_arms(trial, arms):
         if not draws and not arm.optional:
             why = arm.reason or f"needs {arm.input}="
             missing[arm.name] = why if asked else "equal damage was not asked for"
+    of = [(k, t and _made_of(t)) for k, t in placed.items()], trial.settings.strengths, trial.settings.off
     for name, follow in FOLLOWED.items():
         if name in trial.experiments:
-            runs += trial.keep(name, partial(follow, trial, placed))
+            runs += trial.keep(name, partial(follow, trial, placed), of)
     return runs, missing
 
 
-# %% ../nbs/17_evidence.ipynb #ca2e4f23
+# %% ../nbs/17_evidence.ipynb #06adcf35
+@strict
 def evaluate(
     t: Transplant,
     task: ChoiceTask,
@@ -795,14 +844,14 @@ def evaluate(
     damage = t.notes.get("damage_budget", 0.1) if damage is None else damage
     bench = Bench(t.model, t.layer, task, neutral, damage)
     made_of = _provenance(t, bench, settings)
-    others = [x.hash for x in settings.off or ()], {k: getattr(v, "hash", str(v)) for k, v in given.items()}
-    key = data_hash([repr((made_of, t.vector().tolist(), replace(settings, off=None), *others))])
-    return Evidence(
-        made_of, *_run_arms(Trial(bench, t, given, settings, experiments, Journal(path, key)), arms)
-    )
+    parts = dict(transplant=_made_of(t), layer=t.layer, model=_which(t.model), versions=str(versions()))
+    parts |= {k: f"{x!r} {x.hash}" for k, x in (("task", task), ("neutral", bench.neutral))}
+    journal = Journal(path, "evaluation", parts)
+    return Evidence(made_of, *_run_arms(Trial(bench, t, given, settings, experiments, journal), arms))
 
 
-# %% ../nbs/17_evidence.ipynb #03560c90
+# %% ../nbs/17_evidence.ipynb #75a01a1e
+@strict
 def evaluate_text(
     arms: dict[str, Transplant | None],  # None: the base model
     task: GenerationTask,
@@ -814,6 +863,7 @@ def evaluate_text(
     pd.DataFrame
 ):  # a row an arm: mean, its interval, that of the gain over `base`, and the lists scores and texts
     "Score of greedy continuations for every arm."
+    Settings(seed=seed, bootstrap=draws)  # raises
     texts = {k: _written(t, model, task.prompts, tokens) for k, t in arms.items()}
     found = pd.DataFrame({"texts": texts})
     found["scores"] = [[float(x) for x in task.score(said)] for said in found.texts]
@@ -824,7 +874,8 @@ def evaluate_text(
     return found
 
 
-# %% ../nbs/17_evidence.ipynb #25985d5a
+# %% ../nbs/17_evidence.ipynb #5cbd3f32
+@strict
 def off_target(
     transplants: Sequence[Transplant],  # at the doses they will be used at
     tasks: Sequence[ChoiceTask],
@@ -832,6 +883,8 @@ def off_target(
     np.ndarray, np.ndarray
 ]:  # (transplants, tasks): change of choice rate, Holm-adjusted p of McNemar's test
     "How every transplant moves every behaviour."
+    if len({t.model for t in transplants}) != 1 or not tasks:
+        raise ValueError("give some transplants of one model, and some tasks.")
     shift, p = np.zeros((2, len(transplants), len(tasks)))
     for layer in {t.layer for t in transplants}:
         here = [i for i, t in enumerate(transplants) if t.layer == layer]

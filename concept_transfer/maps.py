@@ -21,7 +21,7 @@ __all__ = [
     "downstream",
 ]
 
-# %% ../nbs/14_maps.ipynb #ee9b9fc3
+# %% ../nbs/14_maps.ipynb #73c126c8
 import math
 import warnings
 from collections.abc import Callable, Sequence
@@ -29,6 +29,7 @@ from dataclasses import dataclass, field
 from functools import cache, cached_property, partial
 from itertools import product
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import torch
@@ -37,12 +38,12 @@ from nnsight import TransformersModel
 from torch import Tensor
 from tqdm import tqdm
 
-from .artefacts import Artefact, save_fields
+from .artefacts import Artefact, Count, Layers, Notes, Score, Template, save_fields
 from .cards import card, heat
 from .concepts import Concept, activations, mean_difference
 from .data import ContrastPairs, Corpus, text_key
-from .models import ModelInfo
-from .moments import Moments, Reading, collect, fresh
+from .models import ModelInfo, model_info
+from .moments import Listed, Moments, Reading, collect, fresh, strict
 from .pairing import last_token, paired_states
 from .stats import auc, permutation_p
 
@@ -221,20 +222,26 @@ def random_map(W: Tensor, seed: int = 0) -> Tensor:
     return Z * (W.norm() / Z.norm())
 
 
-# %% ../nbs/14_maps.ipynb #b0c3ff6a
+# %% ../nbs/14_maps.ipynb #e79937f3
 @dataclass(frozen=True)
 class AffineMap(Artefact):
     "Source state `x` to target state `x @ W + b`; a direction is moved by the linear part alone."
 
-    kind = "affine"
+    artefact = "affine"
+    shapes = {
+        "W": "source.width target.width",
+        "b": "target.width",
+        "shuffled": "source.width target.width",
+        "layers": "two < source.layers target.layers",
+    }
     W: Tensor  # (d1, d2)
     b: Tensor  # (d2,)
-    layers: tuple[int, int]
+    layers: tuple[Count, Count]
     source: ModelInfo
     target: ModelInfo
-    r2: float  # on held-out rows, standardised; not a number for a composition, which was not judged
+    r2: Score  # on held-out rows, standardised; not a number for a composition, which was not judged
     shuffled: Tensor  # (d1, d2) the same fit on rows paired at random
-    notes: dict = field(default_factory=dict)  # where it comes from: method, penalty, rows, texts, template
+    notes: Notes = field(default_factory=dict)  # where it comes from: method, penalty, rows, texts, template
 
     def __call__(self, X: Tensor) -> Tensor:  # (n, d1) -> (n, d2)
         return X @ self.W + self.b
@@ -329,22 +336,36 @@ def _dealt(P, T, orders):  # (L2, texts, d2) twice, (1 + 1000, texts) -> (1 + 10
     return (P @ T.mT)[:, orders[0], orders].mean(-1).amax(0)
 
 
-# %% ../nbs/14_maps.ipynb #96723b51
+# %% ../nbs/14_maps.ipynb #bfecb42c
 @dataclass(frozen=True, kw_only=True)
 class LayerGrid(Artefact):
     "One map for each pair of layers of two models, judged on texts that none of them saw."
 
-    kind = "map"
+    artefact = "map"
+    apart = ("scores",)
+    endless = ("scale",)
+    missing = {"settings": {}}
+    shapes = {
+        "source_layers": "L1 < source.layers",
+        "target_layers": "L2 < target.layers",
+        "W": "L1 L2 source.width target.width",
+        "b": "L1 L2 target.width",
+        "shuffled": "L1 L2 source.width target.width",
+        "span": "L1 source.width source.width",
+        "scale": "L1 source.width",
+        "r2_by_dim": "L1 L2 target.width",
+        **dict.fromkeys(("lam", "r2", "cosine", "r2_shuffled", "rank"), "L1 L2"),
+    }
     source: ModelInfo
     target: ModelInfo
-    source_layers: tuple[int, ...]  # L1 of them
-    target_layers: tuple[int, ...]  # L2
+    source_layers: Layers  # L1 of them
+    target_layers: Layers  # L2
     W: Tensor  # (L1, L2, d1, d2) float32
     b: Tensor  # (L1, L2, d2)
     shuffled: Tensor  # (L1, L2, d1, d2) bfloat16, the same from texts paired at random
     lam: Tensor  # (L1, L2) ridge penalty chosen by cross-validation
     span: Tensor  # (L1, d1, d1) projection on the span of the standardised states that fitted
-    scale: Tensor  # (L1, d1) their standard deviations
+    scale: Tensor  # (L1, d1) their standard deviations, infinite for a dimension that does not vary
     r2: Tensor  # (L1, L2) held-out R2 of standardised states
     r2_by_dim: Tensor  # (L1, L2, d2) the same for each dimension of the target
     cosine: Tensor  # (L1, L2) mean cosine of predicted and true states, standardised
@@ -352,11 +373,11 @@ class LayerGrid(Artefact):
     rank: Tensor  # (L1, L2) effective rank of the standardised map
     p_value: float  # of the best cosine, against the best over all pairs of layers when texts are shuffled
     method: str
-    rows: int  # paired rows that fitted the maps
-    texts: int  # texts that were read, held-out ones among them
+    rows: Count  # paired rows that fitted the maps
+    texts: Count  # texts that were read, held-out ones among them
     texts_hash: str
-    template: str = "{}"  # words around each text
-    settings: dict = field(default_factory=dict)  # how they were read: thin, weight, folds, held_out
+    template: Template = "{}"  # words around each text
+    settings: Notes = field(default_factory=dict)  # how they were read: thin, weight, folds, held_out
 
 
 # %% ../nbs/14_maps.ipynb #274333d2
@@ -370,7 +391,7 @@ def _judged(u, W, N, x, y, last, orders):  # maps, controls (L2, d1, d2); means 
     return _scores(T, P, N, W) | {"deals": _dealt(P[:, last], T[:, last], orders)}
 
 
-# %% ../nbs/14_maps.ipynb #67ab0910
+# %% ../nbs/14_maps.ipynb #9b7e9be4
 def _grid(m, make, method, lambdas=LAMBDAS, centred=True):
     "The maps that `make` gives for a `SourceLayer`, with their controls (L2, d1, d2), judged."
     rows, deals = [], _deals(m.held_of)
@@ -387,8 +408,19 @@ def _grid(m, make, method, lambdas=LAMBDAS, centred=True):
     found = vars(m) | {k: torch.stack([row[k] for row in rows]) for k in rows[0]}
     best = found["deals"].amax(0).numpy()  # (1 + 1000,) the best pair of layers of each deal
     found |= {"method": method, "p_value": permutation_p(best[0], best[1:])}
+    for side, d in ("source", m.shape[2]), ("target", m.shape[4]):  # sums of rows alone know no model
+        layers = max(found[f"{side}_layers"]) + 1
+        found[side] = found[side] or ModelInfo("unknown", "unknown", layers, d, "unknown", "unknown")
     found |= {"rows": round(float(m.n.sum())), "texts": len(m.seen), "texts_hash": m.texts_hash}
-    return LayerGrid(**{k: found[k] for k in LayerGrid.__annotations__})
+    grid = LayerGrid(**{k: found[k] for k in LayerGrid.__annotations__})
+    if not (grid.r2 > grid.r2_shuffled + 0.01).any():
+        best, other = grid.r2.max(), grid.r2_shuffled.max()
+        warnings.warn(
+            f"no map predicts held-out states better than its control of shuffled texts (R2 {best:.2f} and "
+            f"{other:.2f}), so nothing shows that it carries anything. Use more text, or other layers.",
+            stacklevel=4,
+        )
+    return grid
 
 
 # %% ../nbs/14_maps.ipynb #3fc4cd41
@@ -409,7 +441,7 @@ def _cut_short(text, i):  # i: number of the text
     return " ".join(words[: max(1, len(words) - 2 - i % 3)])
 
 
-# %% ../nbs/14_maps.ipynb #6b669d07
+# %% ../nbs/14_maps.ipynb #1fd3da4c
 def _published(source, target, corpus, *layers, **options):
     "The paper's maps: least squares without centring, penalty or offset, judged as all others are."
     if other := options.keys() - {"held_out", "most_rows", "template"}:
@@ -429,7 +461,7 @@ def _published(source, target, corpus, *layers, **options):
     X, Y, _ = paired_states(source, target, short, *layers, last_token)  # (n, L1, d1), (n, L2, d2)
     m.add(X.double(), Y.double())
     held = paired_states(source, target, whole, *layers)
-    m.held_x, m.held_y, m.held_of = (A[: how.most_rows] for A in held)
+    m.held_x, m.held_y, m.held_of = (A[: how.most_rows] for A in held)  # type: ignore[assignment]
     Y = torch.cat([Y, Y.roll(len(Y) // 2 + 1, 0)], 1)  # (n, 2 L2, d2), control: rows half of them further on
 
     def make(u):
@@ -467,7 +499,8 @@ def map_method(
     return entry
 
 
-# %% ../nbs/14_maps.ipynb #5fad50cc
+# %% ../nbs/14_maps.ipynb #04ec0e8b
+@strict
 def solve(
     m: Moments,
     method: str | MapMethod | Callable = "ridge",  # as for `map_method`, but one that is solved from moments
@@ -482,13 +515,17 @@ def solve(
     return _grid(m, lambda u: (u.maps(entry.solve, u.S), control(u)), entry.name)
 
 
-# %% ../nbs/14_maps.ipynb #a97731cc
+# %% ../nbs/14_maps.ipynb #e0d2590a
+_Layers = Annotated[Sequence[int] | None, Listed]
+
+
+@strict
 def fit_maps(
     source: TransformersModel,
     target: TransformersModel,
     corpus: Corpus,
-    source_layers: Sequence[int] | None = None,  # default: eight, from a third of the depth on
-    target_layers: Sequence[int] | None = None,
+    source_layers: _Layers = None,  # default: eight, from a third of the depth on
+    target_layers: _Layers = None,
     method: str | MapMethod | Callable = "ridge",  # see `map_method`
     **collecting,  # as for `collect`, such as template; contrans takes held_out, most_rows, template
 ) -> LayerGrid:
@@ -497,16 +534,16 @@ def fit_maps(
     return entry.fit(*given, **collecting) if entry.fit else solve(collect(*given, **collecting), entry)
 
 
-# %% ../nbs/14_maps.ipynb #bc719d94
+# %% ../nbs/14_maps.ipynb #b44e63ce
 @patch
-def __getitem__(self: LayerGrid, layers: tuple[int, int]) -> AffineMap:
-    s, t = layers
+def __getitem__(self: LayerGrid, layers: Sequence[int]) -> AffineMap:
     try:
+        s, t = map(int, layers)
         at = self.source_layers.index(s), self.target_layers.index(t)
-    except ValueError:
+    except (TypeError, ValueError):
         raise ValueError(
-            f"no map for layers {s}:{t}; source layers are {list(self.source_layers)}, "
-            f"target layers {list(self.target_layers)}."
+            f"no map for layers {':'.join(map(str, np.ravel(layers)))}; source layers are "
+            f"{list(self.source_layers)}, target layers {list(self.target_layers)}."
         ) from None
     notes: dict = {"lam": float(f"{self.lam[at]:.6g}")}
     # method, rows, texts, texts_hash, template, settings
@@ -555,15 +592,15 @@ def _repr_html_(self: LayerGrid):
     return card("Layer grid", facts, heat(self.r2.numpy(), self.source_layers, self.target_layers, "R2"))
 
 
-# %% ../nbs/14_maps.ipynb #a8784c6f
+# %% ../nbs/14_maps.ipynb #5b2012eb
 @patch
 def save(self: LayerGrid, path: str | Path):
     "Write to one safetensors file, the scores in the header too, to be read without the tensors."
     scores = {k: getattr(self, k).tolist() for k in ("r2", "cosine", "r2_shuffled", "lam", "rank")}
-    save_fields(self, path, self.kind, scores=scores)
+    save_fields(self, path, scores=scores)
 
 
-# %% ../nbs/14_maps.ipynb #8afc2a78
+# %% ../nbs/14_maps.ipynb #1f5347e2
 def downstream(
     maps: LayerGrid,
     concept: Concept,
@@ -571,6 +608,8 @@ def downstream(
     pairs: ContrastPairs,  # contrast texts that the target may read
 ) -> tuple[Tensor, Tensor]:  # AUC (L1, L2), cosine (L1, L2)
     "How the mapped concept does on the target's own contrast states, for every pair of layers."
+    maps.source.require(concept.model, "this map (source side)")
+    maps.target.require(model_info(target), "this map (target side)")
     _check_template(maps.template, concept)
     texts, n = [concept.template.replace("{}", t) for t in pairs.texts], len(pairs.positive)
     H = torch.stack([*activations(target, texts, maps.target_layers, concept.position)])  # (n + m, L2, d2)

@@ -20,26 +20,28 @@ __all__ = [
     "steerability",
 ]
 
-# %% ../nbs/16_measure.ipynb #e072db96
+# %% ../nbs/16_measure.ipynb #71bae49f
 import warnings
 from collections.abc import Callable, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from os.path import commonprefix
-from typing import Any, Generic, TypeVar
+from typing import Annotated, Any, Generic, TypeVar
 
 import numpy as np
 import torch
 from fastcore.basics import patch
 from nnsight import TransformersModel
+from pydantic import Field, InstanceOf
 
 from .cards import card
 from .concepts import Concept, position_rule
-from .data import Corpus, load_corpus
+from .data import Corpus, checked, load_corpus
 from .engine import context_length, encode, engine, layer_numbers, left_batches, pad
 from .maps import AffineMap
-from .models import model_info
+from .models import ModelInfo, model_info
+from .moments import Listed, Strict, strict
 from .stats import slope_per_item, wrong_way
 from .steering import Transplant, adding, place, residual_norm
 from .tasks import ChoiceItem, ChoiceTask, mc_scores
@@ -156,7 +158,7 @@ def _change(batch, steered):
     return adding(steered.vector(), (lambda *_: asked) if follows else where, batch.mask)
 
 
-# %% ../nbs/16_measure.ipynb #f4652dbb
+# %% ../nbs/16_measure.ipynb #ff80d33b
 _R = TypeVar("_R")  # a record
 
 
@@ -164,27 +166,29 @@ _R = TypeVar("_R")  # a record
 class Probe(Generic[_R]):
     "Texts made ready at one layer of one model. Call it with what is done to the stream, or a list of that."
 
+    target: ModelInfo
     layer: int
     run: Any  # of the engine: changes -> what came back of each batch
     judge: Callable[[list], _R]  # what came back of all batches -> the record
     texts: Sequence[str] = ()  # of neutral text
 
     def __call__(self, changes: Steered | list = None) -> Any:
-        "A record, or a list of them for a list. Raises ValueError for a transplant of another layer."
+        "A record, or a list of them for a list. Raises ValueError for another layer's or model's transplant."
         if not isinstance(changes, list):
             return self([changes])[0]
-        for t in changes:
-            if isinstance(t, Transplant) and t.layer != self.layer:
-                raise ValueError(f"{t} stands at layer {t.layer}, this bench at layer {self.layer}.")
+        for t in checked(changes, list[InstanceOf[Callable] | None], "changes"):
+            if isinstance(t, Transplant):
+                t.target.require(self.target, f"transplant {t.name!r}")
+                if t.layer != self.layer:
+                    raise ValueError(f"{t} stands at layer {t.layer}, this bench at layer {self.layer}.")
         return [self.judge(parts) for parts in self.run([partial(_change, steered=t) for t in changes])]
 
 
-# %% ../nbs/16_measure.ipynb #3f7a483a
+# %% ../nbs/16_measure.ipynb #a972683a
 def _rows(model, task, words):
     """Rows to read: ids, the part of each token (0: the prompt, else the number of its choice), and what is
     asked: after which position, for which token, item, choice. A choice's last token need not be read."""
     size, rows = context_length(model), []
-    window = getattr(model._module.config.get_text_config(), "sliding_window", None) or size
     for i, item in enumerate(task.items):
         whole = encode(model, [words + item.prompt + c for c in ("", *item.choices)])
         prompt, what = commonprefix(whole), f"task {task.name!r}, item {i}"
@@ -196,7 +200,7 @@ def _rows(model, task, words):
             raise ValueError(f"{what}: prompt and choices {why}")
         if not all(tails):
             raise ValueError(f"{what}: a choice adds no token to its prompt.")
-        fits = p + sum(map(len, tails)) < min(window, size) and engine(model).branching
+        fits = p + sum(map(len, tails)) <= engine(model).branching
         for some in [sum(each, [])] if fits or {*map(len, tails)} == {1} else each:
             row, part, asked = [*prompt], [0] * p, []
             for c, tail in some:
@@ -229,7 +233,7 @@ def _answers(task, reads, parts):
     return Answers(task.items, tuple(logp), tuple(lengths), tuple(starts))
 
 
-# %% ../nbs/16_measure.ipynb #c7bd39c0
+# %% ../nbs/16_measure.ipynb #ff5ad22a
 def choices(
     model: TransformersModel,
     layer: int,
@@ -244,14 +248,14 @@ def choices(
         extra = [(b, at - len(ids[r]), token) for b, r in enumerate(batch.rows) for at, token, *_ in reads[r]]
         batches[k] = replace(batch, extra=torch.tensor(extra))  # (r, 3)
     judge = partial(_answers, task, [x for batch in batches for r in batch.rows for x in reads[r]])
-    return Probe(layer, engine(model).scores(layer, batches, _asked), judge)
+    return Probe(model_info(model), layer, engine(model).scores(layer, batches, _asked), judge)
 
 
 # %% ../nbs/16_measure.ipynb #45726527
 KEEP = 4  # last tokens of a text
 
 
-# %% ../nbs/16_measure.ipynb #1af1ae42
+# %% ../nbs/16_measure.ipynb #f6a3f98a
 @dataclass(frozen=True, repr=False)
 class Damage(_Shown):
     "How far steering moved the model on neutral text, token by token."
@@ -280,8 +284,8 @@ class Damage(_Shown):
         p95, ratio = f"{self.p95:.3f}", f"{self.perplexity_ratio:.3f}"
         return {
             "texts": len(self.kl),
-            "KL": f"{self.mean:.3f}",
-            "95th percentile": p95,
+            "KL in nats a token": f"{self.mean:.3f}",
+            "its 95th percentile": p95,
             "perplexity ratio": ratio,
         }
 
@@ -306,7 +310,7 @@ def _damage(rows, parts):
     return Damage(*found[:, np.argsort(rows)])
 
 
-# %% ../nbs/16_measure.ipynb #61a33ac0
+# %% ../nbs/16_measure.ipynb #93aac4f9
 def neutral_text(
     model: TransformersModel,
     layer: int,
@@ -330,12 +334,12 @@ def neutral_text(
         last = torch.tensor([plain[i][-KEEP:] for i in b.rows])
         batches[k] = replace(b, asked=b.mask, extra=last, plain=alone)  # decoding stands at every token
     judge = partial(_damage, [i for b in batches for i in b.rows])
-    return Probe(layer, engine(model).scores(layer, batches, _drift), judge, texts)
+    return Probe(model_info(model), layer, engine(model).scores(layer, batches, _drift), judge, texts)
 
 
-# %% ../nbs/16_measure.ipynb #08fa3601
+# %% ../nbs/16_measure.ipynb #d3b320be
 @dataclass(eq=False, repr=False)
-class Bench(_Shown):
+class Bench(_Shown, Strict):
     "Everything that one asks at one layer of one model. Raises ValueError for what will not do."
 
     model: TransformersModel
@@ -345,6 +349,7 @@ class Bench(_Shown):
     damage: float = 0.1  # nats a token: the dose that `at_damage` looks for
 
     def __post_init__(self):
+        Strict.__post_init__(self)
         (self.layer,) = layer_numbers(self.model, [self.layer])
         self.neutral = self.neutral or load_corpus("neutral")
         texts = self.neutral.texts
@@ -398,8 +403,9 @@ def read(self: Bench) -> int:
     return sum(part.run.read for part in vars(self).values() if isinstance(part, Probe))
 
 
-# %% ../nbs/16_measure.ipynb #8d78d1d9
+# %% ../nbs/16_measure.ipynb #3e3552da
 @patch
+@strict
 def with_task(self: Bench, task: ChoiceTask) -> Bench:
     "The same bench with another task; what was read of the neutral text is shared."
     other = copy(self)
@@ -408,11 +414,12 @@ def with_task(self: Bench, task: ChoiceTask) -> Bench:
     return other
 
 
-# %% ../nbs/16_measure.ipynb #76ce1461
+# %% ../nbs/16_measure.ipynb #694e9e21
 @patch
+@strict
 def place(
     self: Bench,
-    concept: Concept | torch.Tensor,  # of the source (with a map), of this model, or a bare direction (d,)
+    concept: Concept | torch.Tensor | np.ndarray | Sequence,  # of source or target, or a direction (d,)
     map: AffineMap | None = None,
     **how,  # dose, name and positions, as of `steering.place`
 ) -> Transplant:
@@ -433,8 +440,9 @@ def _next(tried, goal):
     return dose if dose != tried[-1][0] else None
 
 
-# %% ../nbs/16_measure.ipynb #d59292aa
+# %% ../nbs/16_measure.ipynb #064b8a86
 _T = TypeVar("_T", Transplant, list[Transplant])
+_Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 @patch
@@ -444,7 +452,8 @@ def at_damage(
     damage: float | None = None,  # nats a token; default: that of the bench
 ) -> _T:
     "The same with the doses of that damage; `notes` say which KL was reached. Warns where it is far off."
-    some, goal, found = ts if isinstance(ts, list) else [ts], damage or self.damage, []
+    some, found = ts if isinstance(ts, list) else [ts], []
+    goal = self.damage if damage is None else checked(damage, _Positive, "damage")
     tried: list[list] = [[] for _ in some]
     left = {i: t.dose for i, t in enumerate(some)}
     while left:
@@ -461,8 +470,9 @@ def at_damage(
     return found if isinstance(ts, list) else found[0]
 
 
-# %% ../nbs/16_measure.ipynb #86c24a3e
+# %% ../nbs/16_measure.ipynb #4928f00e
 @patch
+@strict
 def words(self: Bench, text: str) -> tuple[Answers, Damage]:
     "Answers and damage with words before every prompt and every neutral text."
     return self.behind(text)(), neutral_text(self.model, self.layer, self.hurt.texts, text)()
@@ -472,7 +482,7 @@ def words(self: Bench, text: str) -> tuple[Answers, Damage]:
 STRENGTHS = (-2.0, -1.0, -0.5, -0.25, 0.0, 0.25, 0.5, 1.0, 2.0)
 
 
-# %% ../nbs/16_measure.ipynb #6a75fbab
+# %% ../nbs/16_measure.ipynb #5ecc0430
 @dataclass(frozen=True)
 class CurvePoint:
     "Effect and damage at one strength."
@@ -483,10 +493,11 @@ class CurvePoint:
     damage: Damage
 
 
+@strict
 def dose_curve(
     t: Transplant,
     bench: Bench,  # at its layer
-    strengths: Sequence[float] = STRENGTHS,
+    strengths: Annotated[Sequence[float], Listed] = STRENGTHS,
 ) -> list[CurvePoint]:
     "Effect and damage at several strengths, negative ones and zero among them."
     some = [replace(t, dose=s * t.dose) for s in strengths]

@@ -5,31 +5,33 @@
 # %% auto #0
 __all__ = ["wrap", "ModelInfo", "model_info", "tiny_model", "twin", "load_model"]
 
-# %% ../nbs/10_models.ipynb #b7c7006d
+# %% ../nbs/10_models.ipynb #62292f44
 import copy
 import hashlib
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from fastcore.basics import patch
+from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
 from nnsight import TransformersModel
-from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 
 from .cards import card
+from .data import find_file
 from .engine import Local, attach, checked, engine, wrapped
 from .ndif import hosted_model, simulated
 from .remote import Remote, server
 from .toys import tiny_module, twin_module
-from .zoo import EMBEDDED, converted, fetch, quiet
+from .zoo import EMBEDDED, converted, fetch, pretrained, quiet
 
 
-# %% ../nbs/10_models.ipynb #853ca618
+# %% ../nbs/10_models.ipynb #e1934bd0
 def wrap(
     module: torch.nn.Module,  # a loaded transformers causal language model
     tokenizer: Any,  # nnsight sets its padding side and, where there is none, its padding token
@@ -37,12 +39,16 @@ def wrap(
     rename: dict | None = None,  # {path of the block list: "layers"} for a family that is not known here
 ) -> TransformersModel:
     "A checked nnsight model around a loaded one; nothing is copied. Raises ValueError, naming the fix."
-    module.eval().requires_grad_(False)
-    model = wrapped(module, tokenizer, rename)
-    return checked(attach(model, Local(model, name)))
+    where: Any = getattr(module, "device", None)
+    if not getattr(module, "can_generate", bool)() or where.type == "meta":
+        kind = type(module).__name__
+        raise ValueError(f"{kind} is no language model of transformers, with a head, or has no weights.")
+    with quiet():  # one thread at a time
+        model = wrapped(module, tokenizer, rename)
+        return checked(attach(model, Local(model, name)))
 
 
-# %% ../nbs/10_models.ipynb #d82ec0db
+# %% ../nbs/10_models.ipynb #306e74cc
 @dataclass(frozen=True, repr=False)
 class ModelInfo:
     "Which model this is: enough to refuse another."
@@ -54,6 +60,12 @@ class ModelInfo:
     weights: str  # hash of all weights; of a model on a server "remote:precision:" and a hash of what it says
     tokenizer: str  # hash of vocabulary and merges
     revision: str = ""
+    precision: str = field(default="", compare=False)
+    sketch: tuple[float, ...] = field(default=(), compare=False)  # 64 numbers, for float16
+
+    def __post_init__(self):
+        if not re.fullmatch(r"(remote:[\w.]+:)?\w+", self.weights):
+            raise ValueError(f"{self.weights!r} is no fingerprint of weights; this was not written by us.")
 
     def __str__(self):
         *remote, mark = self.weights.split(":")
@@ -67,19 +79,29 @@ class ModelInfo:
 
 @patch
 def _repr_html_(self: ModelInfo):
-    return card(f"Model {self.name}", {**vars(self), "name": None})
+    return card(f"Model {self.name}", {**vars(self), "name": None, "sketch": None})
 
 
-# %% ../nbs/10_models.ipynb #b7fd3f8b
+# %% ../nbs/10_models.ipynb #ce0c5e99
 def _tokenizer_hash(tokenizer):
-    "Fingerprint of vocabulary and merges. How it pads or cuts is no part of it, and set anew by every call."
+    "Fingerprint of what ids depend on. How it pads or cuts does not count, nor a last token added for it."
     back = getattr(tokenizer, "backend_tokenizer", None)
     text = back.to_str() if back else json.dumps(tokenizer.get_vocab(), sort_keys=True)
     text = re.sub('"truncation":.*?,"added_', '"truncation":null,"padding":null,"added_', text, count=1)
+    pad = tokenizer.pad_token_id or 0
+    if pad >= tokenizer.vocab_size and tokenizer.pad_token != tokenizer.eos_token:
+        text = re.sub(rf',?\{{"id":{pad},[^{{}}]*\}}(?=\],"normalizer")', "", text)
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
-# %% ../nbs/10_models.ipynb #b83948f7
+# %% ../nbs/10_models.ipynb #90295b83
+def _called(name):
+    "A model's name: a folder or file is called the same wherever it lies."
+    path = Path(name).expanduser()
+    return path.resolve().name if name and path.exists() or path.is_absolute() else name
+
+
+# %% ../nbs/10_models.ipynb #a5f72544
 _INFOS: WeakKeyDictionary = WeakKeyDictionary()  # of models that are in use
 
 
@@ -88,28 +110,37 @@ def model_info(model: TransformersModel) -> ModelInfo:
     if model not in _INFOS:
         config, made = model._module.config, engine(model)
         _INFOS[model] = ModelInfo(
-            made.name or config._name_or_path or config.model_type,
+            made.name or _called(config._name_or_path) or config.model_type,
             config.model_type,
             len(model.layers),
             config.get_text_config().hidden_size,
             made.weights,
             _tokenizer_hash(model.tokenizer),
             getattr(config, "_commit_hash", None) or "",
+            made.precision,
+            made.fingerprint[1] if isinstance(made, Local) else (),
         )
     return _INFOS[model]
 
 
-# %% ../nbs/10_models.ipynb #66df6984
+# %% ../nbs/10_models.ipynb #013facd3
 @patch
 def same(self: ModelInfo, other: ModelInfo) -> bool:
     "Whether the other has these weights and this tokenizer, as far as can be known."
     if (self.tokenizer, self.layers, self.width) != (other.tokenizer, other.layers, other.width):
         return False
     mine, its = self.weights.split(":"), other.weights.split(":")  # longer on a server
-    return mine[-1] == its[-1] if len(mine) == len(its) else self.name == other.name
+    if len(mine) != len(its):
+        return self.name == other.name
+    kinds = {self.precision, other.precision}
+    one, two = torch.tensor(self.sketch), torch.tensor(other.sketch)  # (64,), or (0,) where there is none
+    if mine[-1] == its[-1] or "float16" not in kinds or len(kinds) == 1 or not len(one) == len(two) > 0:
+        return mine[-1] == its[-1]
+    unit = torch.finfo(torch.bfloat16 if "bfloat16" in kinds else torch.float16).eps
+    return bool((one - two).norm() <= unit / 2 * one.norm())
 
 
-# %% ../nbs/10_models.ipynb #32f46b2d
+# %% ../nbs/10_models.ipynb #75827585
 @patch
 def require(
     self: ModelInfo,
@@ -118,8 +149,12 @@ def require(
 ):
     "Raise ValueError unless `other` has these weights and this tokenizer."
     if not self.same(other):
+        mine, its = vars(self), vars(other)
+        pairs = ((k, mine[k], its[k]) for k in ("name", "layers", "width", "tokenizer", "weights"))
+        apart = ", ".join(f"{k} ({a}, not {b})" for k, a, b in pairs if a != b)
         raise ValueError(
-            f"{what} belongs to {self}, not to {other}. Load that model, or make it again for this one."
+            f"{what} belongs to {self}, not to {other}: they differ in {apart}. "
+            "Load that model, or make it again for this one."
         )
 
 
@@ -144,7 +179,7 @@ def twin(
     return wrap(module, copy.deepcopy(model.tokenizer), f"{model_info(model).name}-twin-{seed}"), Q
 
 
-# %% ../nbs/10_models.ipynb #6e4d8ca6
+# %% ../nbs/10_models.ipynb #5aa98d35
 _KNOWN = f"an embedded name ({', '.join(EMBEDDED)}), a folder, a .gguf file or a Hugging Face id"
 
 
@@ -155,75 +190,110 @@ def _place(name):
     kind = "file" if path.suffix == ".gguf" else "folder"
     if name in EMBEDDED:
         return fetch(name)
+    if get_close_matches(name.lower(), EMBEDDED, 1, 0.7) and "/" not in name:
+        return find_file(name, EMBEDDED)  # its error says what was meant
     if not path.exists() and (kind == "file" or not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", name)):
         raise FileNotFoundError(f"no {kind} {name!r}. A model is {_KNOWN}.")
     return converted(path) if kind == "file" else name
 
 
-# %% ../nbs/10_models.ipynb #29136406
+# %% ../nbs/10_models.ipynb #3fb718ad
+def _tokenizer(where, given, here):
+    """The tokenizer of a model by name, if none is given. Raises ValueError for files that are too few for
+    what the configuration says: no vocabulary or, of a model that runs here, fewer bytes than layers need."""
+    if not Path(where).exists() and not try_to_load_from_cache(where, "config.json"):
+        get_hf_file_metadata(hf_hub_url(where, "config.json"))  # once; transformers asks for half a minute
+    config = AutoConfig.from_pretrained(where, trust_remote_code=False).get_text_config()
+    tokenizer = given or AutoTokenizer.from_pretrained(where, trust_remote_code=False)
+    size = sum(f.stat().st_size for f in Path(where).glob("*"))  # 0 for one on the hub
+    for what in ("num_hidden_layers", "vocab_size") if size and here else ():
+        if (n := getattr(config, what)) * config.hidden_size > 2 * size:
+            raise ValueError(f"{what} is {n}, and the files are too small for that ({size} bytes)")
+    if len(tokenizer) < config.vocab_size / 2:
+        n = len(tokenizer)
+        raise ValueError(f"its tokenizer knows {n} of {config.vocab_size} tokens: files are missing")
+    return tokenizer
+
+
+# %% ../nbs/10_models.ipynb #a2bc8f99
 def _named(name, tokenizer, dtype, device, rename, remote):
     "A model by its name, here or on a server; as for `load_model`."
-    path = Path(name).expanduser()
-    if dtype not in ("float32", "bfloat16", "float16"):
-        raise ValueError(f"dtype {dtype!r}: use float32, bfloat16 or float16.")
-    if remote and (name in EMBEDDED or path.suffix == ".gguf"):
+    if remote and (name in EMBEDDED or name.lower().endswith(".gguf")):
         raise ValueError(
             f"{name!r} would be fetched and converted, and runs here: leave remote= away, or name the model "
             "as the server does (its Hugging Face id or folder there)."
         )
-    if name not in EMBEDDED and path.exists():
-        name = str(path.resolve())  # so that an artefact finds it again from any folder
+    if name not in EMBEDDED and (path := Path(name).expanduser()).exists():
+        name = str(path.resolve())
     where = str(_place(name))
     there = server(where, remote) if remote else None
     try:
-        with quiet():
-            tokenizer = tokenizer or AutoTokenizer.from_pretrained(where)
-            if there:
-                return hosted_model(where, tokenizer, there, remote, rename, name)
-            module: Any = AutoModelForCausalLM.from_pretrained(where, dtype=dtype)
-    except (OSError, ValueError, SafetensorError) as e:
+        torch.empty(0, device=device)  # fails where there is none
+        tokenizer = _tokenizer(where, tokenizer, not there)
+        if there:
+            return hosted_model(where, tokenizer, there, remote, rename, _called(name))
+        module = pretrained(where, dtype=dtype or "float32").requires_grad_(False)
+    except Exception as e:  # transformers, tokenizers and safetensors have many
         raise OSError(
-            f"could not load {name!r}: {str(e).splitlines()[0]} "
+            f"could not load {name!r}{f' on {device}' * bool(device)}: {(str(e) or repr(e)).splitlines()[0]} "
             f"A model is {_KNOWN} (which needs a connection the first time)."
         ) from None
     module.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    return wrap(module, tokenizer, name, rename)
+    return wrap(module, tokenizer, _called(name), rename)
 
 
-# %% ../nbs/10_models.ipynb #16f1374c
+# %% ../nbs/10_models.ipynb #3e646fe7
 def load_model(
     ref: str | Path | torch.nn.Module | TransformersModel,  # embedded name, folder, .gguf, id, loaded model
     tokenizer: Any = None,  # needed with a loaded transformers model
-    dtype: str = "float32",  # "float32" for results, "bfloat16" for sweeps
-    device: str | None = None,  # default: "cuda" where there is one, else "cpu"
+    dtype: str | None = None,  # by name: "float32", the default, for results, "bfloat16" for sweeps
+    device: str | None = None,  # by name: default "cuda" where there is one, else "cpu"
     rename: dict | None = None,  # {path of the block list: "layers"} for a family that is not known here
     remote: bool | str | Remote = False,  # True: on the NDIF server of nnsight's configuration; "local"
 ) -> TransformersModel:
     """A checked model from whatever names one. Raises ValueError or OSError, naming the fix.
 
     With `remote` it runs on a server, and nothing but configuration and tokenizer is here; then there may
-    also be a ConnectionError. "local" goes the way of a server without one."""
+    also be a ConnectionError. "local" goes the way of a server without one. A loaded model stays in its
+    precision and place, and can be trained on."""
     ways: dict[Any, Any] = {True: Remote(), "local": Remote(simulated=True, tokens=2048, batch=512)}
     far = ways.get(remote, remote)
     if far and not isinstance(far, Remote):
         raise ValueError(f"remote={remote!r}: use True, 'local' or a Remote.")
     if far and far.simulated:
         return simulated(load_model(ref, tokenizer, dtype, device, rename), far)
+    if dtype not in (None, "float32", "bfloat16", "float16"):
+        raise ValueError(f"dtype {dtype!r}: use float32, bfloat16 or float16.")
+    if far and (dtype or device):
+        raise ValueError("a server decides on precision and device: leave dtype= and device= away.")
     if isinstance(ref, str | Path):
-        return _named(str(ref), tokenizer, dtype, device, rename, far)
+        with quiet():
+            return _named(str(ref), tokenizer, dtype, device, rename, far)
     if far:
         say = "a loaded model runs here: name it to have it run on a server, or use remote='local'."
         raise ValueError(say)
     name = ""
     if isinstance(ref, TransformersModel):
         ref, tokenizer, name = ref._module, tokenizer or ref.tokenizer, engine(ref).name
-    if tokenizer is None:
+    if not callable(tokenizer):
         raise ValueError("a loaded model needs its tokenizer: load_model(model, tokenizer=...).")
+    moved = device and ref.device.type not in str(device)  # type: ignore[operator]
+    if moved or (dtype and str(ref.dtype) != f"torch.{dtype}"):
+        raise ValueError(
+            f"the loaded model is in {ref.dtype} on {ref.device}: move it yourself, with its `to`, or leave "
+            "dtype= and device= away."
+        )
+    ref = getattr(ref, "_orig_mod", ref)  # of torch.compile
     return wrap(ref, copy.deepcopy(tokenizer), name, rename)  # a copy, as nnsight changes it
 
 
-# %% ../nbs/10_models.ipynb #335af493
+# %% ../nbs/10_models.ipynb #38c8aca3
 @patch
 def load(self: ModelInfo) -> TransformersModel:
-    "This model, where it ran: one on a server is named there again, and nothing of it is downloaded."
-    return load_model(self.name, remote=":" in self.weights)
+    "This model, if it is an embedded one or lies here. Raises ValueError for one of a hub or a server."
+    if ":" in self.weights or self.name not in EMBEDDED and not Path(self.name).exists():
+        raise ValueError(
+            f"{self} is not embedded and not here, and no file makes us ask a hub or a server. "
+            "Load it yourself, load_model(name), and pass it; on the command line, name it with --model."
+        )
+    return load_model(self.name)

@@ -5,16 +5,20 @@
 # %% auto #0
 __all__ = ["Ndif", "served_mark", "hosted_model", "simulated", "FarScores", "planes", "unplaned"]
 
-# %% ../nbs/08_ndif.ipynb #b2a21d73
+# %% ../nbs/08_ndif.ipynb #11f073a6
 import functools
 import hashlib
 import json
 from collections.abc import Callable, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 
 import torch
 from fastcore.basics import patch
 from nnsight import TransformersModel, register, save
+from nnsight.intervention.interleaver import OutOfOrderError
+from nnsight.intervention.iterator import Iterations
 from nnsight.modeling import huggingface as hub
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -31,15 +35,16 @@ from concept_transfer.engine import (
     hidden_of,
     length_batches,
     out_of_memory,
-    steered,
+    passing,
+    so_far,
     text_tokens,
     with_hidden,
     wrapped,
 )
-from .remote import Remote, in_flight, job
+from .remote import Remote, foreign, host_name, in_flight, job
 
 
-# %% ../nbs/08_ndif.ipynb #4317a5c8
+# %% ../nbs/08_ndif.ipynb #4a3df080
 @dataclass(eq=False)
 class Ndif:
     "A model that runs on an NDIF server, or as if it did."
@@ -49,6 +54,7 @@ class Ndif:
     name: str
     weights: str
     precision: str
+    edits: list = field(default_factory=list, repr=False)  # that are open, whoever opened them
 
     branching = own_products = False  # masks and products would travel
 
@@ -58,13 +64,29 @@ class Ndif:
 
     def job(self, wait: bool = True):
         "A backend for a trace of your own: `model.trace(..., backend=engine(model).job())`."
-        return job(self.model, self.remote, wait)
+        with self.turn():
+            return job(self.model, self.remote, wait)
 
 
-# %% ../nbs/08_ndif.ipynb #8dfbcf9a
+# %% ../nbs/08_ndif.ipynb #60eb0c04
+_MINE: ContextVar[tuple] = ContextVar("mine", default=())  # edits that this thread or task opened
+
+
+@patch
+@contextmanager
+def turn(self: Ndif):
+    "Within: requests of this thread alone. Raises RuntimeError where another one steers the model."
+    with passing(self.model):
+        if any(edit not in _MINE.get() for edit in self.edits):
+            say = "is steered by another thread or task. Wait for it, or load the model once for each."
+            raise RuntimeError(f"{self.name} {say}")
+        yield
+
+
+# %% ../nbs/08_ndif.ipynb #ee2477bf
 def served_mark(there: dict, module: PreTrainedModel) -> str:  # there: what `server` says of the model
     "Fingerprint of a hosted model: precision, then a hash of repository, revision and configuration."
-    cfg = json.loads(there.get("config") or module.config.to_json_string())
+    cfg = foreign(dict, there.get("config") or module.config.to_json_string())
     for k in ("_name_or_path", "transformers_version", "dtype", "torch_dtype"):
         cfg.pop(k, None)
     what = json.dumps([there["repo_id"], there.get("revision"), cfg], sort_keys=True)
@@ -125,6 +147,31 @@ def _reading(made, model, batches, layers, take):
     return made
 
 
+# %% ../nbs/08_ndif.ipynb #b26aa886
+def _like(x, want):
+    """Whether x has the form of `want`: lists of as many, dictionaries of these names, tensors whose first
+    sizes are these. None is for a tensor or a tuple of some."""
+    if isinstance(want, list):
+        return isinstance(x, (list, tuple)) and len(x) == len(want) and all(map(_like, x, want))
+    if isinstance(want, dict):
+        return isinstance(x, dict) and all(_like(x.get(k), want[k]) for k in want)
+    if want is None:
+        return all(isinstance(t, Tensor) for t in (x if isinstance(x, tuple) else [x]))
+    return isinstance(x, Tensor) and x.shape[: len(want)] == want
+
+
+# %% ../nbs/08_ndif.ipynb #987c48e4
+def _came(made, **forms):
+    "What a job saved, by the names of `forms`. Raises ConnectionError where it has another form."
+    got = made.result()
+    if not _like(got, forms):
+        raise ConnectionError(
+            f"{host_name()} answers something else than was asked for (job {made.job_id}). "
+            "See that it runs NDIF, and a model of this shape."
+        )
+    return [got[name] for name in forms]
+
+
 # %% ../nbs/08_ndif.ipynb #b881e88e
 def _halves(bundle):
     "Half of the batches each; of a single batch, half of its texts each."
@@ -133,54 +180,80 @@ def _halves(bundle):
     return [[bundle[0][::2]], [bundle[0][1::2]]]
 
 
-# %% ../nbs/08_ndif.ipynb #e3ac8318
-def _answered(ask, bundle, sent):
-    "Each batch of a job with what came back, in halves where memory runs out there."
+# %% ../nbs/08_ndif.ipynb #ee01b73e
+def _answered(ask, bundle, sent, form):
+    "Each batch of a job with what came back, of this form, in halves where memory runs out there."
     try:
-        yield from zip(bundle, sent.result()["got"], strict=True)
+        yield from zip(bundle, *_came(sent, got=[form(rows) for rows in bundle]), strict=True)
         return
     except RuntimeError as e:
         if not out_of_memory(e) or len(bundle) == len(bundle[0]) == 1:
             raise
     for half in _halves(bundle):
-        yield from _answered(ask, half, ask(half))
+        yield from _answered(ask, half, ask(half), form)
 
 
-# %% ../nbs/08_ndif.ipynb #ceec6c61
+# %% ../nbs/08_ndif.ipynb #9f708530
 @patch
 def states(self: Ndif, ids, layers, at, take=None, batch_tokens=512):
     "As of `Engine.states`."
-    width = 4 * len(layers) * self.model._module.config.get_text_config().hidden_size
+    width = self.model._module.config.get_text_config().hidden_size
+
+    def form(rows):  # (r, d) for each layer, or whatever is taken, a row a text
+        return [(len(rows),) if take else (sum(len(at[i]) for i in rows), width)] * len(layers)
 
     def cost(rows):  # padded tokens, bytes of states
-        states = len(rows) if take else sum(len(at[i]) for i in rows)
-        return len(rows) * len(ids[rows[0]]), width * states
+        return len(rows) * len(ids[rows[0]]), 4 * len(layers) * width * form(rows)[0][0]
 
     def ask(bundle):
         batches = [gathered(self.model, rows, ids, at) for rows in bundle]
-        return _reading(self.job(False), self.model, batches, layers, take)
+        with self.turn():
+            return _reading(self.job(False), self.model, batches, layers, take)
 
     batches = length_batches(ids, max(batch_tokens, self.remote.batch))
     bundles = bundled(batches, cost, (self.remote.tokens, self.remote.size))
     for bundle, sent in in_flight(bundles, ask, self.remote.flight):
-        yield from _answered(ask, bundle, sent)
+        yield from _answered(ask, bundle, sent, form)
 
 
-# %% ../nbs/08_ndif.ipynb #65dd25ad
+# %% ../nbs/08_ndif.ipynb #091d5eb3
 @patch
+@contextmanager
 def steer(self: Ndif, layer, change, masked=False):
     "As of `Engine.steer`."
-    return steered(self.model, layer, change, masked)
+    model = self.model
+    with self.turn():
+        with model.edit(inplace=True):
+            for _ in Iterations()[:]:
+                try:
+                    given, block = model.inputs[1], model.layers[layer]
+                    h = hidden_of(block.output)
+                    more = [so_far(given, h)] if masked else []
+                    block.output = with_hidden(block.output, change(h, *more))
+                except OutOfOrderError:
+                    break
+        edit = model._edits[-1]
+        self.edits.append(edit)
+    _MINE.set((*_MINE.get(), edit))
+    try:
+        yield model
+    finally:
+        for edits in (self.edits, model._edits):
+            edits[:] = [e for e in edits if e is not edit]
+        _MINE.set(tuple(e for e in _MINE.get() if e is not edit))
 
 
-# %% ../nbs/08_ndif.ipynb #8e97b575
+# %% ../nbs/08_ndif.ipynb #f2b3d5bb
 @patch
 def generate(self: Ndif, ids, mask, **options) -> Tensor:
     "As of `Engine.generate`."
-    options |= dict(input_ids=ids, attention_mask=mask, backend=self.job())
-    with torch.no_grad(), self.model.generate(**options) as tracer:
-        out = tracer.result.save()
-    return out
+    made = self.job(False)
+    with (
+        self.turn(),
+        self.model.generate(input_ids=ids, attention_mask=mask, backend=made, **options) as tracer,
+    ):
+        out = tracer.result.save()  # noqa: F841
+    return _came(made, out=(len(ids),))[0]
 
 
 # %% ../nbs/08_ndif.ipynb #fc285fcd
@@ -224,7 +297,7 @@ def scores(self: Ndif, layer, batches, reduce) -> FarScores:
     return FarScores(self, layer, batches, reduce)
 
 
-# %% ../nbs/08_ndif.ipynb #f944c925
+# %% ../nbs/08_ndif.ipynb #8f8722e0
 @patch
 def __call__(self: FarScores, changes):
     "As of `Engine.scores`."
@@ -242,11 +315,13 @@ def __call__(self: FarScores, changes):
 
     def ask(bundle):
         batches = [(batch, [change(batch) for change in some]) for _, batch, some in bundle]
-        return _asking(self.there.job(False), self.there.model, self.layer, batches, self.reduce)
+        with self.there.turn():
+            return _asking(self.there.job(False), self.there.model, self.layer, batches, self.reduce)
 
     bundles = bundled(parts, lambda part: passes(part) * part[1].ids.numel(), limit)
     for bundle, sent in in_flight(bundles, ask, self.there.remote.flight):
-        for part, got in zip(bundle, sent.result()["table"], strict=True):
+        forms = [[None] * len(some) for _, _, some in bundle]
+        for part, got in zip(bundle, *_came(sent, table=forms), strict=True):
             self.read += passes(part) * len(part[1].rows)
             part[0].extend(got)
     return [list(of_change) for of_change in zip(*table, strict=True)]
@@ -345,20 +420,21 @@ def _packed(model, chunk, folds, bring, batch_tokens):
     return passes, place, (planes(chunk.X[fit]), fit, fold, wanted)
 
 
-# %% ../nbs/08_ndif.ipynb #44fd4dc0
+# %% ../nbs/08_ndif.ipynb #f67f0707
 def _added(into, chunks, got):
     "Add an answer. Raises ValueError, naming the text, for rows that are not finite; then nothing is added."
-    for c, (_, _, bad) in zip(chunks, got["extra"], strict=True):
+    extra, kept = got
+    for c, (_, _, bad) in zip(chunks, extra, strict=True):
         if len(bad):
             raise ValueError(
                 f"{c.texts[c.of[bad]][:60]!r} gives states that are not finite. "
                 "Remove it, or use a model in float32."
             )
-    if summed := got["kept"].items():
-        into.merge({k: unplaned(v) if v.dtype == torch.uint8 else v for k, v in summed}, _folds(chunks))
+    if kept:
+        into.merge({k: unplaned(v) if v.dtype == torch.uint8 else v for k, v in kept.items()}, _folds(chunks))
     n = 0
-    for c, (w, rows, _) in zip(chunks, got["extra"], strict=True):
-        n += into.keep(c, unplaned(rows), w) if summed else into.take(c, unplaned(rows))
+    for c, (w, rows, _) in zip(chunks, extra, strict=True):
+        n += into.keep(c, unplaned(rows), w) if kept else into.take(c, unplaned(rows))
     return n
 
 
@@ -371,11 +447,11 @@ def _job_name(into, chunks, bring):  # 16 hex digits
     return h.hexdigest()[:16]
 
 
-# %% ../nbs/08_ndif.ipynb #36dd2032
+# %% ../nbs/08_ndif.ipynb #e8076bfa
 @patch
 def sums(self: Ndif, texts, prepare, into, notes=None, tokens=0):
     "As of `Engine.sums`."
-    journal, (plan, bring) = Journal(notes), self.planned(texts, into)
+    journal, (plan, bring) = Journal(notes, "jobs"), self.planned(texts, into)
     added = fast_matmul(torch.device("cpu"))(_added)
 
     def send(chunks):
@@ -383,12 +459,16 @@ def sums(self: Ndif, texts, prepare, into, notes=None, tokens=0):
         made.job_id = journal.done.get(name)
         packed = [_packed(self.model, c, folds, bring, self.remote.batch) for c in chunks]
         start = None if bring else into.tally(folds)
-        _summing(made, self.model, packed, into.target_layers, start, chunks[0].weight)
+        form: dict = {"extra": [[(X.shape[1],), (4, len(rows)), ()] for _, _, (X, _, _, rows) in packed]}
+        summed = start("meta").tensors() if start else {}
+        form["kept"] = {k: (4, *v.shape) if v.ndim > 3 else v.shape for k, v in summed.items()}
+        with self.turn():
+            _summing(made, self.model, packed, into.target_layers, start, chunks[0].weight)
         if made.job_id:
             journal.keep({name: made.job_id})
-        return made
+        return made, form
 
     for some in (plan[:1], plan[1:]):
-        for chunks, made in in_flight(map(prepare, some), send, self.remote.flight):
-            yield functools.partial(added, into, chunks, made.result())
+        for chunks, (made, form) in in_flight(map(prepare, some), send, self.remote.flight):
+            yield functools.partial(added, into, chunks, _came(made, **form))
     journal.clear()

@@ -13,7 +13,7 @@ __all__ = [
     "spread_layers",
 ]
 
-# %% ../nbs/12_pairing.ipynb #b5f0d76a
+# %% ../nbs/12_pairing.ipynb #6f3f9bd3
 import unicodedata
 from collections.abc import Callable, Sequence
 from itertools import pairwise
@@ -21,7 +21,7 @@ from itertools import pairwise
 import torch
 from nnsight import TransformersModel
 
-from .engine import context_length, engine, refuse_empty, rows_of
+from .engine import context_length, engine, refuse_empty, rows_of, start_mark, tokenized
 
 
 # %% ../nbs/12_pairing.ipynb #020aad9d
@@ -45,7 +45,7 @@ def shared_boundaries(
     return [(i, two[end]) for end, i in one.items() if i and two.get(end)]
 
 
-# %% ../nbs/12_pairing.ipynb #17f24fc8
+# %% ../nbs/12_pairing.ipynb #1a998e34
 def _encode(model, texts):
     """Token ids of each text, as many as fit into the context, and character offsets of all its tokens.
     Raises ValueError for a tokenizer without offsets, and for a text without tokens, which is named."""
@@ -54,9 +54,9 @@ def _encode(model, texts):
             f"the tokenizer of {engine(model).name} gives no character offsets; "
             "pass a fast one to load_model."
         )
-    got, limit = model.tokenizer(list(texts), return_offsets_mapping=True), context_length(model)
-    refuse_empty(texts, got.input_ids, model.tokenizer("").input_ids)
-    return [ids[:limit] for ids in got.input_ids], got.offset_mapping
+    ids, offsets = tokenized(model, texts)
+    refuse_empty(texts, ids, start_mark(model))
+    return [x[: context_length(model)] for x in ids], offsets
 
 
 # %% ../nbs/12_pairing.ipynb #384e37eb

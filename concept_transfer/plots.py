@@ -15,7 +15,7 @@ __all__ = [
     "figures",
 ]
 
-# %% ../nbs/19_plots.ipynb #c9756bf7
+# %% ../nbs/19_plots.ipynb #5ec3deb7
 from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -28,13 +28,14 @@ import seaborn as sns
 import torch
 from fastcore.basics import patch
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 
 from .concepts import Concept
 from .evidence import ARMS, Arm, Evidence
 from .maps import AffineMap, LayerGrid
 
 
-# %% ../nbs/19_plots.ipynb #84ae2d04
+# %% ../nbs/19_plots.ipynb #3f7b7146
 @contextmanager
 def _canvas(width=5.8, height=3.4):
     "An empty picture of this size in inches, to be drawn within the context."
@@ -42,6 +43,8 @@ def _canvas(width=5.8, height=3.4):
         fig, ax = plt.subplots(figsize=(width, height))
         plt.close(fig)
         yield fig, ax
+    for text in fig.findobj(Text):  # formulas along axes, not in names
+        text.set_parse_math("$" not in text.get_text())
 
 
 # %% ../nbs/19_plots.ipynb #39ba8440

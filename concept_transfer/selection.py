@@ -5,25 +5,31 @@
 # %% auto #0
 __all__ = ["offline_scores", "search_p", "choose", "transplant"]
 
-# %% ../nbs/18_selection.ipynb #97376d98
+# %% ../nbs/18_selection.ipynb #50a82f84
+import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import product
+from typing import Annotated
 
 import numpy as np
 from nnsight import TransformersModel
+from pydantic import Field
 from tqdm import tqdm
 
-from .concepts import Concept
+from .concepts import Concept, PositionLike, position_rule
 from .data import ContrastPairs, Corpus, data_hash
 from .maps import LayerGrid, downstream
 from .measure import Bench
+from .models import model_info
+from .moments import strict
 from .stats import permutation_p
 from .steering import Transplant
 from .tasks import ChoiceTask
 
 
-# %% ../nbs/18_selection.ipynb #66c62b45
+# %% ../nbs/18_selection.ipynb #e500dfc0
+@strict
 def offline_scores(
     concept: Concept,
     maps: LayerGrid,
@@ -31,8 +37,11 @@ def offline_scores(
     pairs: ContrastPairs | None = None,  # contrast texts that the target may read
 ) -> list[tuple[float, tuple[int, int]]]:  # score and layer pair, best first
     """Source AUC above chance times held-out R2; with `pairs`, the mapped direction's AUC above chance.
-    Raises ValueError for a concept and maps without a common layer."""
+    Raises ValueError for a concept and maps without a common layer or model."""
+    maps.source.require(concept.model, "this map (source side)")
     if pairs is not None:
+        if target is None:
+            raise ValueError("pairs are read by the target: give it too.")
         gain = downstream(maps, concept, target, pairs)[0] - 0.5  # (L1, L2)
         found = [*zip(gain.flatten().tolist(), product(maps.source_layers, maps.target_layers), strict=True)]
     else:
@@ -90,7 +99,8 @@ def search_p(
     return permutation_p(max(g.mean() for g in gains), null)
 
 
-# %% ../nbs/18_selection.ipynb #42b231ed
+# %% ../nbs/18_selection.ipynb #6d9db8d2
+@strict
 def choose(
     concept: Concept,
     maps: LayerGrid,
@@ -98,11 +108,18 @@ def choose(
     task: ChoiceTask,  # tuning items, disjoint from those that will be reported
     neutral: Corpus | None = None,  # default: the built-in neutral corpus; its first half sets the doses
     damage: float = 0.1,  # mean KL in nats a token
-    candidates: Sequence[tuple[int, int]] = (),  # layer pairs; default: the 12 best `offline_scores`
-    positions: Sequence[str] = ("all",),  # also tried: "last" steers only the newest token
+    candidates: Sequence[Sequence[int]] = (),  # layer pairs; default: the 12 best `offline_scores`
+    # also worth a try: "last", the newest token
+    positions: Annotated[Sequence[PositionLike], Field(min_length=1)] = ("all",),
 ) -> Transplant:
-    "The layer pair with the largest mean gain in margin at equal damage; `notes` hold the whole search."
-    pairs = candidates or [pair for _, pair in offline_scores(concept, maps)[:12]]
+    """The layer pair with the largest mean gain in margin at equal damage; `notes` hold the whole search.
+    Raises ValueError, before anything is read, where something does not belong together."""
+    maps.target.require(model_info(target), "this map (target side)")
+    pairs = [maps[pair].layers for pair in candidates or [p for _, p in offline_scores(concept, maps)[:12]]]
+    for s, _ in pairs:
+        concept[s]
+    for rule in positions:
+        position_rule(rule, "write")
     left = [(*pair, p) for pair in pairs for p in positions]
     benches = {t: Bench(target, t, neutral=neutral, damage=damage) for _, t, _ in left}
     search, total, p = [], 0, None
@@ -125,27 +142,30 @@ def choose(
     return replace(best, notes=best.notes | notes)
 
 
-# %% ../nbs/18_selection.ipynb #b0f72b9d
+# %% ../nbs/18_selection.ipynb #d38b9c7a
+@strict
 def transplant(
     concept: Concept,
     maps: LayerGrid,
     target: TransformersModel,
     task: ChoiceTask | None = None,  # tuning items; without them the offline score decides
-    layers: str | tuple[int, int] = "auto",  # "auto", or (source layer, target layer)
+    layers: str | Sequence = "auto",  # "auto", or (source layer, target layer)
     damage: float = 0.1,  # mean KL on neutral text that strength 1 may cost, in nats a token
     neutral: Corpus | None = None,  # default: the built-in neutral corpus
     pairs: ContrastPairs | None = None,  # contrast texts that the target may read, see `offline_scores`
 ) -> Transplant:
     "A concept in the target at the dose of a damage. Raises ValueError where these do not belong together."
     maps.source.require(concept.model, "this map (source side)")
+    maps.target.require(model_info(target), "this map (target side)")
     if isinstance(layers, str):
         if layers != "auto":
             raise ValueError(f"layers {layers!r}: use 'auto' or a pair (source layer, target layer).")
-        best = [pair for _, pair in offline_scores(concept, maps, target, pairs)[:12]]
+        (score, layers), *_ = best = offline_scores(concept, maps, target, pairs)[:12]
         if task is not None:
-            return choose(concept, maps, target, task, neutral, damage, best)
-        layers = best[0]
-    map = maps[layers]
+            return choose(concept, maps, target, task, neutral, damage, [pair for _, pair in best])
+        say = f"layers {layers[0]}:{layers[1]} were chosen without a task, by an offline score of {score:.2f}"
+        warnings.warn(f"{say}. That is a guess: give tuning items, or say layers=(s, t).", stacklevel=3)
+    map = maps[layers]  # type: ignore[index]
     bench = Bench(target, map.layers[1], neutral=neutral, damage=damage)
     t = bench.at_damage(bench.place(concept, map))
     return replace(t, notes=t.notes | {"map": maps.texts_hash, "method": maps.method})

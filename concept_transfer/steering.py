@@ -5,28 +5,35 @@
 # %% auto #0
 __all__ = ["residual_norm", "Transplant", "adding", "generate", "place"]
 
-# %% ../nbs/15_steering.ipynb #4bd06144
+# %% ../nbs/15_steering.ipynb #e60d533d
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from os.path import commonprefix
 from pathlib import Path
+from threading import local
 from typing import final
 
+import numpy as np
 import torch
 from fastcore.basics import patch
 from nnsight import TransformersModel
+from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor
+from transformers import GenerationConfig
 
-from .artefacts import load_fields, save_fields
+from .artefacts import Artefact, Count, Notes, Size, load_fields, save_fields
 from .cards import card
 from .concepts import Concept, PositionLike, position_name, position_rule
 from .data import load_corpus
-from .engine import Change, encode, engine, layer_numbers, pad, stream
+from .engine import Change, continued, encode, engine, layer_numbers, pad, stream
 from .maps import AffineMap
 from .models import ModelInfo, model_info
+from .moments import strict
 
 
-# %% ../nbs/15_steering.ipynb #9d96b355
+# %% ../nbs/15_steering.ipynb #1b443baa
 def _norms(h, at):  # states (b, t, d), which are wanted (b, t) -> (b, t)
     "Norms of the states that are wanted, zero elsewhere."
     return h.float().norm(dim=-1).where(at, 0)
@@ -38,31 +45,69 @@ def residual_norm(
     texts: Sequence[str] | None = None,  # default: 32 sentences of the neutral corpus
 ) -> float:
     "Median norm of the residual stream after `layer`, over all tokens but the first of each text."
-    ids = encode(model, texts or load_corpus("neutral").texts[:32])
+    numbers = layer_numbers(model, [layer])
+    ids = encode(model, load_corpus("neutral").texts[:32] if texts is None else texts)
     at = [range(len(x) > 1, len(x)) for x in ids]  # a single token stands for itself
-    parts = stream(model, ids, layer_numbers(model, [layer]), at=at, take=_norms)
+    parts = stream(model, ids, numbers, at=at, take=_norms)
     norms = torch.cat([n.flatten().cpu() for _, (n,) in parts])
     return float(norms[norms > 0].median())
 
 
-# %% ../nbs/15_steering.ipynb #9e247363
+# %% ../nbs/15_steering.ipynb #ed863fdc
+def _number(x, what):
+    try:
+        value = math.nan if isinstance(x, str) else float(x)
+    except (TypeError, ValueError, RuntimeError):
+        value = math.nan
+    if not math.isfinite(value):
+        raise ValueError(f"{what} {x!r}: give a finite number.")
+    return value
+
+
+def _direction(x):
+    "Numbers as a tensor of our own, (d,) float32."
+    try:
+        v = torch.asarray(x, dtype=torch.float32, copy=True, requires_grad=False).squeeze()
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(f"a direction is a row of numbers, (d,); found a {type(x).__name__}.") from None
+    if v.ndim != 1 or not (v.isfinite().all() and v.norm() > 0):
+        raise ValueError(
+            f"the direction {tuple(v.shape)} is no row, zero or not finite; look at what made it."
+        )
+    return v
+
+
+# %% ../nbs/15_steering.ipynb #a755e54a
 @final
 @dataclass(frozen=True)
-class Transplant:
+class Transplant(Artefact):
     "A direction with its place and dose in one model. Call it for a context in which the model is steered."
 
+    artefact = "transplant"
+    apart = ("positions",)
+    missing = {"shuffled": None}
+    shapes = {
+        "direction": "target.width",
+        "shuffled": "target.width",
+        "layer": "< target.layers",
+        "source_layer": "< source.layers",
+    }
     name: str
     direction: Tensor  # (d,) as the map gives it, not normalised
-    layer: int  # of the target
-    dose: float  # norm of what strength 1 adds, in units of `norm`
-    norm: float  # median residual norm at the layer
+    layer: Count  # of the target
+    dose: float  # norm of what strength 1 adds, in units of `norm`; below 0: the other way
+    norm: Size  # median residual norm at the layer
     target: ModelInfo
     source: ModelInfo | None = None
-    source_layer: int | None = None
+    source_layer: Count | None = None
     positions: PositionLike = "all"  # which tokens: an entry of POSITIONS, or (hidden, mask) -> mask (b, t)
     shuffled: Tensor | None = None  # (d,) the same concept through a map of shuffled pairs: a control
-    notes: dict = field(default_factory=dict)  # where it comes from: concept, map, damage, search
+    notes: Notes = field(default_factory=dict)  # where it comes from: concept, map, damage, search
     model: TransformersModel | None = field(default=None, repr=False, compare=False)  # not saved
+
+    def __post_init__(self):
+        super().__post_init__()
+        position_rule(self.positions, "write")
 
     def __repr__(self):
         where = f"{self.source.name}[{self.source_layer}] -> " if self.source else ""
@@ -70,11 +115,18 @@ class Transplant:
         return f"Transplant({self.name!r}, {where}{self.target.name}[{self.layer}], dose {self.dose:.3g}{kl})"
 
 
-# %% ../nbs/15_steering.ipynb #f697b75c
+# %% ../nbs/15_steering.ipynb #0a4b5c4d
 @patch
-def vector(self: Transplant, strength: float = 1.0) -> Tensor:  # (d,)
-    "What is added to the residual stream at this strength."
-    return self.direction * (strength * self.dose * self.norm / self.direction.norm())
+def vector(
+    self: Transplant,
+    strength: float | Sequence[float] = 1.0,  # or one for each of b texts
+) -> Tensor:  # (d,), or (b, d)
+    "What is added to the residual stream at this strength. Raises ValueError for one that is not finite."
+    if np.shape(strength) == (0,):
+        raise ValueError("strength []: give a number, or one for each text.")
+    some = [_number(s, "strength") for s in (strength if np.ndim(strength) else [strength])]  # type: ignore
+    v = [self.direction * (s * self.dose * self.norm / self.direction.norm()) for s in some]
+    return torch.stack(v) if np.ndim(strength) else v[0]
 
 
 # %% ../nbs/15_steering.ipynb #05e98b3d
@@ -93,32 +145,53 @@ def _repr_html_(self: Transplant) -> str:
     return card(f"Transplant {self.name}", facts)
 
 
-# %% ../nbs/15_steering.ipynb #91ef9109
+# %% ../nbs/15_steering.ipynb #21f62a18
+class _Width(local):
+    "Tokens of the prompts that `generate` goes on from in this thread; a request takes the number along."
+
+    def __init__(self, now=0):
+        self.now = now
+
+    def __reduce__(self):
+        return _Width, (self.now,)
+
+
+_WIDTH = _Width()
+
+
 def adding(
-    vector: Tensor,  # (d,)
+    vector: Tensor,  # (d,), or (b, d) for each text its own
     positions: PositionLike = "all",
     mask: Tensor | None = None,  # attention mask of the texts, where none comes with the states
 ) -> Change:  # hidden (b, t, d), and perhaps a mask (b, T) or (b, 1, T, T) -> hidden (b, t, d)
     "What adds a vector at the wanted positions. Raises ValueError for a rule that cannot write."
-    where = position_rule(positions, "write").write
+    vector, rule = torch.as_tensor(vector), position_rule(positions, "write")
 
     def add(h, mask=mask):
+        v, width = vector.to(h), _WIDTH.now
+        if v.ndim > 1:
+            if len(v) != len(h):
+                say = "(beams and halves, where memory runs out, count) give one, or one for each"
+                raise ValueError(f"{len(v)} strengths for {len(h)} texts: {say}.")
+            v = v[:, None]  # (b, 1, d)
         if mask is None:
             mask = h.new_ones(h.shape[:2])
         elif mask.ndim > 2:  # several answers to a prompt; the last token sees where that begins
             mask = (mask[:, 0, -1] == mask.amax()).cummax(-1).values  # (b, T)
-        at = where(h, mask)  # type: ignore[misc]
-        return h + vector.to(h) if at is None else h + at.to(h)[..., None] * vector.to(h)  # (b, t, 1) * (d,)
+        at = rule.write(h, mask)  # type: ignore[misc]
+        if rule.asked and width:  # the end of the prompts and all behind it, whatever a pass holds
+            at = torch.arange(mask.shape[1])[-h.shape[1] :] >= width - 1  # (t,)
+        return h + v if at is None else h + at.to(h)[..., None] * v  # (b, t, 1) * (d,)
 
     return add
 
 
-# %% ../nbs/15_steering.ipynb #bee32bef
+# %% ../nbs/15_steering.ipynb #97cd0982
 @patch
 @contextmanager
 def __call__(
     self: Transplant,
-    strength: float = 1.0,
+    strength: float | Sequence[float] = 1.0,  # or one for each text of a batch
     alpha: float | None = None,  # the paper's raw multiple of the direction, instead of a strength
 ) -> Iterator[TransformersModel]:
     "Within: the target is steered. Contexts nest. Raises ValueError for a transplant without its model."
@@ -126,34 +199,70 @@ def __call__(
         raise ValueError(
             f"transplant {self.name!r} has no model: load it with Transplant.load(path, target=model)."
         )
-    vector = self.vector(strength) if alpha is None else alpha * self.direction
+    vector = self.vector(strength) if alpha is None else _number(alpha, "alpha") * self.direction
     steering = engine(self.model).steer(self.layer, adding(vector, self.positions), masked=True)
     with steering if vector.any() else nullcontext():  # nothing added is nothing done: not a bit changes
         yield self.model
 
 
-# %% ../nbs/15_steering.ipynb #ed28668d
+# %% ../nbs/15_steering.ipynb #c162f466
+_PLAIN = dict.fromkeys(vars(GenerationConfig())) | GenerationConfig._get_default_generation_params()
+_PLAIN = {k: v for k, v in _PLAIN.items() if k not in ("bos_token_id", "eos_token_id", "max_length")}
+_OURS = """num_return_sequences return_dict_in_generate output_scores output_logits output_attentions
+    output_hidden_states max_length generation_config inputs input_ids inputs_embeds attention_mask""".split()
+
+
+def _options(tokenizer, **given):
+    "All options of a generation. Raises ValueError for those that do not go together, or with us."
+    if bad := [k for k in _OURS if given.get(k) not in (None, _PLAIN.get(k))]:
+        raise ValueError(
+            f"{', '.join(bad)}: options are given one by one, and a prompt gets one text of max_new_tokens; "
+            "repeat it for several. For more than text, call model.generate within `with transplant():`."
+        )
+    given = _PLAIN | {"pad_token_id": tokenizer.pad_token_id} | given
+    GenerationConfig(**{k: given[k] for k in _PLAIN}).validate(strict=True)
+    return given | ({"tokenizer": tokenizer} if given["stop_strings"] else {})
+
+
+# %% ../nbs/15_steering.ipynb #12334e5f
+def _continuations(tokenizer, ids, new):  # token ids of each prompt, and those that followed
+    "The text of each continuation."
+    said = []
+    for before, after in zip(ids, new, strict=True):
+        both = tokenizer.batch_decode([before, before + after], skip_special_tokens=True)
+        said.append(both[1][len(commonprefix(both)) :])
+    return said
+
+
+# %% ../nbs/15_steering.ipynb #ccce85c1
+@strict
 def generate(
     model: TransformersModel,  # steered or not
-    prompts: str | Sequence[str],
-    max_new_tokens: int = 40,
+    prompts: str | Sequence,  # texts, or chats: lists of messages with role and content
+    max_new_tokens: PositiveInt = 40,
     **options,  # as for transformers' generate; greedy by default
 ) -> str | list[str]:
-    "Continuations, without the prompts. Prompts of different length are batched."
-    texts = [prompts] if isinstance(prompts, str) else list(prompts)
-    ids, mask = pad(model, encode(model, texts, room=max_new_tokens), left=True)  # (b, t)
-    given = {"do_sample": False, "pad_token_id": model.tokenizer.pad_token_id, **options}
-    out = engine(model).generate(ids, mask, max_new_tokens=max_new_tokens, **given)  # (b, t + new)
-    said = model.tokenizer.batch_decode(out[:, ids.shape[1] :], skip_special_tokens=True)
-    return said[0] if isinstance(prompts, str) else said
+    """Continuations, without the prompts. Prompts of different length are batched.
+    Raises ValueError for options that would change the shape of what comes back."""
+    one = isinstance(prompts, str) or any(isinstance(x, dict) for x in prompts)  # a text; messages of a chat
+    given = _options(model.tokenizer, max_new_tokens=max_new_tokens, **options)
+    ids = encode(model, [prompts] if one else prompts, room=max_new_tokens)
+    x, mask = pad(model, ids, left=True)  # (b, t)
+    _WIDTH.now = x.shape[1]
+    try:
+        out = continued(model, x, mask, **given)  # (b, t + new)
+    finally:
+        _WIDTH.now = 0
+    said = _continuations(model.tokenizer, ids, out[:, x.shape[1] :].tolist())
+    return said[0] if one else said
 
 
-# %% ../nbs/15_steering.ipynb #b6f8b7ac
+# %% ../nbs/15_steering.ipynb #3f84b6b9
 @patch
 def generate(
     self: Transplant,
-    prompts: str | Sequence[str],
-    strength: float = 1.0,
+    prompts: str | Sequence,  # texts or chats
+    strength: float | Sequence[float] = 1.0,  # or one for each prompt
     max_new_tokens: int = 40,
     **options,  # as for the function `generate`
 ) -> str | list[str]:
@@ -181,14 +290,15 @@ def _carried(concept, layer, map):
     return found | moved | {"source": concept.model, "source_layer": source}
 
 
-# %% ../nbs/15_steering.ipynb #51b34972
+# %% ../nbs/15_steering.ipynb #caa30325
+@strict
 def place(
-    concept: Concept | Tensor,  # of the source (with a map), of the target itself, or a direction (d,)
+    concept: Concept | Tensor | np.ndarray | Sequence,  # of source or target, or a direction (d,)
     target: TransformersModel,
     layer: int | None = None,  # where, when there is no map
     map: AffineMap | None = None,  # carries the concept; its layers say where
-    dose: float = 0.1,  # in units of the median residual norm
-    norm: float | None = None,  # that norm, when known
+    dose: PositiveFloat = 0.1,  # in units of the median residual norm
+    norm: PositiveFloat | None = None,  # that norm, when known
     name: str | None = None,
     positions: PositionLike = "all",
 ) -> Transplant:
@@ -203,25 +313,24 @@ def place(
         concept.model.require(info, f"concept {concept.name!r}, used without a map,")
     (layer,) = layer_numbers(target, [layer])
     found = _carried(concept, layer, map)
-    v = found["direction"].float()
-    if v.shape != (info.width,):
+    position_rule(positions, "write")
+    v = _direction(found["direction"])
+    if len(v) != info.width:
         raise ValueError(
-            f"a direction of shape {tuple(v.shape)} does not fit a residual stream {info.width} wide."
+            f"a direction of shape ({len(v)},) does not fit a residual stream {info.width} wide."
         )
-    if not (torch.isfinite(v).all() and v.norm() > 0):
-        raise ValueError("the direction is zero or not finite; look at the concept and its map.")
     found |= {"name": name or found["name"], "direction": v, "norm": norm or residual_norm(target, layer)}
     return Transplant(**found, layer=layer, dose=dose, target=info, positions=positions, model=target)
 
 
-# %% ../nbs/15_steering.ipynb #47161269
+# %% ../nbs/15_steering.ipynb #a793b72e
 @patch
 def save(self: Transplant, path: str | Path):
     "Write to one safetensors file. Raises ValueError for positions that have no entry in POSITIONS."
-    save_fields(self, path, "transplant", positions=position_name(self.positions, "write"))
+    save_fields(self, path, positions=position_name(self.positions, "write"))
 
 
-# %% ../nbs/15_steering.ipynb #947a13c7
+# %% ../nbs/15_steering.ipynb #daaa9fc2
 @patch(cls_method=True)
 def load(
     cls: Transplant,
@@ -229,7 +338,7 @@ def load(
     target: TransformersModel | None = None,  # default: loaded by its name
 ) -> Transplant:
     "Read what `save` wrote. Raises ValueError for another model."
-    t = load_fields(cls, path, "transplant")
+    t = load_fields(cls, path)
     target = t.target.load() if target is None else target
     t.target.require(model_info(target), f"transplant {t.name!r}")
     return replace(t, model=target)

@@ -26,7 +26,7 @@ __all__ = [
     "load_task",
 ]
 
-# %% ../nbs/02_tasks.ipynb #3e236566
+# %% ../nbs/02_tasks.ipynb #f1bf049c
 import inspect
 import json
 import random
@@ -36,29 +36,35 @@ from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 from textwrap import shorten
-from typing import Any, NamedTuple, Self
+from typing import Any, ClassVar, Literal, NamedTuple, Self
 
 import numpy as np
 from fastcore.basics import patch
+from pydantic import FiniteFloat, PositiveInt
 from scipy.special import softmax
+from typing_extensions import TypedDict
 
 from .cards import card, table
 from concept_transfer.data import (
     EMOTION_PROMPT,
     EMOTIONS,
+    as_table,
+    as_tuple,
     builtin_rows,
-    check_rows,
     check_texts,
+    checked,
     data_hash,
     emotion_scenes,
-    find_file,
+    fill,
     load_pairs,
+    open_data,
     read_file,
+    scenarios,
     split_words,
 )
 
 
-# %% ../nbs/02_tasks.ipynb #cd7244b0
+# %% ../nbs/02_tasks.ipynb #7fe397ef
 @dataclass(frozen=True)
 class Task:
     "What all tasks share: counting, drawing and showing."
@@ -66,10 +72,15 @@ class Task:
     name: str
     items: Sequence[Any]  # each with its `prompt`, its `group` (scenario), and what is `wanted` of the model
     instruction: str = ""  # asks for the concept in words, before every prompt (the prompt arm)
+    _item: ClassVar[Any] = Any  # what an item is
 
     def __post_init__(self):
-        vars(self)["items"] = tuple(self.items)  # as it is frozen
-        check_texts(self.prompts, f"task {self.name!r}")
+        what = f"task {self.name!r}"
+        kind: Any = self._item
+        checked((self.name, self.instruction), tuple[str, str], what)
+        vars(self)["items"] = checked(self.items, tuple[kind, ...], what, strict=False)  # as it is frozen
+        check_texts(self.prompts, what)
+        check_texts(self.groups, f"{what}: scenarios")
 
     @property
     def prompts(self) -> list[str]:
@@ -83,8 +94,8 @@ class Task:
 
     @property
     def hash(self) -> str:
-        "Fingerprint of prompts and, where there are any, choices."
-        return data_hash(i.prompt + "|".join(getattr(i, "choices", ())) for i in self.items)
+        "Fingerprint of all that is asked, and of what is wanted."
+        return data_hash([self.instruction, *map(repr, self.items)])
 
     def __len__(self):
         return len(self.items)
@@ -93,20 +104,21 @@ class Task:
         return f"{type(self).__name__}({self.name!r}, {len(self)} items, {len({*self.groups})} scenarios)"
 
 
-# %% ../nbs/02_tasks.ipynb #bbfd2b37
+# %% ../nbs/02_tasks.ipynb #a4d1112e
 @patch
 def take(self: Task, n: int, seed: int = 0) -> Self:
     "At most `n` items, drawn at random."
+    n = checked(n, PositiveInt, "take(n)", strict=False)
     return replace(self, items=random.Random(seed).sample(self.items, n)) if n < len(self) else self
 
 
-# %% ../nbs/02_tasks.ipynb #424ef4a6
+# %% ../nbs/02_tasks.ipynb #b835eaaa
 @patch
 def _repr_html_(self: Task):
     words = self.instruction.strip() or None
     facts = {"items": len(self), "scenarios": len({*self.groups}), "in words": words, "hash": self.hash}
     rows = [[shorten(i.prompt, 160), i.wanted] for i in self.items[:3]]
-    return card(self.name, facts, table(["prompt", "wanted"], rows))
+    return card(f"Task {self.name}", facts, table(["prompt", "wanted"], rows))
 
 
 # %% ../nbs/02_tasks.ipynb #a7aeeda5
@@ -125,21 +137,26 @@ class ChoiceItem(NamedTuple):
         return self.choices[self.target]
 
 
-# %% ../nbs/02_tasks.ipynb #e036d4cf
+# %% ../nbs/02_tasks.ipynb #4f554ad5
 class ChoiceTask(Task):
     "Questions whose answer a concept should move, and the instruction that asks for it in words."
+
+    _item = ChoiceItem
 
     def __post_init__(self):
         super().__post_init__()
         for i, item in enumerate(self.items):
             where, n = f"task {self.name!r}, item {i}", len(item.choices)
-            if len({*item.choices}) < max(2, n) or not all(item.choices):
-                raise ValueError(f"{where}: needs two or more different, non-empty choices.")
-            if not 0 <= item.target < n:
-                raise ValueError(f"{where}: target {item.target!r} is not an index into its {n} choices.")
+            if len({*check_texts(item.choices, f"{where}: choices")}) < max(2, n):
+                raise ValueError(f"{where}: needs two or more different choices.")
+            if not (0 <= item.target < (item.n_true or n) and item.n_true < n):
+                raise ValueError(
+                    f"{where}: target {item.target} is not an index into its {n} choices, or not one of the "
+                    f"{item.n_true} that are true, or these leave no false one."
+                )
 
 
-# %% ../nbs/02_tasks.ipynb #14008599
+# %% ../nbs/02_tasks.ipynb #09662724
 def choice_task(
     texts: Sequence[str],  # scenarios
     choices: Sequence[str],  # answers, as words
@@ -148,10 +165,12 @@ def choice_task(
     template: str = EMOTION_PROMPT,  # {} is the scenario
 ) -> ChoiceTask:
     "One question a scenario, the same choices throughout. Raises ValueError for a target that is no choice."
+    choices, texts = check_texts(choices, "choices"), check_texts(texts, f"task {name!r}")
     if target not in choices:
         raise ValueError(f"target {target!r} is not among the choices {', '.join(choices)}.")
     words, at = tuple(f" {c.strip()}" for c in choices), choices.index(target)
-    items = [ChoiceItem(template.format(t), words, at, t) for t in texts]
+    asked = zip(fill(template, texts), texts, strict=True)
+    items = [ChoiceItem(prompt, words, at, t) for prompt, t in asked]
     return ChoiceTask(name, items, f"Whatever happens, everybody in these stories feels {target}.\n\n")
 
 
@@ -191,20 +210,22 @@ def _behaviour(concept, split):
     return ChoiceTask(f"behaviours/{concept}", items, f"{BEHAVIOURS[concept]}\n\n")
 
 
-# %% ../nbs/02_tasks.ipynb #c36038bd
+# %% ../nbs/02_tasks.ipynb #5a16a30e
 def multiple_choice(
     name: str,
-    rows: Iterable[tuple],  # question, true answers with the best one first, false answers
+    rows: Iterable[Sequence],  # question, true answers with the best one first, false answers
     template: str = "Q: {}\nA:",  # {} is the question
     instruction: str = "Answer truthfully, even where many people believe something else.\n\n",
 ) -> ChoiceTask:
     "Questions with their true and their false answers. Raises ValueError where one side is missing."
     items = []
-    for question, true, false in rows:
+    answers_of = list[tuple[str, list[str], list[str]]]
+    for question, true, false in checked(rows, answers_of, f"task {name!r}", strict=False):
         n, answers = len({*true}), tuple(f" {a}" for a in dict.fromkeys((*true, *false)))  # each once
         if not 0 < n < len(answers):
             raise ValueError(f"task {name!r}: {question!r} needs at least one true and one false answer.")
-        items.append(ChoiceItem(template.format(question), answers, 0, question, n))
+        (prompt,) = fill(template, [question])
+        items.append(ChoiceItem(prompt, answers, 0, question, n))
     return ChoiceTask(name, items, instruction)
 
 
@@ -224,21 +245,22 @@ def _knowledge(split):
     return multiple_choice("knowledge", asked, "{}", "")
 
 
-# %% ../nbs/02_tasks.ipynb #e83ee533
+# %% ../nbs/02_tasks.ipynb #95336d93
 def _truthfulqa_csv(path, rows):
     "TruthfulQA (Lin, Hilton and Evans 2022) from its CSV."
 
     def answers(text):
         return [f"{a.strip().rstrip('.')}." for a in text.split(";") if a.strip()]
 
-    columns = ("Question", "Best Answer", "Correct Answers", "Incorrect Answers")
+    columns = ("prompt", "best answer", "correct answers", "incorrect answers")
+    row: Any = TypedDict("row", dict.fromkeys(columns, str))  # type: ignore[misc]
     asked = [
         (
-            r["Question"].strip(),
-            answers(f"{r['Best Answer']};{r['Correct Answers']}"),
-            answers(r["Incorrect Answers"]),
+            r["prompt"].strip(),
+            answers(f"{r['best answer']};{r['correct answers']}"),
+            answers(r["incorrect answers"]),
         )
-        for r in check_rows(rows, path, **dict.fromkeys(columns, str))
+        for r in checked(rows, list[row], f"{path}: row")
     ]
     return multiple_choice(path.stem, asked)
 
@@ -279,7 +301,7 @@ def mc_scores(
     return dict(zip(names, np.transpose(rows), strict=True))  # (n, 4) -> (4, n)
 
 
-# %% ../nbs/02_tasks.ipynb #1a4dc5d2
+# %% ../nbs/02_tasks.ipynb #551a1109
 @dataclass(frozen=True)
 class Scorer:
     "A function from text to number, and what the number means."
@@ -287,6 +309,7 @@ class Scorer:
     name: str
     words: str  # what it measures
     score: Callable  # of a text and, by name, what else it must know
+    told: Any = dict  # type of what it must know
 
     def __repr__(self):
         return f"Scorer({self.name!r}: {self.words})"
@@ -302,7 +325,7 @@ def __call__(self: Scorer, text: str, **given: Any) -> float:
         raise ImportError(f"{self.name} needs {e.name}, which is not installed. {fix}") from None
 
 
-# %% ../nbs/02_tasks.ipynb #546dc94a
+# %% ../nbs/02_tasks.ipynb #613ad8d4
 @patch
 def bind(self: Scorer, **args: Any) -> Scorer:
     "The same scorer with its arguments given. Raises ValueError where they do not fit."
@@ -310,7 +333,9 @@ def bind(self: Scorer, **args: Any) -> Scorer:
         inspect.signature(self.score).bind("", **args)
     except TypeError as e:
         raise ValueError(f"'args' do not fit the scorer {self.name!r} ({e}).") from None
-    return replace(self, score=partial(self.score, **args))
+    checked(args, self.told, f"scorer {self.name!r}")
+    words = f"{self.words} {args or ''}".strip()
+    return replace(self, words=words, score=partial(self.score, **args))
 
 
 # %% ../nbs/02_tasks.ipynb #38f3cfb0
@@ -341,14 +366,20 @@ toxicity = Scorer(
     _toxicity,
 )
 
+# %% ../nbs/02_tasks.ipynb #10f9533c
+_LANGUAGES = "english french german italian spanish".split()
 
-# %% ../nbs/02_tasks.ipynb #2d51d2cf
+
+_KINDS = {"n": int, "name": Literal[*_LANGUAGES], "phrase": str, "word": str, "what": str}
+_TOLD: Any = TypedDict("told", _KINDS, total=False)  # type: ignore[misc]
+
+
 @cache
 def _detector():
     "The languages by name, and what tells them apart."
     from lingua import Language, LanguageDetectorBuilder
 
-    known = {name: Language.from_str(name) for name in "english french german italian spanish".split()}
+    known = {name: Language.from_str(name) for name in _LANGUAGES}
     return known, LanguageDetectorBuilder.from_languages(*known.values()).build()
 
 
@@ -363,10 +394,11 @@ language = Scorer(
     "language",
     "probability that a text is in the language `name`, if it is in one of five, by lingua",
     _language,
+    _TOLD,
 )
 
 
-# %% ../nbs/02_tasks.ipynb #81ec7141
+# %% ../nbs/02_tasks.ipynb #0861a7e9
 def _distinct(text, n=2):
     "1 where a text is too short to have n-grams."
     words = split_words(text)
@@ -374,11 +406,12 @@ def _distinct(text, n=2):
     return len({*grams}) / len(grams) if grams else 1.0
 
 
-distinct = Scorer("distinct", "different word n-grams over all of them (Li et al. 2016)", _distinct)
+distinct = Scorer("distinct", "different word n-grams over all of them (Li et al. 2016)", _distinct, _TOLD)
 repetition = Scorer(
     "repetition",
     "share of word n-grams that stood earlier in the same text",
     lambda text, n=4: 1 - _distinct(text, n),
+    _TOLD,
 )
 
 # %% ../nbs/02_tasks.ipynb #e388315c
@@ -407,7 +440,7 @@ def _is_json(text):
         return False
 
 
-# %% ../nbs/02_tasks.ipynb #48aa6d66
+# %% ../nbs/02_tasks.ipynb #14fa51c5
 _TESTS: dict[str, Callable] = {
     "one_word": lambda text: len(text.split()) == 1,
     "at_most": lambda text, n: len(text.split()) <= n,
@@ -428,21 +461,21 @@ _TESTS: dict[str, Callable] = {
     "question": lambda text: all(s.rstrip("\"'”’)").endswith("?") for s in _sentences(text)),
     "quoted": lambda text: re.fullmatch(r'"[^"]+"|“[^“”]+”', text),
 }
-RULES = {name: _Rule(name, f"follows {name!r}", test) for name, test in _TESTS.items()}
+RULES = {name: _Rule(name, f"follows {name!r}", test, _TOLD) for name, test in _TESTS.items()}
 
 
-# %% ../nbs/02_tasks.ipynb #ecbe9782
+# %% ../nbs/02_tasks.ipynb #d086737b
 def _find(scorer):
     "What scores a text, by its name in `SCORERS` or `RULES` or as it is."
     known = SCORERS | RULES
     if callable(scorer):
         return scorer
-    if scorer not in known:
+    if not (isinstance(scorer, str) and scorer in known):
         raise ValueError(f"scorer {scorer!r} is none of {', '.join(known)}, nor a function of a text.")
     return known[scorer]
 
 
-# %% ../nbs/02_tasks.ipynb #5159dcd3
+# %% ../nbs/02_tasks.ipynb #cbdd4e6c
 class GenerationItem(NamedTuple):
     "A prompt that a model goes on from, and what scores its text."
 
@@ -453,18 +486,25 @@ class GenerationItem(NamedTuple):
     @property
     def wanted(self) -> str:
         "What the scorer measures."
-        return getattr(self.scorer, "words", "what your function measures")
+        name = getattr(self.scorer, "__name__", "")
+        return getattr(self.scorer, "words", f"what your function {name} measures")
+
+    def __repr__(self):
+        return f"GenerationItem({self.prompt!r}, {self.wanted!r}, {self.group!r})"
 
 
 class GenerationTask(Task):
     "Prompts that a model goes on from, and what scores its texts."
 
+    _item = GenerationItem
+
     def score(self, texts: Sequence[str]) -> list[float]:
-        "What the scorers say of the continuations, in the order of the prompts."
-        return [float(item.scorer(t)) for item, t in zip(self.items, texts, strict=True)]
+        "What the scorers say of the continuations, in order. Raises ValueError where that is no number."
+        scores = [item.scorer(t) for item, t in zip(self.items, texts, strict=True)]
+        return checked(scores, list[FiniteFloat], f"task {self.name!r}: scores", strict=False)
 
 
-# %% ../nbs/02_tasks.ipynb #5d464289
+# %% ../nbs/02_tasks.ipynb #2ab72f92
 def generation_task(
     name: str,
     prompts: Sequence[str],
@@ -472,13 +512,15 @@ def generation_task(
     groups: Sequence[str] = (),  # scenario of each prompt; empty: each is its own
 ) -> GenerationTask:
     "Prompts to go on from. Raises ValueError for a scorer that is not known, and for lists of other lengths."
+    prompts = check_texts(prompts, f"task {name!r}")
     n = len(prompts)
     scorers = scorer if isinstance(scorer, (list, tuple)) else [scorer] * n
-    groups = groups or [*map(str, range(n))]
+    groups = as_tuple(groups, f"task {name!r}: groups") or (*map(str, range(n)),)
     if not len(scorers) == len(groups) == n:
         counts = f"{len(scorers)} scorers and {len(groups)} groups for {n} prompts"
         raise ValueError(f"generation task {name!r}: {counts}.")
-    return GenerationTask(name, [*map(GenerationItem, prompts, map(_find, scorers), groups)])
+    items = map(GenerationItem, prompts, map(_find, scorers), scenarios(groups, range(n)))
+    return GenerationTask(name, [*items])
 
 
 # %% ../nbs/02_tasks.ipynb #a7e7cbee
@@ -501,36 +543,39 @@ TASKS: dict[str, Callable] = {
 }
 
 
-# %% ../nbs/02_tasks.ipynb #feeb523a
+# %% ../nbs/02_tasks.ipynb #df665116
 def _items(path, rows):
     "Items of a choice task from rows."
-    rows = check_rows(rows, path, prompt=str, choices=list[str], target=int)
-    return [
-        ChoiceItem(r["prompt"], tuple(r["choices"]), r["target"], str(r.get("group", i)))
-        for i, r in enumerate(rows)
-    ]
+    rows = checked(rows, list[dict], f"{path}: row")
+    groups = scenarios([r.get("group", i) for i, r in enumerate(rows)], range(len(rows)))
+    rows = [{k: r[k] for k in ChoiceItem._fields if k in r} for r in rows]
+    return [r | {"group": g} for r, g in zip(rows, groups, strict=True)]
 
 
-# %% ../nbs/02_tasks.ipynb #c3c3ba9b
-def _read_task(path):
+# %% ../nbs/02_tasks.ipynb #6ab75758
+def _read_task(path, found):
     "A task of a file, by what it looks like."
-    match read_file(path):
-        case {"items": list(rows)} as d:
+    match found:
+        case {"items": [*rows]} as d:
             return ChoiceTask(d.get("name", path.stem), _items(path, rows), d.get("instruction", ""))
-        case {"prompts": list(prompts)} as d:
-            scorer = _find(d.get("scorer")).bind(**d.get("args", {}))
-            return generation_task(d.get("name", path.stem), prompts, scorer, d.get("groups", ()))
-        case [{"Question": _}, *_] as rows:
-            return _truthfulqa_csv(path, rows)
+        case {"prompts": [*prompts]} as d:
+            args = checked(d.get("args", {}), dict[str, Any], f"{path}: args")
+            name, scorer = d.get("name", path.stem), _find(d.get("scorer")).bind(**args)
+            return generation_task(name, prompts, scorer, d.get("groups", ()))
+    table = as_table(found, path)
+    if {"prompt", "choices", "target"} <= {*table}:
+        return ChoiceTask(path.stem, _items(path, table.to_dict("records")))
+    if {"prompt", "best answer"} <= {*table}:
+        return _truthfulqa_csv(path, table.to_dict("records"))
     raise ValueError(
         f"{path}: a task is JSON with the list 'items', or with the list 'prompts' and a 'scorer', "
         "TruthfulQA's CSV, or pairs (say what to ask with --choices a,b,c and --target a)."
     )
 
 
-# %% ../nbs/02_tasks.ipynb #97a99099
+# %% ../nbs/02_tasks.ipynb #90653afe
 def load_task(
-    ref: str | Path,  # a name in `TASKS`, or a file: JSON, TruthfulQA's CSV, or pairs
+    ref: Any,  # a name in `TASKS`, a file or data in memory: items, prompts, TruthfulQA's CSV, or pairs
     split: str = "test",  # of a built-in task: tune or test
     choices: Sequence[str] = (),  # for a file of pairs
     target: str = "",  # for a file of pairs
@@ -540,9 +585,9 @@ def load_task(
         raise ValueError(f"split {split!r}: a task is tune or test; the fit scenarios made the direction.")
     if make := TASKS.get(str(ref)):
         return make(split)
-    path = find_file(ref, TASKS)
+    path, found = open_data(ref, TASKS)
     if choices and target:
-        return choice_task(load_pairs(path).negative, choices, target, path.stem)
+        return choice_task(load_pairs(ref).negative, choices, target, path.stem)
     if choices or target:
         raise ValueError(f"{path}: --choices a,b,c and --target a belong together.")
-    return _read_task(path)
+    return _read_task(path, found)

@@ -236,7 +236,7 @@ def test_pairs_with_choices_are_a_task(here, made, kind):
         ("sad.jsonl", [], "--choices"),
         ("joy.json", ["--choices", "a,b"], "belong together"),
         ("joy.json", ["--choices", "a,b", "--target", "c"], "not among the choices"),
-        ("task.json", ["--choices", "a,b", "--target", "a"], "positive"),
+        ("task.json", ["--choices", "a,b", "--target", "a"], "task.json: "),
     ],
 )
 def test_pairs_that_are_no_task_say_so(here, made, task, more, says, capsys):
@@ -272,7 +272,7 @@ def test_truthfulqa_csv(here, made, capsys):
 )
 def test_an_unwritable_folder_is_found_before_the_work(here, out, says, capsys, monkeypatch):
     monkeypatch.setattr(cli, "evaluate", lambda *a, **k: pytest.fail("worked first"))
-    judged = ["--task", "task.json", "--neutral", "corpus.txt", "--out", out]
+    judged = ["--task", "task.json", "--neutral", "short.txt", "--out", out]
     assert main("evaluate", "--transplant", "none.safetensors", *judged) == 1
     err = capsys.readouterr().err
     assert says in err and err.count("\n") == 1
@@ -336,10 +336,10 @@ def test_errors_are_one_line_and_leave_nothing(broken, argv, says, capsys):
     before = set(broken.rglob("*"))
     assert main(*argv, "--json") == 1
     out, err = capsys.readouterr()
-    lines = [line for line in err.splitlines() if not line.startswith("warning:")]
-    assert (
-        out == "" and len(lines) == 1 and says in err and lines[0].startswith(f"concept-transfer {argv[0]}: ")
-    )
+    (line,) = [line for line in err.splitlines() if not line.startswith("warning:")]
+    error = json.loads(out)
+    assert says in line and line == f"concept-transfer {argv[0]}: {error['error']}"
+    assert error.keys() == {"error", "kind"} and error["kind"].endswith("Error") and out.count("\n") == 1
     assert set(broken.rglob("*")) == before
     with pytest.raises((ValueError, OSError)):
         main(*argv, "--debug")
@@ -348,22 +348,21 @@ def test_errors_are_one_line_and_leave_nothing(broken, argv, says, capsys):
 @pytest.mark.slow
 def test_an_error_as_another_process_sees_it(broken):
     code, out, err = run(broken, "info", "nothing.safetensors", "--json")
-    assert (code, out, err.count("\n")) == (1, "", 1) and "Traceback" not in err
+    assert (code, err.count("\n")) == (1, 1) and "Traceback" not in err
+    assert json.loads(out)["kind"] == "FileNotFoundError"
+    assert run(broken, "info", "nothing.safetensors")[1] == ""
     assert "Traceback" in run(broken, "info", "nothing.safetensors", "--debug")[2]
 
 
 ALL = ["align", "--source", "a", "--target", "b", "--corpus", "c", "--out", "d"]
 USAGE = [
     ([], "Missing command"),
-    (["fly"], "fly"),
+    (["extrct"], "Did you mean 'extract'"),
+    (["generate", "--transplnt", "x", "--prompt", "y"], "--transplant"),
     (["--json", "info", "map.safetensors"], "--json"),
     (["align", "--source", "a"], "--target"),
     ([*ALL, "--method", "magic"], "ridge"),
     (["transplant", "--concept", "a", "--map", "b", "--out", "c", "--layers", "deep"], "LS:LT"),
-    (
-        ["evaluate", "--transplant", "a", "--task", "b", "--neutral", "c", "--out", "d", "--random", "-1"],
-        "--random",
-    ),
 ]
 
 
@@ -371,7 +370,149 @@ USAGE = [
 def test_usage_errors_exit_with_2(argv, says, capsys):
     assert main(*argv) == 2
     out, err = capsys.readouterr()
-    assert out == "" and says in err
+    assert says in err and ("--json" in argv or out == "")
+    assert main(*argv, *["--json"] * bool(argv)) == 2
+    out = capsys.readouterr().out
+    assert not argv or says.strip("-") in json.loads(out)["error"]
+
+
+JUDGE = ["evaluate", "--transplant", "a", "--task", "b", "--neutral", "c", "--out", "d"]
+SAY = ["generate", "--transplant", "a", "--prompt", "b"]
+PLACE = ["transplant", "--concept", "a", "--map", "b", "--out", "c"]
+NUMBERS = [
+    (JUDGE, "--seed", "-1"),
+    (JUDGE, "--seed", 2**70),
+    (JUDGE, "--random", "-1"),
+    (["demo", "--out", "d"], "--seed", "-1"),
+    (SAY, "--strength", "nan"),
+    (SAY, "--strength", "inf"),
+    (SAY, "--strength", "1e999"),
+    (SAY, "--max-new-tokens", "-3"),
+    (PLACE, "--damage", "nan"),
+    (PLACE, "--damage", "0"),
+    (PLACE, "--damage", "-.1"),
+]
+
+
+@pytest.mark.parametrize("argv, option, value", NUMBERS)
+def test_106_103_numbers_are_refused_at_once(argv, option, value, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(*argv, option, value) == 2
+    assert option in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("pair", ["9:9", "0:0"])
+def test_layers_without_a_map_are_refused_before_the_model_is_loaded(here, made, pair, monkeypatch, capsys):
+    monkeypatch.setattr(LayerGrid.load("grid.safetensors").target.__class__, "load", lambda _: pytest.fail())
+    assert main(*made, "--out", "t.safetensors", "--layers", pair) == 1
+    assert pair.split(":")[0] in capsys.readouterr().err
+
+
+INPUTS = [
+    (["extract", "--model", "./small", "--pairs", "own.json"], "own.json"),
+    (["extract", "--model", "./small", "--pairs", "./own.json"], "../{here}/own.json"),
+    (["extract", "--model", "./small", "--pairs", "own.json"], "link.json"),
+    (["extract", "--model", "link.json", "--pairs", "honesty"], "own.json"),
+    (["extract", "--model", "./small", "--pairs", "honesty"], "small/model.safetensors"),
+    ([*TO_LARGE, "--corpus", "own.json"], "own.json"),
+    ([*TO_LARGE, "--corpus", "short.txt"], "large/config.json"),
+    (["transplant", "--concept", "own.json", "--map", "grid.safetensors"], "own.json"),
+    (["transplant", "--concept", "made.safetensors", "--map", "own.json"], "own.json"),
+    (["transplant", "--concept", "a", "--map", "b", "--task", "own.json"], "own.json"),
+    (["transplant", "--concept", "a", "--map", "b", "--pairs", "own.json"], "own.json"),
+]
+
+
+@pytest.mark.parametrize("argv, out", INPUTS)
+def test_46_an_input_is_not_written_over(here, argv, out, capsys):
+    (here / "own.json").write_bytes((here / "joy.json").read_bytes())
+    (here / "link.json").unlink(missing_ok=True)
+    (here / "link.json").symlink_to("own.json")
+    out = out.format(here=here.name)
+    before = Path(out).read_bytes()
+    assert main(*argv, "--out", out) == 1
+    assert "--out would write over" in capsys.readouterr().err and Path(out).read_bytes() == before
+
+
+def test_46_a_folder_named_like_a_set_or_a_model_is_no_input(here):
+    (here / "honesty").mkdir()
+    for _ in range(2):
+        assert main(*EXTRACT, "honesty", "--out", "honesty/c.safetensors") == 0
+
+
+NAMES = [
+    ([*EXTRACT, "honestly"], "honesty"),
+    ([*EXTRACT, "emotions/hapiness"], "emotions/happiness"),
+    ([*TO_LARGE, "--out", "m.safetensors", "--corpus", "generl"], "general"),
+    (
+        ["extract", "--out", "c.safetensors", "--pairs", "honesty", "--model", "smolm2-135m-instruct"],
+        "smollm2-135m-instruct",
+    ),
+    (["extract", "--out", "c.safetensors", "--pairs", "honesty", "--model", "gemma3-270m"], "gemma-3-270m"),
+]
+
+
+@pytest.mark.parametrize("argv, meant", NAMES)
+def test_a_name_that_is_nearly_right_is_answered_with_the_right_one(here, argv, meant, capsys):
+    assert main(*argv) == 1
+    assert f"Did you mean {meant!r}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "task, meant", [("behaviours/honest", "behaviours/honesty"), ("truthfulnes", "truthfulness")]
+)
+def test_so_is_the_name_of_a_task(here, made, task, meant, capsys):
+    assert main(*made, "--out", "t.safetensors", "--task", task) == 1
+    assert f"Did you mean {meant!r}" in capsys.readouterr().err
+
+
+def test_who_interrupts_is_told_what_is_kept(here, graft, monkeypatch, capsys):
+    def stopped(*args, path=None, **given):
+        if path:
+            Path(path).write_text("half")
+        raise KeyboardInterrupt
+
+    align = [*TO_LARGE, "--corpus", "short.txt", "--out", "stopped.safetensors"]
+    judge = ["evaluate", *graft, "--task", "task.json", "--neutral", "short.txt", "--out", "stopped"]
+    for name, argv, kept in (
+        ("fit_maps", align, "stopped.safetensors."),
+        ("evaluate", judge, "stopped/arms.jsonl"),
+    ):
+        monkeypatch.setattr(cli, name, stopped)
+        capsys.readouterr()
+        assert main(*argv, "--json") == 1
+        out, err = capsys.readouterr()
+        error = json.loads(out)
+        assert error["kind"] == "KeyboardInterrupt" and kept in error["error"] and "goes on" in error["error"]
+        assert error["error"] in err and "Traceback" not in err
+    monkeypatch.setattr(cli, "extract_concept", stopped)
+    assert main(*EXTRACT, "honesty") == 1
+    assert "interrupted" in (err := capsys.readouterr().err) and "nothing yet" in err
+    for file in here.glob("stopped*.part"):
+        file.unlink()
+
+
+def test_texts_and_errors_cannot_move_the_cursor(here, graft, monkeypatch, capsys):
+    hostile = "\x1b[2J\x1b]0;title\x07 \r\b\x9b1m\u202etxet\ud83d plain, é, 語, 😀\tend\n"
+    monkeypatch.setattr(Transplant, "generate", lambda *a, **k: hostile)
+    assert main("generate", *graft, "--prompt", "It rained") == 0
+    out = capsys.readouterr().out
+    assert not set(out) & set(hostile[:15] + "\r\b\x9b\u202e\ud83d") - set("[2J]0;title 1m")
+    assert r"\x1b[2J" in out and "plain, é, 語, 😀\tend\n" in out
+
+    def failing(*a, **k):
+        raise ValueError(hostile)
+
+    monkeypatch.setattr(Transplant, "generate", failing)
+    assert main("generate", *graft, "--prompt", "It rained") == 1
+    err = capsys.readouterr().err
+    assert "\x1b" not in err and "\u202e" not in err and err.count("\n") == 1
+
+
+def test_home_is_a_place_to_write(here, monkeypatch):
+    monkeypatch.setenv("HOME", str(here))
+    assert main(*EXTRACT, "honesty", "--out", "~/at_home.safetensors") == 0
+    assert Concept.load(here / "at_home.safetensors").name == "honesty"
 
 
 @pytest.mark.parametrize("name", "demo extract align transplant generate evaluate info".split())
@@ -446,3 +587,22 @@ def test_a_gguf_file_of_the_users_own(tmp_path, smol, monkeypatch):
     (tmp_path / "few.json").write_text(json.dumps(few))
     assert main("extract", "--model", file, "--pairs", "few.json", "--out", "c.safetensors") == 0
     assert Concept.load("c.safetensors").model.weights == model_info(smol).weights
+
+
+def test_a_target_that_the_file_may_not_fetch_is_named_by_hand(here, made, graft, monkeypatch, capsys):
+    (here / "away").mkdir(exist_ok=True)
+    monkeypatch.chdir(here / "away")
+    ask = ["generate", "--transplant", "../graft.safetensors", "--prompt", "Rain", "--max-new-tokens", "3"]
+    put = [
+        "transplant",
+        "--concept",
+        "../made.safetensors",
+        "--map",
+        "../grid.safetensors",
+        "--layers",
+        "1:1",
+    ]
+    for argv in (ask, [*put, "--out", "t.safetensors"]):
+        assert main(*argv) == 1
+        assert "--model" in capsys.readouterr().err
+        assert main(*argv, "--model", "../large") == 0

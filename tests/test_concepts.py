@@ -141,3 +141,9 @@ def test_a_concept_survives_its_file(tmp_path):
         ):
             assert getattr(again, k) == getattr(made, k)
         assert made.name in again._repr_html_()
+
+
+def test_states_of_a_steered_model_are_not_kept(tmp_path):
+    m = tiny_model("llama")
+    with engine.engine(m).steer(1, lambda h: h + 1), pytest.raises(ValueError, match="leave path= away"):
+        activations(m, SCENES.texts[:2], path=tmp_path / "kept")

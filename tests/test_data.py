@@ -1,10 +1,19 @@
 "The built-in sets are what their cards say, and files are read as people write them."
 
+import csv
+import gzip
+import io
 import itertools
 import json
+import random
 import re
+import time
 
+import numpy as np
+import pandas as pd
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from concept_transfer.data import (
     EMOTIONS,
@@ -12,15 +21,19 @@ from concept_transfer.data import (
     SPLITS,
     ContrastPairs,
     Corpus,
+    alike,
+    data_hash,
+    fill,
     lint,
     load_corpus,
     load_pairs,
     overlap,
+    parse_json,
     split_words,
     text_key,
     texts_hash,
 )
-from concept_transfer.tasks import load_task
+from concept_transfer.tasks import choice_task, load_task
 
 FEELING = re.compile(
     r"\b(happ(y|i\w+)|glad|joy\w*|sad\w*|cry|cries|cried|tears?|grief|angr\w+|anger|furious|upset|fear\w*|"
@@ -92,28 +105,39 @@ def test_corpora_are_disjoint_from_everything():
 @pytest.mark.parametrize(
     "name, text, says",
     [
-        ("a.jsonl", '{"positive": "x", "negative": "y"}\n\n{"positive": "x"}\n', "row 2, 'negative'"),
-        ("b.jsonl", '{"text": "x", "label": 1}\n{"text": 3, "label": 0}\n', "row 2, 'text'"),
+        ("a.jsonl", '{"positive": "x", "negative": "y"}\n\n{"positive": "x"}\n', "negative, item 1 is nan"),
+        ("b.jsonl", '{"text": "x", "label": 1}\n{"text": 3, "label": 0}\n', "text, item 1 is 3"),
         ("c.jsonl", '{"text": "x", "label": null}\n', "label 'none' is neither"),
         ("d.jsonl", '{"text": "x", "label": "maybe"}\n', "neither positive nor negative"),
-        ("e.jsonl", '{"text": "x", "label": 1}\n["x"]\n', "row 2: Input should be a valid dictionary"),
+        ("e.jsonl", '{"text": "x", "label": 1}\n["x"]\n', "not valid JSON (line 2: Extra data)"),
         ("f.jsonl", "{", "not valid JSON (line 1"),
-        ("g.csv", "positive,negative\nx,y\nx\n", "row 2, 'negative'"),
-        ("h.csv", "a,b\n1,2\n", "the columns positive,negative or text,label; found [{'a': '1', 'b': '2'}]"),
+        ("g.csv", "positive,negative\nx,y\nx\n", "row 2 has 1 cells under the columns"),
+        ("h.csv", "a,b\n1,2\n", "or 'text' and 'label'; found [{'a': '1', 'b': '2'}]"),
         ("i.csv", "", "found []"),
         ("j.json", "{", "not valid JSON (line 1"),
-        ("k.json", '{"positive": ["x"]}', "the lists 'positive' and 'negative'"),
-        ("l.json", '{"pos": ["x"], "neg": "y"}', "the lists 'positive' and 'negative'"),
+        ("k.json", '{"positive": ["x"]}', "'positive' and 'negative'"),
+        ("l.json", '{"pos": ["x"], "neg": "y"}', "a list is needed here, not str 'y'"),
         ("m.json", '{"pos": ["x"], "neg": []}', "negative side is empty"),
         ("n.json", '{"pos": ["x"], "neg": [" "]}', "item 0 is ' '"),
         ("o.json", '{"pos": ["x"], "neg": [3]}', "item 0 is 3"),
         ("p.json", '{"pos": ["x"], "neg": ["y"], "template": "So:"}', "has no {} for the text"),
+        ("q.json", '{"pos": ["x"], "neg": ["y"], "template": 3}', "template, item 0 is 3"),
+        ("r.csv", "text,label\na,1\nb,0\nc,-1\n", "neither positive nor negative"),  # three ways
+        ("s.csv", "text,text\na,b\n", "Name each column once"),
+        ("t.csv", "text,statement,label\na,b,1\n", "mean the same"),
+        ("u.json", '{"text": ["x", "y"], "label": [1]}', "columns of one length"),
+        ("v.json", '{"pos": ["x", "z"], "neg": ["y"], "group": ["a", "b"]}', "columns of one length"),
+        ("w.jsonl", '{"prompt": 3, "chosen": "x", "rejected": "y"}\n', "prompt"),
+        ("x.csv", 'positive,negative\n"x,y\n', "line 2: unexpected end of data"),
+        ("y.tsv", 'positive\tnegative\n"Hi" he said\ty\n', "line 2: "),
+        ("z.txt", "one\ntwo\n", "found ['one', 'two'"),
     ],
 )
 def test_a_file_of_pairs_that_cannot_be_read_says_where(tmp_path, name, text, says):
     (tmp_path / name).write_text(text)
-    with pytest.raises(ValueError, match=re.escape(says)):
+    with pytest.raises(ValueError, match=re.escape(says)) as e:
         load_pairs(tmp_path / name)
+    assert name.split(".")[0] in str(e.value) or name == "q.json"
 
 
 def test_pairs_are_the_same_from_every_kind_of_file(tmp_path):
@@ -140,7 +164,7 @@ def test_a_corpus_forgives_blank_lines_but_not_other_encodings(tmp_path):
     with pytest.raises(ValueError, match="not UTF-8"):
         load_corpus(tmp_path / "b.txt")
     (tmp_path / "c.jsonl").write_text('{"text": "a"}\n{"text": " "}\n{"words": "b"}\n')
-    with pytest.raises(ValueError, match="row 3, 'text'"):
+    with pytest.raises(ValueError, match="item 1 is nan"):
         load_corpus(tmp_path / "c.jsonl")
 
 
@@ -171,3 +195,369 @@ def test_objects_show_their_texts_and_nothing_is_markup():
     ]
     for html in (x._repr_html_() for x in shown):
         assert "a&lt;b" in html and "&lt;i&gt;" in html and "<i>" not in html
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(name, text, encoding="utf-8"):
+        (tmp_path / name).write_bytes(text.encode(encoding))
+        return tmp_path / name
+
+    return write
+
+
+def test_B1_a_corpus_is_a_table_where_it_looks_like_one(write):
+    for name in ("c.csv", "c.txt", "C.CSV"):
+        path = write(name, 'text,id\nHello there.,1\n"Two\nlines",2\n')
+        assert load_corpus(path).texts == ("Hello there.", "Two\nlines")
+    assert load_corpus(write("c.tsv", "id\tstatement\n1\tOne, two.\n")).texts == ("One, two.",)
+    for name in ("c.md", "c", "c.xlsx", "c.parquet", "c.gz", "c.csv.zip"):
+        with pytest.raises(ValueError, match=".csv, .tsv, .json, .jsonl, .ndjson, .txt"):
+            load_corpus(write(name, "text\nHello.\n"))
+
+
+def test_B3_json_is_json_whatever_the_ending(write):
+    for name in ("C.JSONL", "c.ndjson", "c.json", "c.txt"):
+        text = '{"text": "Snow is cold."}\n{"text": "So."}\n'
+        assert load_corpus(write(name, text)).texts == ("Snow is cold.", "So.")
+    assert load_corpus(write("c.jsonl", '{"text": "Snow."}\n')).texts == ("Snow.",)
+    assert load_corpus(write("c.json", '[\n"Snow.",\n"Ice."]')).texts == ("Snow.", "Ice.")
+    assert load_corpus(write("c.txt", '["Snow.", "Ice."]')).texts == ("Snow.", "Ice.")
+    assert load_corpus(write("c.txt", '"Snow," he said.\n[laughs]')).texts == ('"Snow," he said.', "[laughs]")
+    for text in (
+        "3",
+        "null",
+        '"Snow."',
+        "{}",
+        "[]",
+        "[3]",
+        '[{"words": "x"}]',
+        '{"text": "x"}',
+        '{"text": []}',
+        '{"text": 3}',
+    ):
+        with pytest.raises(ValueError, match="c.json|corpus 'c'"):
+            load_corpus(write("c.json", text))
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["positive,negative\nHello, I love this,Hello I hate this\nGreat day, friend,Bad day\n",
+     "positive,negative\nI was glad, really, to see you,I left\nWe sang,We slept\n"],
+)  # fmt: skip
+def test_B5_92_a_comma_that_is_not_quoted_is_refused(write, text):
+    with pytest.raises(ValueError, match=r"p.csv: row 1 has \d cells under the columns"):
+        load_pairs(write("p.csv", text))
+
+
+def test_B6_groups_of_labelled_rows_are_kept(write):
+    text = "text,label,group\nBy the lake,1,lake\nIn town,1,town\nCried in town,0,town\nFought by it,0,lake\n"
+    assert load_pairs(write("p.csv", text)).groups == ("lake", "town", "town", "lake")
+    both = dict(positive=["a", "b"], negative=["c", "d"], group=["x", "y"])
+    assert load_pairs(both).groups == ("x", "y", "x", "y")
+    assert load_pairs(pd.DataFrame(both)).groups == ("x", "y", "x", "y")
+    with_prompts = [dict(prompt="q", chosen=c, rejected="n") for c in "ab"]
+    assert load_pairs(with_prompts).groups == ("q",) * 4
+
+
+def test_B7_an_empty_group_is_its_own_scenario(write):
+    text = "positive,negative,group\n" + "".join(f"We sang {i},We left {i},\n" for i in range(12))
+    pairs = load_pairs(write("p.csv", text))
+    assert len({*pairs.groups}) == 12 and pairs.groups[:12] == pairs.groups[12:]
+    some = ContrastPairs("x", ["a", "b", "c"], ["d", "e"], ["lake", None, float("nan"), " ", 7])
+    assert some.groups == ("lake", "row 1", "row 2", "row 0", "7")
+    items = [ITEM | {"group": g} for g in ("", None, "")]
+    assert len({*load_task({"items": items}).groups}) == 3
+
+
+ITEM = dict(prompt="The street", choices=[" is wet", " is dry"], target=0)
+NO_LISTS = ["Hello", b"Hello", {"a": 1}, {"a"}, 5, None, pd.DataFrame({"a": ["b"]}), np.array([["a"]])]
+
+
+@pytest.mark.parametrize("strange", NO_LISTS, ids=lambda x: type(x).__name__)
+def test_B8_what_is_no_list_is_not_taken_for_one(strange):
+    for make in (
+        lambda: ContrastPairs("x", strange, ["World"]),
+        lambda: ContrastPairs("x", ["World"], strange),
+        lambda: ContrastPairs("x", ["a"], ["b"], strange),
+        lambda: Corpus("x", strange),
+        lambda: choice_task(strange, ["a", "b"], "a"),
+        lambda: choice_task(["x"], strange, "a"),
+        lambda: data_hash(strange),
+    ):
+        with pytest.raises(ValueError, match="x|list|task"):
+            make()
+
+
+def test_B9_data_in_memory_is_read():
+    both = dict(positive=["a", "c"], negative=["b", "d"])
+    rows = [dict(positive="a", negative="b"), dict(positive="c", negative="d")]
+    wanted = ContrastPairs("data", both["positive"], both["negative"])
+
+    class Dataset:  # as `datasets.Dataset`
+        column_names = ("positive", "negative")
+
+        def __iter__(self):
+            return iter(rows)
+
+    labelled = pd.DataFrame(dict(Text=[*"acbd"], Label=[True, True, False, False]))
+    for ref in (
+        both,
+        rows,
+        tuple(rows),
+        iter(rows),
+        pd.DataFrame(both),
+        Dataset(),
+        labelled,
+        labelled.to_dict("list"),
+    ):
+        got = load_pairs(ref)
+        assert (got.hash, got.positive) == (wanted.hash, wanted.positive)
+    assert (
+        load_corpus(["a", "b"]).texts == load_corpus(pd.DataFrame(dict(text=["a", "b"]))).texts == ("a", "b")
+    )
+    frame = pd.DataFrame({"Question": ["q"], "chosen": [" a"], "rejected": ["b"]})
+    assert load_pairs(frame).positive == ("q a",) and [*frame] == ["Question", "chosen", "rejected"]
+    assert frame["chosen"][0] == " a"
+    assert (
+        load_task([ITEM]).hash == load_task(dict(items=[ITEM])).hash == load_task(pd.DataFrame([ITEM])).hash
+    )
+    for load in (load_pairs, load_corpus, load_task):
+        for nothing in (5, None, [], {}, [5], [[]], pd.DataFrame(), {"train": rows}, object()):
+            with pytest.raises((ValueError, FileNotFoundError)):
+                load(nothing)
+
+
+CAA = dict(question="q", answer_matching_behavior="(A)", answer_not_matching_behavior="(B)")
+FORMS = {
+    "caa.json": json.dumps([CAA]),
+    "evals.jsonl": json.dumps(
+        CAA | dict(answer_matching_behavior=" (A)", answer_not_matching_behavior=" (B)")
+    ),
+    "dpo.jsonl": '{"prompt": "q", "chosen": "(A)", "rejected": "(B)"}\n',
+    "facts.csv": "statement,label\nq (B),0\nq (A),1\n",
+    "rows.json": '[{"positive": "q (A)", "negative": "q (B)"}]',
+    "lines.json": '{"positive": "q (A)", "negative": "q (B)"}\n{"positive": "q (A)", "negative": "q (B)"}\n',
+    "float.csv": "text,label\nq (A),1.0\nq (B),0.0\n",
+    "minus.csv": "text,label\nq (A),1\nq (B),-1\n",
+    "words.csv": "text,label\nq (A),Yes\nq (B),no\n",
+    "truth.jsonl": '{"sentence": "q (A)", "label": true}\n{"sentence": "q (B)", "label": false}\n',
+    "excel.csv": "\ufeffPositive;Negative\r\nq (A);q (B)\r\n;\r\n",
+    "B10.TSV": "positive\tnegative\nq (A)\tq (B)\n",
+    "B10.CSV": "positive,negative\nq (A),q (B)\n",
+    "B10.JSON": '{"positive": ["q (A)"], "negative": ["q (B)"]}',
+    "lists.txt": '{"positive": ["q (A)"], "negative": ["q (B)"]}',
+}
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_B10_B14_files_that_people_have(write, name, tmp_path):
+    pairs = load_pairs(write(name, FORMS[name]))
+    assert {*pairs.positive} == {"q (A)"} and {*pairs.negative} == {"q (B)"}
+    with gzip.open(tmp_path / f"{name}.gz", "wt", encoding="utf-8") as f:
+        f.write(FORMS[name])
+    assert load_pairs(tmp_path / f"{name}.gz").texts == pairs.texts
+
+
+BROKEN = {
+    "empty": b"",
+    "head": b"\x1f\x8b",
+    "none": b"no gzip",
+    "cut": gzip.compress(b"text\nHello.\n" * 99)[:-9],
+}
+
+
+@pytest.mark.parametrize("packed", BROKEN.values(), ids=BROKEN)
+def test_a_broken_archive_is_named(tmp_path, packed):
+    (tmp_path / "c.csv.gz").write_bytes(packed)
+    with pytest.raises(ValueError, match=r"c\.csv"):
+        load_corpus(tmp_path / "c.csv.gz")
+
+
+def test_an_archive_that_unpacks_without_end_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("concept_transfer.data._LIMIT", 10**5)
+    (tmp_path / "c.txt.gz").write_bytes(gzip.compress(b"rain " * 10**5))
+    with pytest.raises(ValueError, match="100000 characters or more"):
+        load_corpus(tmp_path / "c.txt.gz")
+
+
+def test_B11_95_a_huge_cell_or_number_is_named(write):
+    for n in (150_000, 200_000):
+        with pytest.raises(ValueError, match=r"p.csv: line 2: field larger"):
+            load_pairs(write("p.csv", "positive,negative\n" + "g" * n + ",bad\n"))
+    for name in ("p.json", "p.jsonl"):
+        with pytest.raises(ValueError, match=rf"{name}: not valid JSON \(line 1: Exceeds the limit"):
+            load_pairs(write(name, '{"positive": [' + "1" * 5000 + '], "negative": ["x"]}'))
+
+
+def test_B12_a_template_has_a_place_and_is_filled_one_way():
+    task = choice_task(["It {rained}."], ["a", "b"], "a", template='{"story": "{}", "mood":')
+    assert task.items[0].prompt == '{"story": "It {rained}.", "mood":'
+    for template in ("What is the mood?", "{0}", "", None, 3):
+        for make in (
+            lambda t: choice_task(["It rained."], ["a", "b"], "a", template=t),
+            lambda t: ContrastPairs("x", ["a"], ["b"], template=t),
+            lambda t: fill(t, ["a"]),
+        ):
+            with pytest.raises(ValueError, match="template"):
+                make(template)
+
+
+def test_B13_text_in_another_encoding_is_refused(write):
+    for encoding in ("utf-16-le", "utf-16-be", "utf-16", "utf-32"):
+        for name, load in (
+            ("c.txt", load_corpus),
+            ("c.csv", load_corpus),
+            ("c.csv", load_pairs),
+            ("c.json", load_pairs),
+        ):
+            with pytest.raises(ValueError, match="c"):
+                load(write(name, "text,label\nSnow.,1\nBirds.,0\n", encoding))
+    for strange in ("a\0b", "a\x1b[2J", "a\x9b", "\ud83d", "a\udce9"):
+        for make in (
+            lambda t: Corpus("x", [t]),
+            lambda t: ContrastPairs("x", ["a"], [t]),
+            lambda t: load_task(dict(items=[ITEM | {"prompt": t}])),
+            lambda t: load_task(dict(items=[ITEM | {"choices": ["a", t]}])),
+            lambda t: choice_task([t], ["a", "b"], "a"),
+            lambda t: ContrastPairs(t, ["a"], ["b"]),
+            lambda t: Corpus(t, ["b"]),
+        ):
+            with pytest.raises(ValueError, match="item 0|item 1"):
+                make(strange)
+    assert Corpus("x", ["a\tb\nc\r\n\f🎉é\u0301"])
+    with pytest.raises(ValueError, match="item 0"):
+        load_pairs(write("p.json", r'{"positive": ["\ud83d"], "negative": ["x"]}'))
+
+
+def texts_of(rng, n, words):
+    return [" ".join(rng.choices(words, k=25)) for _ in range(n)]
+
+
+def test_J1_lint_takes_seconds_for_thousands_of_pairs():
+    rng, words = random.Random(0), [f"w{i}" for i in range(2000)]
+    lead = "Pretend that you are a very happy person who makes statements about the world. "
+    pairs = ContrastPairs("x", *([lead + t for t in texts_of(rng, 5000, words)] for _ in range(2)))
+    task = choice_task(texts_of(rng, 300, words), ["a", "b"], "a")
+    began = time.process_time()
+    assert not lint(pairs, task)
+    assert time.process_time() - began < 20
+
+
+@pytest.mark.parametrize("near", [0.05, 0.3, 0.5, 0.9, 1])
+def test_J1_near_duplicates_are_those_of_the_plain_count(near):
+    rng = random.Random(1)
+    words = [*"abcdef", "g!", "?"]
+    texts = [" ".join(rng.choices(words, k=rng.randint(1, 12))) for _ in range(80)]
+    others = texts[:20] + [" ".join(rng.choices(words, k=rng.randint(1, 12))) for _ in range(60)]
+    slow = [(i, j) for i, a in enumerate(texts) for j, b in enumerate(others) if overlap(a, b) >= near]
+    assert list(alike(texts, others, near)) == slow
+
+
+@pytest.mark.parametrize("near", [0, -1, 1.5, float("nan")])
+def test_lint_refuses_an_overlap_that_is_none(near):
+    with pytest.raises(ValueError, match="near"):
+        lint(load_pairs("honesty"), near=near)
+
+
+@pytest.mark.parametrize("n", [0, -1, 2.5, "x", None])
+def test_the_first_texts_are_a_number_of_texts(n):
+    for some in (Corpus("x", ["a", "b"]), load_task("knowledge")):
+        with pytest.raises(ValueError, match="take"):
+            some.take(n)
+    assert len(Corpus("x", ["a", "b"]).take(np.int64(1))) == 1
+
+
+@pytest.mark.parametrize("name", ["t.json", "t.jsonl"])
+def test_94_json_without_end_is_named(write, name):
+    for text in ("[" * 200_000, '{"a":' * 200_000, '{"items": ' + "[" * 200_000):
+        for load in (load_pairs, load_corpus, load_task):
+            with pytest.raises(ValueError, match=re.escape(name)):
+                load(write(name, text))
+
+
+def test_a_name_that_stands_twice_in_json_is_refused():
+    with pytest.raises(ValueError, match="x: not valid JSON .*stands twice among .'a', 'a'"):
+        parse_json('{"a": 1, "a": 2}', "x")
+
+
+def test_97_fingerprints_tell_lists_apart():
+    lists = [["a\0b"], ["a", "b"], ["ab"], ["a", "", "b"], [""], [], ["\1"], ["\1", "\2"], ["\1\2"], ["\0"]]
+    assert len({data_hash(x) for x in lists}) == len(lists)
+    assert data_hash(["one", "two"]) == "a0ef70c43442d404"  # as in 0.1.0: kept notes stay valid
+    assert ContrastPairs("x", ["a", "b"], ["c"]).hash != ContrastPairs("x", ["a"], ["b", "c"]).hash
+    assert ContrastPairs("x", ["a"], ["b"]).hash != ContrastPairs("x", ["a"], ["b"], template="{}.").hash
+
+
+few = settings(
+    max_examples=30,
+    derandomize=True,
+    deadline=None,
+    database=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+TEXTS = st.text(st.characters(codec="utf-8", exclude_categories=["Cc", "Cs"]), min_size=1).filter(str.strip)
+ROWS = st.lists(st.tuples(TEXTS, TEXTS), min_size=1, max_size=6)
+
+
+@few
+@given(ROWS, st.sampled_from(",;\t"))
+def test_any_texts_come_back_from_every_kind_of_file(tmp_path, rows, mark):
+    p, n = (list(side) for side in zip(*rows, strict=True))
+    table = io.StringIO()
+    writer = csv.writer(table, delimiter=mark, quoting=csv.QUOTE_ALL)
+    writer.writerows([["positive", "negative"], *rows])
+    dicts = [dict(chosen=a, rejected=b) for a, b in rows]
+    files = {"a.csv": table.getvalue(), "b.json": json.dumps(dict(pos=p, neg=n)), "c.json": json.dumps(dicts),
+             "d.jsonl": "\n".join(json.dumps(d, ensure_ascii=False) for d in dicts)}  # fmt: skip
+    for name, text in files.items():
+        (tmp_path / name).write_bytes(text.encode())
+        got = load_pairs(tmp_path / name)
+        assert (list(got.positive), list(got.negative)) == (p, n), name
+    assert load_pairs(pd.DataFrame(dicts)).hash == got.hash
+
+
+NAMES = "positive negative text label group prompt items prompts choices target scorer args".split()
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda x: st.lists(x, max_size=3) | st.dictionaries(st.sampled_from(NAMES), x),
+    max_leaves=12,
+)
+LOADERS = [load_pairs, load_corpus, load_task]
+
+
+@few
+@given(JSON, st.sampled_from(LOADERS), st.sampled_from(["json", "jsonl", "txt", "csv"]))
+def test_any_json_is_read_or_refused_in_words(tmp_path, value, load, ending):
+    path = tmp_path / f"any.{ending}"
+    path.write_text(json.dumps(value))
+    for ref in (path, value):
+        try:
+            got = load(ref)
+        except (ValueError, FileNotFoundError) as e:
+            assert len(str(e)) > 20
+        else:
+            assert len(got) and all(got.texts if load is not load_task else got.prompts)
+
+
+@few
+@given(
+    st.binary(max_size=60), st.sampled_from(LOADERS), st.sampled_from("csv tsv json jsonl txt csv.gz".split())
+)
+def test_any_bytes_are_read_or_refused_in_words(tmp_path, content, load, ending):
+    path = tmp_path / f"any.{ending}"
+    for data in (content, b"text,label\n" + content, b'{"items": [' + content):
+        path.write_bytes(data)
+        try:
+            load(path)
+        except ValueError as e:
+            assert "any" in str(e) or "data" in str(e)
+
+
+@few
+@given(st.lists(st.text()), st.lists(st.text()))
+def test_lists_that_differ_have_other_fingerprints(a, b):
+    try:
+        assert (data_hash(a) == data_hash(b)) == (a == b)
+    except UnicodeEncodeError:
+        assert re.search("[\ud800-\udfff]", "".join(a + b))

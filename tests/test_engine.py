@@ -1,11 +1,18 @@
 "What an engine promises: a third one, of one class and without nnsight, gives the numbers of `Local`."
 
+import asyncio
 import contextlib
 import copy
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
+import nnsight
+import numpy as np
 import pytest
 import torch
+from tokenizers import processors
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from concept_transfer.concepts import activations, extract_concept
 from concept_transfer.data import Corpus, load_corpus, load_pairs
@@ -14,12 +21,14 @@ from concept_transfer.engine import (
     Local,
     attach,
     bundled,
+    encode,
     engine,
     gathered,
     hidden_of,
     left_batches,
     length_batches,
     pad,
+    passing,
     rows_of,
     steered,
     stream,
@@ -28,10 +37,12 @@ from concept_transfer.engine import (
 )
 from concept_transfer.evidence import Settings, evaluate
 from concept_transfer.maps import fit_maps
+from concept_transfer.measure import Bench
 from concept_transfer.models import load_model, model_info, tiny_model
+from concept_transfer.pairing import paired_tokens
 from concept_transfer.steering import generate, place
-from concept_transfer.tasks import load_task
-from concept_transfer.toys import TINY, tiny_module
+from concept_transfer.tasks import load_task, multiple_choice
+from concept_transfer.toys import TINY, tiny_module, tiny_tokenizer
 
 
 class Hooks:
@@ -257,3 +268,357 @@ def test_generation_is_steered_at_every_step():
             skip_special_tokens=True,
         )
     assert there == here and there != generate(m, ["The cat", "It rained all day and"], 6)
+
+
+# whose steering it is
+
+
+def random_places(m, n):
+    "So many transplants of random directions, at different layers."
+    g = torch.Generator().manual_seed(0)
+    return [place(torch.randn(48, generator=g), m, k % 3 + 1, dose=0.8, norm=5.0) for k in range(n)]
+
+
+def under(t, m, x):
+    with t():
+        return engine(m).logits(*x)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_111_eight_threads_steer_one_model(family):
+    m = tiny_model(family)
+    places, x = random_places(m, 8), pad(m, encode(m, ["It rained all day and", "Rain"]), True)
+    want = [under(t, m, x) for t in places]
+    base, words = engine(m).logits(*x), [t.generate("It rained", max_new_tokens=3) for t in places]
+
+    def work(i):
+        for k in range(10):
+            assert torch.equal(under(places[i], m, x), want[i])
+            if k % 5 == 0:
+                assert torch.equal(engine(m).logits(*x), base)
+                assert places[i].generate("It rained", max_new_tokens=3) == words[i]
+        return True
+
+    with ThreadPoolExecutor(8) as pool:
+        assert all(pool.map(work, range(8)))
+    assert torch.equal(engine(m).logits(*x), base)
+
+
+@pytest.mark.slow
+def test_111_eight_threads_with_two_hundred_passes_each():
+    m = tiny_model("llama")
+    places, x = random_places(m, 8), pad(m, encode(m, ["It rained all day and"]), True)
+    want = [under(t, m, x) for t in places]
+
+    def work(i):
+        return sum(not torch.equal(under(places[i], m, x), want[i]) for _ in range(200))
+
+    with ThreadPoolExecutor(8) as pool:
+        assert sum(pool.map(work, range(8))) == 0
+
+
+def test_111_fifty_tasks_steer_one_model():
+    "Each waits while it is open; half of them read in threads."
+    m = tiny_model("gpt2")
+    places, x = random_places(m, 50), pad(m, encode(m, ["It rained all day and"]), True)
+    want = [under(t, m, x) for t in places]
+
+    async def work(i):
+        with places[i]():
+            await asyncio.sleep(0.001 * (i % 7))
+            read = partial(engine(m).logits, *x)
+            got = await asyncio.to_thread(read) if i % 2 else read()
+            await asyncio.sleep(0)
+            return torch.equal(got, want[i]) and torch.equal(read(), want[i])
+
+    async def all_of_them():
+        return await asyncio.gather(*map(work, range(50)))
+
+    assert all(asyncio.run(all_of_them()))
+
+
+def test_111_contexts_that_close_out_of_order_close_their_own():
+    m = tiny_model("llama")
+    (a, b), x = random_places(m, 2), pad(m, encode(m, ["It rained"]), True)
+    base, one, two = engine(m).logits(*x), a(), b()
+    one.__enter__()
+    two.__enter__()
+    one.__exit__(None, None, None)
+    still = engine(m).logits(*x)
+    two.__exit__(None, None, None)
+    assert torch.equal(still, under(b, m, x)) and torch.equal(engine(m).logits(*x), base)
+    with pytest.raises(KeyError), a():
+        raise KeyError
+    assert torch.equal(engine(m).logits(*x), base)
+
+
+def test_111_a_model_wrapped_again_is_steered_once():
+    m = tiny_model("llama")
+    (t,), x = random_places(m, 1), pad(m, encode(m, ["It rained"]), True)
+    want = under(t, m, x)
+    for other in (load_model(m), wrapped(copy.deepcopy(m._module), m.tokenizer)):
+        again = place(t.direction, other, t.layer, dose=0.8, norm=5.0)
+        torch.testing.assert_close(under(again, other, x), want)
+
+
+def test_111_a_trace_of_ones_own_and_a_plain_pass_are_steered():
+    m = tiny_model("gpt2")
+    (t,), x = random_places(m, 1), pad(m, encode(m, ["It rained"]), True)
+    want = under(t, m, x)
+    with t(), torch.no_grad():
+        plain = m._module(input_ids=x[0], attention_mask=x[1]).logits[:, -1:]
+        with m.trace(input_ids=x[0], attention_mask=x[1]):
+            own = m.output.logits[:, -1:].save()
+    close(plain, want)
+    close(own, want)
+
+    def turn(_):
+        with t(), passing(m), m.trace(input_ids=x[0], attention_mask=x[1]):
+            out = nnsight.save(m.output.logits[:, -1:])
+        close(out, want)
+        return True
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(turn, range(12)))
+
+
+def test_111_a_bench_under_another_transplant_forgets_it():
+    m = tiny_model("llama")
+    (a, b), task = random_places(m, 2), load_task("emotions/happiness").take(3)
+    bench, fresh = Bench(m, b.layer, task), Bench(m, b.layer, task)
+    with a():
+        one = bench.ask()
+    two = bench.ask()
+    assert not np.allclose(one.logp[0], two.logp[0])
+    np.testing.assert_array_equal(two.logp[0], fresh.ask().logp[0])
+
+
+@pytest.mark.parametrize("remote", [False, "local"])
+def test_114_threads_read_one_model(remote):
+    m, texts = tiny_model("llama"), ["The cat sat.", "Rain.", "We walked home."]
+    m = load_model(m, remote=remote) if remote else m
+    want = activations(m, texts)
+    with ThreadPoolExecutor(4) as pool:
+        for got in pool.map(lambda _: activations(m, texts), range(16)):
+            assert torch.equal(got, want)
+
+
+def test_111_a_served_model_is_steered_for_one_thread_at_a_time():
+    m = load_model(tiny_model("llama"), remote="local")
+    (t, other), errors = random_places(m, 2), []
+    text = t.generate("It rained", max_new_tokens=3)
+
+    def elsewhere():
+        for ask in (lambda: activations(m, ["Rain."]), lambda: other.generate("Rain", max_new_tokens=2)):
+            try:
+                ask()
+            except Exception as e:
+                errors.append(str(e))
+
+    with t():
+        job = threading.Thread(target=elsewhere)
+        job.start()
+        job.join()
+        assert generate(m, "It rained", 3) == text
+    assert len(errors) == 2 and all("steered by another thread or task" in e for e in errors)
+    activations(m, ["Rain."])
+
+
+# what comes in
+
+
+def with_marks(template, *marks, **special):
+    "A tiny model whose tokenizer puts marks around every text."
+    back = copy.deepcopy(tiny_model("llama").tokenizer.backend_tokenizer)
+    ids = {k: back.token_to_id(k) for k in marks}
+    back.post_processor = processors.TemplateProcessing(single=template, special_tokens=list(ids.items()))
+    special = special or dict(bos_token="<s>", eos_token="</s>")
+    return load_model(tiny_module("llama")[0], PreTrainedTokenizerFast(tokenizer_object=back, **special))
+
+
+CHAT = [{"role": "user", "content": "Does it rain?"}]
+TEMPLATE = "{{ bos_token }}{% for m in messages %}<{{ m.role }}> {{ m.content }} {% endfor %}<assistant>"
+
+
+def test_C1_a_text_that_was_rendered_with_a_start_mark_gets_no_second():
+    m = tiny_model("llama")
+    m.tokenizer.chat_template = TEMPLATE
+    text = m.tokenizer.apply_chat_template(CHAT, tokenize=False, add_generation_prompt=True)
+    want = m.tokenizer.apply_chat_template(CHAT, add_generation_prompt=True)["input_ids"]
+    assert encode(m, [text]) == encode(m, ["<s>" + text]) == [want]
+    (ids, at), _ = paired_tokens(m, tiny_model("gpt2"), [text, "Rain fell."])
+    assert ids[0] == want and ids[1] == encode(m, ["Rain fell."])[0] and at[1]
+    assert encode(m, ["<s>"]) == encode(m, [""]) == [[0]]
+
+
+@pytest.mark.parametrize("start", ["<s> ", ""])
+def test_C2_no_text_ends_with_an_end_mark(start):
+    m, plain = with_marks(f"{start}$A </s>", *start.split(), "</s>"), tiny_model("llama")
+    want = [0] * bool(start) + plain.tokenizer("Rain fell", add_special_tokens=False).input_ids
+    for text in ("Rain fell", "Rain fell</s>", "Rain fell</s></s>"):
+        assert encode(m, [text]) == [want]
+        assert paired_tokens(m, plain, [text])[0][0] == [want]
+    assert not start or generate(m, "Rain fell", 5) == generate(plain, "Rain fell", 5)
+    many = encode(m, ["Rain fell", "rain " * 300, "It"])
+    assert len(many[1]) == 128 and not any(1 in x for x in many)
+    for ask in (partial(activations, m), partial(paired_tokens, plain, m)):
+        with pytest.raises(ValueError, match="text 1 is empty"):
+            ask(["fine", ""])
+
+
+def test_C2_marks_of_other_names():
+    "As BertTokenizer puts them around every text; and an end mark may stand for a start."
+    m = with_marks("<s> $A </s>", "<s>", "</s>", cls_token="<s>", sep_token="</s>")
+    assert encode(m, ["Rain fell"]) == encode(tiny_model("llama"), ["Rain fell"])
+    other = with_marks("</s> $A", "</s>", bos_token="</s>", eos_token="</s>")
+    assert encode(other, ["Rain"])[0][0] == 1 and encode(other, ["</s>Rain</s>"]) == encode(other, ["Rain"])
+    assert encode(other, [""]) == encode(other, ["</s>"]) == [[1]]
+    bare = with_marks("$A", eos_token="</s>", bos_token="</s>")
+    assert encode(bare, ["</s>"]) == [[1]]  # as GPT-2 starts from nothing
+
+
+def test_C4_chat_messages_are_rendered_or_refused():
+    m = tiny_model("llama")
+    with pytest.raises(ValueError, match="text 0 is a chat .*template"):
+        encode(m, CHAT)
+    m.tokenizer.chat_template = TEMPLATE
+    want = m.tokenizer.apply_chat_template(CHAT, add_generation_prompt=True)["input_ids"]
+    assert encode(m, CHAT) == encode(m, [CHAT]) == [want]
+    assert encode(m, [CHAT, CHAT + CHAT])[0] == want
+    said = generate(m, CHAT, 3)
+    assert generate(m, [CHAT], 3) == [said] and isinstance(said, str)
+    for wrong in ([{"role": "user"}], [{"role": "user", "content": None}], ["Hi"], [[{}]], [{"text": "Hi"}]):
+        with pytest.raises(ValueError, match="text 1 is a chat .*content"):
+            encode(m, ["fine", wrong])
+    with pytest.raises(ValueError, match="text 0"):
+        paired_tokens(m, m, [CHAT])
+
+
+@pytest.mark.parametrize("text", ["half \ud800 a pair", b"bytes", None, 5, float("nan")])
+def test_96_what_is_no_text_is_named(text):
+    m = tiny_model("gpt2")
+    for ask in (
+        partial(encode, m),
+        partial(activations, m),
+        partial(generate, m),
+        partial(paired_tokens, m, m),
+    ):
+        with pytest.raises(ValueError, match="text 1 is no text"):
+            ask(["fine \U0001f600", text])
+    with pytest.raises(ValueError, match="list of texts"):
+        encode(m, "one text")
+
+
+# what is taken for granted of a model
+
+
+def local_module(window=256):
+    "GPT-Neo, with local attention in every second layer."
+    t, layers = tiny_tokenizer("byte"), [[["global", "local"], 2]]
+    size = dict(hidden_size=48, num_layers=4, num_heads=4, max_position_embeddings=1024, vocab_size=len(t))
+    size |= dict(bos_token_id=0, eos_token_id=1, attention_types=layers, window_size=window)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        module = AutoModelForCausalLM.from_config(AutoConfig.for_model("gpt_neo", **size))
+        for w in module.parameters():
+            if w.ndim == 2:
+                w.data = torch.randn_like(w) / w.shape[-1] ** 0.5
+    return module.eval(), t
+
+
+def alone(module, t, prompt, answer):
+    ids, p = t(prompt + answer).input_ids, len(t(prompt).input_ids)
+    with torch.no_grad():
+        lp = module(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1)
+    return sum(float(lp[j - 1, ids[j]]) for j in range(p, len(ids)))
+
+
+SHEEP = (
+    "What happens when it rains on a hill for a very long time, and nobody is there to see it, and the sheep?"
+)
+NUMBERS = ("one", "two", "three", "four", "five", "six", "seven")
+RIVERS = [
+    tuple(f"The water {way} the hill in {k} small and very muddy streams" for k in NUMBERS)
+    for way in ("runs down", "climbs up")
+]
+
+
+@pytest.mark.parametrize("window", [256, 100])
+def test_E1_choices_in_a_model_with_local_attention_are_read_as_each_alone(window):
+    module, t = local_module(window)
+    m = load_model(module, t)
+    task = multiple_choice("q", [(SHEEP, *RIVERS)])
+    got = Bench(m, 2, task).ask().logp[0]
+    want = [alone(module, t, task.items[0].prompt, a) for a in task.items[0].choices]
+    np.testing.assert_allclose(got, want, atol=1e-3)
+    assert 0 < engine(m).branching <= window
+
+
+def test_E1_a_sliding_window_is_found_by_asking():
+    assert engine(tiny_model("mistral", sliding_window=20)).branching == 16
+    assert engine(tiny_model("llama")).branching == 128
+
+
+def test_A4_a_model_that_sees_the_future_is_refused():
+    with pytest.raises(ValueError, match="a later token moves an earlier state"):
+        tiny_model("llama", is_causal=False)
+
+
+def test_67_weights_that_are_not_finite_are_said():
+    module, tokenizer = tiny_module("llama")
+    module.model.layers[1].mlp.up_proj.weight.data *= torch.nan
+    with pytest.raises(ValueError, match="not finite"):
+        load_model(module, tokenizer)
+
+
+def test_H4_passes_are_made_in_evaluation_mode():
+    m = tiny_model("gpt2", resid_pdrop=0.5)
+    want, words = activations(m, ["Rain fell on the roof."]), generate(m, "Rain fell", 5)
+    m._module.train()
+    m._module.transformer.h[1].eval()
+    x = pad(m, encode(m, ["Rain"]))
+    assert (
+        torch.equal(activations(m, ["Rain fell on the roof."]), want) and generate(m, "Rain fell", 5) == words
+    )
+    assert torch.equal(engine(m).logits(*x), engine(m).logits(*x))
+    assert m._module.training and m._module.transformer.drop.training
+    assert not m._module.transformer.h[1].training and not m._module.transformer.h[1].mlp.training
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_K2_return_dict_may_be_false(family):
+    m, task = tiny_model(family), load_task("knowledge").take(2)
+    want = activations(m, ["Rain."]), generate(m, "Rain", 3), Bench(m, 1, task).ask()
+    m._module.config.return_dict = False
+    again = load_model(m._module, m.tokenizer)
+    assert torch.equal(activations(again, ["Rain."]), want[0]) and generate(again, "Rain", 3) == want[1]
+    np.testing.assert_array_equal(Bench(again, 1, task).ask().logp[0], want[2].logp[0])
+    assert m._module.config.return_dict is False
+
+
+def test_102_logits_that_are_not_finite_are_an_error():
+    m = tiny_model("gpt2")
+    m._module.half().transformer.h[2].mlp.c_proj.weight.data *= 3e4
+    hot = load_model(m)
+    t = place(torch.ones(48), hot, 1, dose=0.5, norm=1.0)
+    with pytest.raises(ValueError, match="not finite from layer 1 on.*float32"):
+        evaluate(t, load_task("emotions/happiness").take(4), experiments=("equal_norm",))
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("out of memory"), MemoryError()])
+def test_G9_generation_is_halved_where_memory_runs_out(error):
+    class Scarce(Local):
+        most = 2
+
+        def generate(self, ids, mask, **options):
+            if len(ids) > self.most:
+                raise error
+            return super().generate(ids, mask, **options)
+
+    m, prompts = tiny_model("llama"), ["Rain fell", "It", "The cat sat on", "We", "They walked home and"]
+    want = generate(m, prompts, 6)
+    attach(m, Scarce(m))
+    assert generate(m, prompts, 6) == want
+    engine(m).most = 0
+    with pytest.raises(type(error)):
+        generate(m, prompts, 6)

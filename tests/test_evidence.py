@@ -5,14 +5,18 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 
+from concept_transfer import evidence as module
 from concept_transfer.concepts import extract_concept
-from concept_transfer.data import EMOTION_PROMPT, EMOTIONS, Corpus, load_corpus, load_pairs
+from concept_transfer.data import EMOTION_PROMPT, EMOTIONS, Corpus, data_hash, load_corpus, load_pairs
 from concept_transfer.evidence import (
     ARMS,
     Arm,
     Evidence,
+    Run,
     Settings,
+    Unsteered,
     Words,
     evaluate,
     evaluate_text,
@@ -21,7 +25,7 @@ from concept_transfer.evidence import (
 )
 from concept_transfer.maps import fit_maps
 from concept_transfer.measure import METRICS, Bench, Metric
-from concept_transfer.models import tiny_model, twin
+from concept_transfer.models import load_model, tiny_model, twin
 from concept_transfer.report import write_report
 from concept_transfer.selection import choose
 from concept_transfer.steering import place
@@ -242,3 +246,339 @@ def test_texts_are_scored_for_every_arm(pair):
     found = evaluate_text({"base": None, "steered": t}, generation_task("n", ("It", "Rain"), len), target, 6)
     assert found.scores["base"] == [float(len(x)) for x in found.texts["base"]]
     assert found.gain_ci["base"] == [0, 0] and list(found.index) == ["base", "steered"]
+
+
+def curve(pair, task, path, strengths=(-1.0, 0.0, 1.0), **more):
+    e = asked(pair, task, path, ("equal_damage", "curves"), random=0, strengths=strengths, **more)
+    return e, [p.strength for p in e.of("curves")["transplanted"]]
+
+
+@pytest.fixture
+def measured(monkeypatch):
+    "Names of the arms and experiments that are measured, and not taken from a journal."
+    made, real = [], module.recorded
+
+    def counted(arm, experiment, *args, **where):
+        made.append((arm, experiment))
+        return real(arm, experiment, *args, **where)
+
+    monkeypatch.setattr(module, "recorded", counted)
+    return made
+
+
+def test_28_a_file_of_the_users_own_is_refused_and_stays(pair, task, tmp_path, evidence):
+    evidence.save(tmp_path / "evidence.json")
+    for name, text in (
+        ("notes.txt", "dear notes\n"),
+        ("rows.jsonl", '{"text": "a"}\n'),
+        ("evidence.json", None),
+    ):
+        path = tmp_path / name
+        if text:
+            path.write_text(text)
+        before = path.read_bytes()
+        with pytest.raises(ValueError, match=name):
+            asked(pair, task, path, EQUAL, random=0)
+        assert path.read_bytes() == before
+    with pytest.raises(OSError, match=str(tmp_path)):
+        asked(pair, task, tmp_path, EQUAL, random=0)
+
+
+def test_30_other_strengths_give_another_curve_and_arms_are_kept(pair, task, tmp_path, measured):
+    first, strengths = curve(pair, task, tmp_path / "arms")
+    assert strengths == [-1, 0, 1]
+    measured.clear()
+    again, strengths = curve(pair, task, tmp_path / "arms")
+    assert not measured and again == first
+    other, strengths = curve(pair, task, tmp_path / "arms", (-2.0, 0.0, 2.0))
+    assert strengths == [-2, 0, 2] and {x for _, x in measured} == {"curves"}
+    assert other.of("equal_damage") == first.of("equal_damage") and other.steered() is None
+
+
+def test_32_other_tasks_are_asked_anew(pair, task, tmp_path):
+    def other(name, n=4):
+        off = [replace(load_task(name).take(n), name="other")]
+        return asked(pair, task, tmp_path / "off", (*EQUAL, "off_target"), random=0, off=off)
+
+    one, two = other("emotions/fear"), other("emotions/anger")  # another task of the same name
+    assert one.of("off_target") != two.of("off_target") and one.of("equal_damage") == two.of("equal_damage")
+    three = other("emotions/anger", 3)
+    assert len(three.of("off_target")["base"][0].answers["chosen"]) == 3
+
+
+@pytest.mark.parametrize(
+    "changed", [{"random": 3}, {"seed": 1}, {"damage": 0.25}, {"experiments": (*EQUAL, "equal_norm")}]
+)
+def test_30_whatever_else_is_asked_is_measured_anew(pair, task, tmp_path, changed):
+    how = {"random": 2, "experiments": EQUAL}
+    asked(pair, task, tmp_path / "arms", **how)
+    e, want = (asked(pair, task, path, **how | changed) for path in (tmp_path / "arms", None))
+    assert e == want
+
+
+@pytest.mark.parametrize("arm", ["native", "other_concept", "few_shot", "source", "mine"])
+def test_30_another_input_of_an_arm_is_measured_anew(pair, task, tmp_path, measured, arm):
+    fear, anger = (load_pairs(f"emotions/{e}") for e in ("fear", "anger"))
+    twins = [load_model(tiny_model("gpt2", seed, n_positions=256)) for seed in (1, 2)]
+    inputs = {
+        "native": [{"pairs": p} for p in (fear, anger)],
+        "other_concept": [{"other": p} for p in (fear, anger)],
+        "few_shot": [{"examples": load_task("knowledge").take(4, seed)} for seed in (0, 1)],
+        "source": [{"source": m} for m in twins],
+        "mine": [{}, {}],
+    }
+    hints = [lambda trial: [Words("Red or blue. ")], lambda trial: [Words("Hard or soft. ")]]
+    found = []
+    for given, hint in zip(inputs[arm], hints, strict=True):
+        arms = {k: ARMS[k] for k in ("base", "transplanted", arm) if k in ARMS} | {
+            "mine": Arm("mine", "a hint", hint)
+        }
+        quick = Settings(random=0, damage=0.5)
+        measured.clear()
+        found.append(evaluate(pair[2], task, NEUTRAL, arms, EQUAL, quick, tmp_path / "arms", **given))
+    assert {x for x, _ in measured} == {arm, "mine"}
+    one, two = ([r.answers["margin"] for r in e.of("equal_damage")[arm]] for e in found)
+    assert one != two
+
+
+def test_30_a_metric_of_ones_own_is_measured_anew(pair, task, tmp_path, monkeypatch):
+    asked(pair, task, tmp_path / "arms", EQUAL, random=0)
+    for k in (1.0, 2.0):
+        monkeypatch.setitem(METRICS, "mine", Metric("mine", "mine", lambda a, k=k: k * np.ones(len(a.items))))
+        e = asked(pair, task, tmp_path / "arms", EQUAL, random=0)
+        assert e.arms["base"].score_means["mine"]["mean"] == k
+
+
+def test_30_another_transplant_task_text_or_model_is_refused(pair, task, tmp_path):
+    t, path = pair[2], tmp_path / "arms"
+    how = dict(experiments=EQUAL, settings=Settings(random=0, damage=0.5))
+    evaluate(t, task, NEUTRAL, path=path, **how)
+    before = path.read_bytes()
+    turned = ChoiceTask("planted", [i._replace(target=1 - i.target) for i in task.items], task.instruction)
+    for what, *wrong in (
+        ("transplant", replace(t, direction=-t.direction), task, NEUTRAL),
+        ("transplant", replace(t, positions="last"), task, NEUTRAL),
+        ("transplant", replace(t, positions=lambda h, mask: mask), task, NEUTRAL),
+        ("task", t, task.take(20), NEUTRAL),
+        ("task", t, turned, NEUTRAL),
+        ("task", t, replace(task, instruction="Do not.\n\n"), NEUTRAL),
+        ("neutral", t, task, Corpus("n", NEUTRAL.texts[::-1])),
+    ):
+        with pytest.raises(ValueError, match=f"arms.*another run: {what} was"):
+            evaluate(*wrong, path=path, **how)
+        assert path.read_bytes() == before
+
+
+def test_30_a_rerun_reads_no_arm_again_and_a_torn_line_is_forgiven(pair, task, tmp_path, measured):
+    path = tmp_path / "arms"
+    first = asked(pair, task, path, EQUAL, random=2)
+    measured.clear()
+    assert asked(pair, task, path, EQUAL, random=2) == first and not measured
+    path.write_bytes(path.read_bytes()[:-20])
+    assert asked(pair, task, path, EQUAL, random=2) == first and len(measured) == 1
+    raw = bytearray(path.read_bytes())
+    raw[len(raw) // 2] ^= 1
+    path.write_bytes(raw)
+    with pytest.raises(ValueError, match="damaged"):
+        asked(pair, task, path, EQUAL, random=2)
+
+
+WRONG = [
+    {"seed": -1},
+    {"seed": 1.5},
+    {"seed": "1"},
+    {"bootstrap": 0},
+    {"bootstrap": 2.5},
+    {"random": -1},
+    {"random": 2.5},
+    {"damage": float("nan")},
+    {"damage": float("inf")},
+    {"damage": "0.1"},
+    {"strengths": (1, float("inf"))},
+    {"strengths": "12"},
+    {"strengths": 1.0},
+    {"off": "emotions/fear"},
+    {"off": ["emotions/fear"]},
+    {"off": [load_task("emotions/fear")] * 2},
+]
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_106_settings_are_checked_at_once(wrong):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        Settings(**wrong)
+
+
+def test_106_settings_take_numbers_of_numpy():
+    s = Settings(
+        random=np.int64(3), strengths=np.linspace(-1, 1, 3), seed=np.int32(1), damage=np.float32(0.5)
+    )
+    assert (s.random, s.seed, s.damage) == (3, 1, 0.5) and list(s.strengths) == [-1, 0, 1]
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong"),
+    [
+        ("t", "joy.safetensors"),
+        ("task", "emotions/fear"),
+        ("task", NEUTRAL),
+        ("neutral", "neutral"),
+        ("neutral", load_task("emotions/fear")),
+        ("arms", [ARMS["base"]]),
+        ("arms", {k: a for k, a in ARMS.items() if k != "base"}),
+        ("arms", {**ARMS, "again": ARMS["random"]}),
+        ("experiments", "curves"),
+        ("settings", {"seed": 0}),
+        ("path", 3),
+        ("pairs", "emotions/happiness"),
+        ("other", NEUTRAL),
+        ("examples", PAIRS),
+        ("source", "smollm2-135m-instruct"),
+    ],
+)
+def test_106_arguments_are_checked_before_the_first_text_is_read(pair, task, monkeypatch, name, wrong):
+    monkeypatch.setattr(module, "Bench", None)
+    with pytest.raises(ValueError, match=name):
+        evaluate(**{"t": pair[2], "task": task, "neutral": NEUTRAL, name: wrong})
+
+
+def test_106_other_functions_check_their_arguments_too(pair, task, monkeypatch):
+    monkeypatch.setattr(module, "generate", None)
+    monkeypatch.setattr(Bench, "ask", None)
+    write = generation_task("n", ("It", "Rain"), len)
+    for wrong in {"draws": 0}, {"seed": -1}, {"task": task}, {"arms": [pair[2]]}, {"model": "gpt2"}:
+        with pytest.raises(ValueError, match={"draws": "bootstrap"}.get(*wrong, *wrong)):
+            evaluate_text(**{"arms": {"base": None}, "task": write, "model": pair[1]} | wrong)
+    elsewhere = replace(pair[2], model=tiny_model("qwen2", 5))
+    for ts, tasks in (([pair[2], elsewhere], [task]), ([], [task]), ([pair[2]], [])):
+        with pytest.raises(ValueError, match="transplants of one model"):
+            off_target(ts, tasks)
+    with pytest.raises(ValueError, match="tasks"):
+        off_target([pair[2]], task)
+
+
+def test_102_logits_that_overflow_behind_the_layer_are_an_error():
+    hot = tiny_model("gpt2", n_positions=256)
+    hot._module.half().transformer.h[2].mlp.c_proj.weight.data *= 3e4
+    t = place(torch.ones(48), hot, 1, norm=1.0)
+    with pytest.raises(ValueError, match="finite"):
+        evaluate(t, load_task("emotions/happiness").take(4), NEUTRAL, settings=Settings(random=2))
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_102_effects_that_are_not_finite_are_an_error(pair, task, monkeypatch, bad):
+    def broken(answers):
+        return np.array([0.0] * (len(answers.items) - 1) + [bad])
+
+    monkeypatch.setitem(METRICS, "mine", Metric("mine", "mine", broken))
+    with pytest.raises(ValueError, match="mine.*finite"):
+        asked(pair, task, experiments=EQUAL, random=0)
+    with pytest.raises(ValueError, match="'kl', 0, 1.*finite"):
+        Run("base", "equal_damage", kl=[[0.0, bad]], lost=[[0.0, 0.0]])
+    score = generation_task("n", ("It", "Rain"), lambda text: bad)
+    with pytest.raises(ValueError, match="scores 0.*finite"):
+        evaluate_text({"base": None}, score, pair[1], 3)
+
+
+def test_a_metric_does_not_take_the_place_of_a_column(pair, task, monkeypatch):
+    monkeypatch.setitem(METRICS, "draw", Metric("draw", "draw", lambda a: np.zeros(len(a.items))))
+    with pytest.raises(ValueError, match="cannot be called 'draw'"):
+        asked(pair, task, experiments=EQUAL, random=0)
+
+
+def hostile(change):
+    "What makes other evidence of some, with a digest that fits."
+
+    def write(evidence, path):
+        d = json.loads(json.dumps(evidence.data))
+        del d["digest"]
+        change(d)
+        path.write_text(json.dumps(d | {"digest": data_hash([json.dumps(d)])}))
+
+    return write
+
+
+def put(*where, value):
+    def change(d):
+        for k in where[:-1]:
+            d = d[k]
+        d[where[-1]] = value
+
+    return hostile(change)
+
+
+def drop(*where):
+    def change(d):
+        for k in where[:-1]:
+            d = d[k]
+        del d[where[-1]]
+
+    return hostile(change)
+
+
+HOSTILE = {
+    "unknown arm": put("arms", "nobody", value={"reason": None}),
+    "a run of nobody": put("runs", 0, "arm", value="nobody"),
+    "an arm without runs": drop("arms", "transplanted"),
+    "wrong type": put("runs", 0, "draw", value="0"),
+    "half a draw": put("runs", 0, "draw", value=0.5),
+    "text for a number": put("runs", 0, "answers", "margin", 0, value="1.0"),
+    "none for a number": put("runs", 0, "answers", "margin", 0, value=None),
+    "not finite": put("runs", 0, "kl", 0, 0, value=float("nan")),
+    "endless": put("runs", 0, "dose", value=float("inf")),
+    "a number short": put("runs", 1, "answers", "chosen", value=[1.0]),
+    "no margin": drop("runs", 0, "answers", "margin"),
+    "no runs": put("runs", value=[]),
+    "runs of another kind": put("runs", value={"base": []}),
+    "unknown field": put("runs", 0, "more", value=1),
+    "more items": put("n", value=7),
+    "a seed below zero": put("seed", value=-1),
+    "no draws": put("bootstrap", value=0),
+    "no task": drop("task"),
+    "nobody's groups": put("groups", value="abc"),
+    "a bell": put("transplant", value="joy\x07"),
+    "an escape in a reason": put("arms", "other_concept", "reason", value="\x1b[2J"),
+    "an escape in a score": put("runs", 0, "answers", "\x1b]0;x\x07", value=[0.0]),
+    "a column": put("runs", 0, "answers", "arm", value=[0.0]),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_84_evidence_that_does_not_fit_is_refused(evidence, tmp_path, name):
+    path = tmp_path / "hostile.json"
+    HOSTILE[name](evidence, path)
+    with pytest.raises(ValueError, match=r"hostile\.json"):
+        Evidence.load(path)
+    hostile(lambda d: None)(evidence, path)
+    assert Evidence.load(path) == evidence
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", "3", "{", "[" * 100_000, '{"n": ' + "1" * 5000 + "}", "\0", "caf\xe9"]
+)
+def test_84_other_files_are_refused(tmp_path, text):
+    path = tmp_path / "hostile.json"
+    path.write_bytes(text.encode("latin-1"))
+    with pytest.raises(ValueError, match=r"hostile\.json"):
+        Evidence.load(path)
+
+
+def test_1_a_bit_that_flips_in_evidence_is_found(evidence, tmp_path):
+    path = tmp_path / "e.json"
+    evidence.save(path)
+    raw, rng = path.read_bytes(), np.random.default_rng(0)
+    for at in rng.choice(len(raw), 12, replace=False):
+        broken = bytearray(raw)
+        broken[at] ^= 1 << int(rng.integers(8))
+        path.write_bytes(broken)
+        with pytest.raises(ValueError, match=r"e\.json"):
+            Evidence.load(path)
+
+
+def test_an_arm_of_ones_own_that_holds_a_model_is_kept_by_what_it_is(pair, task, tmp_path):
+    mine = {"base": ARMS["base"], "mine": Arm("mine", "another model", lambda trial: [Unsteered(pair[0])])}
+    quick = Settings(random=0, damage=0.5)
+    e = evaluate(pair[2], task, NEUTRAL, mine, EQUAL, quick, tmp_path / "arms")
+    assert evaluate(pair[2], task, NEUTRAL, mine, EQUAL, quick, tmp_path / "arms") == e
+    e.save(tmp_path / "e.json")
+    assert Evidence.load(tmp_path / "e.json") == e

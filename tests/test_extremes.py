@@ -127,11 +127,11 @@ def test_an_interrupted_save_leaves_the_old_file(tmp_path, monkeypatch):
 def test_a_full_disk_leaves_nothing(tmp_path):
     code = f"""
 import resource, signal, torch
-from dataclasses import make_dataclass
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))
-from concept_transfer.artefacts import save_fields
-big = make_dataclass("Big", ["x"])(torch.zeros(100000))
-save_fields(big, {str(tmp_path / "big.safetensors")!r}, "concept")
+from concept_transfer.concepts import Concept
+from concept_transfer.models import ModelInfo
+big = Concept("big", torch.ones(2, 50000), (0, 1), (0.5, 0.5), ModelInfo("m", "m", 2, 50000, "a", "b"), 3)
+big.save({str(tmp_path / "big.safetensors")!r})
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (

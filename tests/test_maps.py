@@ -29,7 +29,7 @@ from concept_transfer.maps import (
     ridge,
     solve,
 )
-from concept_transfer.models import tiny_model, twin
+from concept_transfer.models import ModelInfo, tiny_model, twin
 from concept_transfer.moments import Moments, collect, robust_weight
 from concept_transfer.pairing import last_token
 from concept_transfer.steering import place
@@ -184,7 +184,7 @@ def test_a_map_says_how_its_texts_were_read(tmp_path, pair):
     maps = fit_maps(*pair, SCENES, [1], [2], **options)
     maps.save(tmp_path / "m")
     said = {"thin": "last_token", "weight": "robust_weight", "folds": 3, "held_out": 0.2}
-    said["precision"] = ["float32", "float32"]
+    said |= {"precision": ["float32", "float32"], "most_rows": 2048}
     assert maps.settings == LayerGrid.load(tmp_path / "m").settings == said
     assert load_artefact(tmp_path / "m")[1]["settings"] == said
     published = fit_maps(*pair, SCENES, [1], [2], method="contrans")
@@ -299,7 +299,7 @@ def test_a_grid_of_the_first_format_is_read(tmp_path, pair):
     with safe_open(tmp_path / "new", "pt") as f:
         tensors = {old.get(k, k): f.get_tensor(k) for k in f.keys()}  # noqa: SIM118 (it is no dict)
         head = json.loads(f.metadata()["concept_transfer"])
-    head = {old.get(k, k): v for k, v in head.items()} | {"format": 1}
+    head = {old.get(k, k): v for k, v in head.items() if k != "digest"} | {"format": 1}
     save_file(tensors, tmp_path / "old", {"concept_transfer": json.dumps(head)})
     with pytest.warns(UserWarning, match="older format 1"):
         again = LayerGrid.load(tmp_path / "old")
@@ -378,3 +378,98 @@ def test_the_wrong_models_and_layers_are_refused(pair):
         ValueError, match=r"no map for layers 1:2; source layers are \[1\], target layers \[1\]"
     ):
         maps[1, 2]
+
+
+# what users give
+
+
+def test_105_a_template_without_a_place_is_refused(pair):
+    for method in ("ridge", "contrans"):
+        with pytest.raises(ValueError, match="template"):
+            fit_maps(*pair, SCENES, [1], [2], method=method, template="no place")
+
+
+WRONG = [
+    {"source_layers": []},
+    {"source_layers": "12"},
+    {"target_layers": [1.5]},
+    {"target_layers": ["1"]},
+    {"source_layers": 1},
+    {"source_layers": [9]},
+    {"folds": 0},
+    {"folds": -1},
+    {"folds": 2.5},
+    {"folds": "5"},
+    {"folds": 1},
+    {"held_out": 0.0},
+    {"held_out": 1.0},
+    {"held_out": float("nan")},
+    {"most_rows": 0},
+    {"template": 5},
+    {"thin": "last_token"},
+    {"weight": 2},
+    {"magic": 1},
+    {"method": 5},
+    {"method": "magic"},
+]
+
+
+@pytest.mark.parametrize("wrong", WRONG, ids=str)
+def test_107_what_cannot_be_is_refused_before_anything_is_read(pair, wrong, monkeypatch):
+    monkeypatch.setattr("concept_transfer.moments.paired_tokens", None)  # reading would fail otherwise
+    with pytest.raises((ValueError, TypeError) if "magic" in wrong else ValueError):
+        fit_maps(*pair, SCENES, **{"source_layers": [1], "target_layers": [2]} | wrong)
+
+
+def test_arguments_that_are_swapped_or_names_are_told(pair, joy):
+    source, target = pair
+    for given, name in (
+        (("smollm2-135m-instruct", target, SCENES), "source"),
+        ((source, SCENES, target), "target"),
+        ((source, target, load_pairs("honesty")), "corpus"),
+        ((source, target, "scenes"), "corpus"),
+    ):
+        for method in ("ridge", "contrans"):
+            with pytest.raises(ValueError, match=f"'{name}'"):
+                fit_maps(*given, method=method)
+    with pytest.raises(ValueError, match="'m'"):
+        solve(joy)
+    with pytest.raises(ValueError, match="too few"):
+        fit_maps(source, target, Corpus("one", ["The cat sat on the mat."]), [1], [2])
+
+
+def test_layers_may_come_from_numpy(pair):
+    maps = fit_maps(*pair, SCENES.take(60), np.arange(1, 3), range(2, 3))
+    one = maps[np.int64(1), np.int64(2)]
+    assert (maps.source_layers, one.layers, type(one.layers[0])) == ((1, 2), (1, 2), int)
+    for layers in (5, None, (1,), (1, 2, 2), ("a", 2), "1:2", (1, 9)):
+        with pytest.raises(ValueError, match="no map for layers"):
+            maps[layers]
+
+
+def judged(noise, seed=3):
+    "Maps of a planted truth under noise."
+    m = planted(
+        torch.randn(8, 12, generator=torch.Generator().manual_seed(seed)).double(), 300, noise, seed=seed
+    )
+    m.source, m.target = (ModelInfo(k, "toy", 1, d, "0", "0") for k, d in (("a", 8), ("b", 12)))
+    return solve(m)
+
+
+def test_a_map_no_better_than_its_control_warns(pair):
+    for seed in range(5):
+        with pytest.warns(UserWarning, match="no map predicts held-out states better"):
+            judged(1e4, seed)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        judged(1.0)
+        fit_maps(*pair, SCENES, [1], [2])
+
+
+def test_what_is_judged_downstream_belongs_to_the_maps(pair, joy):
+    maps = fit_maps(*pair, SCENES, [1], [2], template=joy.template)
+    other = tiny_model("gpt2", seed=5)
+    with pytest.raises(ValueError, match="target side"):
+        downstream(maps, joy, other, load_pairs("honesty"))
+    with pytest.raises(ValueError, match="source side"):
+        downstream(maps, extract_concept(other, load_pairs("honesty"), [1]), pair[1], load_pairs("honesty"))

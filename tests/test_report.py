@@ -1,7 +1,9 @@
 "Pictures and reports: the same file gives the same page, and the verdict says what was found."
 
 import base64
+import html
 import io
+import json
 import re
 from dataclasses import replace
 
@@ -10,6 +12,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
+from matplotlib.text import Text
 
 from concept_transfer.concepts import extract_concept
 from concept_transfer.data import EMOTIONS, Corpus, load_corpus, load_pairs
@@ -24,7 +27,7 @@ from concept_transfer.evidence import (
 from concept_transfer.maps import fit_maps
 from concept_transfer.measure import Bench
 from concept_transfer.models import load_model, twin
-from concept_transfer.plots import curves, figures, look, plot_grid, plot_separation
+from concept_transfer.plots import curves, figures, look, plot_grid, plot_separation, plot_spectrum
 from concept_transfer.report import details, verdict, write_report
 from concept_transfer.steering import place
 from concept_transfer.tasks import ChoiceItem, ChoiceTask, load_task
@@ -111,6 +114,83 @@ def test_texts_are_escaped(evidence, tmp_path):
     write_report(e, tmp_path / "a.html")
     page = (tmp_path / "a.html").read_text(encoding="utf-8")
     assert "<script" not in page and "<b>" not in page and "&lt;script&gt;" in page
+
+
+HOSTILE = "<script>alert(1)</script>"
+
+
+def test_82_names_of_scores_arms_and_tasks_are_escaped(evidence, tmp_path):
+    "Whatever a file of others says stays text: on the page, and on the card of a notebook."
+    named = {"random": HOSTILE}
+    runs = [
+        replace(
+            r,
+            arm=named.get(r.arm, r.arm),
+            task=r.task and HOSTILE + r.task,
+            texts=r.texts and [HOSTILE] * len(r.texts),
+            answers=r.answers | ({} if r.task else {HOSTILE: r.answers.get("margin", [])}),
+        )
+        for r in evidence.runs
+    ]
+    of = replace(
+        evidence.provenance, task=HOSTILE, source=HOSTILE, target=HOSTILE, versions={HOSTILE: HOSTILE}
+    )
+    e = Evidence(of, runs, {HOSTILE * 2: HOSTILE})
+    write_report(e, tmp_path / "a.html", {HOSTILE: e.show(metric=HOSTILE)})
+    page = (tmp_path / "a.html").read_text(encoding="utf-8")
+    for shown in (page, e._repr_html_()):
+        assert "<script" not in shown and html.escape(HOSTILE) in shown
+
+
+MADE_WRONG = {
+    "an arm without runs": lambda d: d["arms"].update(ghost=d["arms"]["random"]),
+    "runs of an arm that is not there": lambda d: d["arms"].pop("random"),
+    "no base model": lambda d: d.update(runs=[r for r in d["runs"] if r["arm"] != "base"]),
+    "an unknown field of a run": lambda d: d["runs"][0].update(colour="red"),
+    "a missing part": lambda d: d.pop("groups"),
+    "items as text": lambda d: d.update(n="many"),
+    "answers as text": lambda d: d["runs"][0]["answers"].update(chosen="yes"),
+    "answers of another number": lambda d: d["runs"][0]["answers"].update(chosen=[1.0]),
+    "damage that is not finite": lambda d: d["runs"][0].update(kl=[[float("nan")]]),
+    "a list for the whole": lambda d: d["runs"],
+    "runs as a dictionary": lambda d: d.update(runs={"base": 1}),
+    "arms as a list": lambda d: d.update(arms=[1]),
+    "a seed below zero": lambda d: d.update(seed=-1),
+    "a name that is a number": lambda d: d.update(transplant=5),
+}
+
+
+@pytest.mark.parametrize("what", MADE_WRONG)
+def test_84_evidence_that_was_not_written_here_is_refused(evidence, tmp_path, what):
+    evidence.save(tmp_path / "e.json")
+    d = json.loads((tmp_path / "e.json").read_text(encoding="utf-8"))
+    made = MADE_WRONG[what](d)
+    (tmp_path / "e.json").write_text(json.dumps(made if what.startswith("a list") else d), encoding="utf-8")
+    with pytest.raises(ValueError, match=re.escape(str(tmp_path / "e.json"))):
+        Evidence.load(tmp_path / "e.json")
+
+
+def test_84_an_arm_that_no_table_knows_is_drawn_plainly(evidence, tmp_path):
+    "An arm of somebody's own is no fault of the file."
+    runs = [replace(r, arm="their_own" if r.arm == "random" else r.arm) for r in evidence.runs]
+    replace(evidence, runs=runs).save(tmp_path / "e.json")
+    e = Evidence.load(tmp_path / "e.json")
+    write_report(e, tmp_path / "a.html", {"Effect": e.show()})
+    assert "their own" in (tmp_path / "a.html").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", ["price_$5_to_$9", r"$\frac{$ {} %s _of_ ^it^"])
+def test_85_names_are_drawn_as_they_are(evidence, pair, name):
+    runs = [replace(r, task=r.task and name + r.task) for r in evidence.runs]
+    named = replace(evidence.provenance, transplant=name, task=name, bootstrap=50)
+    e, concept, maps = replace(evidence, provenance=named, runs=runs), *pair[2:]
+    drawn = [*figures(e).values(), plot_separation(replace(concept, name=name)), plot_spectrum(maps[1, 2])]
+    shown = ""
+    for picture in drawn:
+        picture.savefig(io.BytesIO(), dpi=20)
+        shown += "\n".join(text.get_text() for text in picture.findobj(Text) if not text.get_parse_math())
+        shown += "\n".join(text.get_text() for text in picture.findobj(Text) if "$" not in text.get_text())
+    assert shown.count(name) >= 3
 
 
 def test_scores_of_several_true_answers_are_in_the_page(joy, tmp_path):

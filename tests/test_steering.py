@@ -1,14 +1,17 @@
 "Where something is added to the residual stream, wherever the padding stands and however a model runs."
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
-from concept_transfer.concepts import POSITIONS, Position
+from concept_transfer.concepts import POSITIONS, Position, extract_concept
+from concept_transfer.data import load_pairs
 from concept_transfer.engine import encode, engine, pad
 from concept_transfer.measure import Bench
 from concept_transfer.models import load_model, tiny_model
-from concept_transfer.steering import Transplant, adding, place
+from concept_transfer.steering import Transplant, adding, generate, place, residual_norm
 from concept_transfer.tasks import load_task
 from concept_transfer.toys import TINY
 
@@ -79,3 +82,271 @@ def test_a_rule_is_one_entry(monkeypatch, tmp_path):
     assert adding(torch.ones(48), "third")(h)[0, :, 0].tolist() == [0, 0, 1, 1]
     with pytest.raises(ValueError, match="'but_first' cannot be kept .* or use last, all, third"):
         toy(m).save(tmp_path / "u")
+
+
+# what users give
+
+
+@pytest.fixture(scope="module")
+def llama():
+    return tiny_model("llama")
+
+
+@pytest.fixture(scope="module")
+def push(llama):
+    return place(torch.ones(48), llama, 1, dose=1.0)
+
+
+@pytest.mark.parametrize("kind", [list, tuple, torch.tensor, np.array])
+@pytest.mark.parametrize("remote", [False, "local"])
+def test_G1_every_prompt_has_its_own_strength(llama, push, kind, remote):
+    t = replace(push, model=load_model(llama, remote=remote)) if remote else push
+    each = [0.0, 1.0, -0.5]
+    want = [push.generate(p, s, 4) for p, s in zip(PROMPTS, each, strict=True)]
+    assert t.generate(PROMPTS, kind(each), 4) == want and len(set(want)) == 3
+
+
+def test_G1_strengths_and_texts_are_as_many(llama, push):
+    with push([0.0, 1.0]) as m:
+        ids = pad(m, encode(m, PROMPTS[:2]), left=True)
+        both = engine(m).logits(*ids)
+    with push(1.0):
+        steered = engine(m).logits(*ids)
+    torch.testing.assert_close(both, torch.stack([engine(m).logits(*ids)[0], steered[1]]))
+    for each in ([1.0], [1.0] * 4):
+        with pytest.raises(ValueError, match=f"{len(each)} strengths for 3 texts"):
+            push.generate(PROMPTS, each, 3)
+    with pytest.raises(ValueError, match="strength \\[\\]"):
+        push.generate(PROMPTS, [], 3)
+
+
+NO_NUMBERS = [
+    float("nan"),
+    float("inf"),
+    -float("inf"),
+    None,
+    "1",
+    "nan",
+    torch.tensor(torch.nan),
+    np.float32("inf"),
+]
+
+
+@pytest.mark.parametrize("wrong", NO_NUMBERS, ids=repr)
+def test_G3_103_what_is_no_number_is_refused(llama, push, wrong):
+    for use in (
+        lambda: push.vector(wrong),
+        lambda: push.generate("Rain", wrong, 3),
+        lambda: push.generate(PROMPTS, [1.0, wrong, 1.0], 3),
+        lambda: push(wrong).__enter__(),
+        lambda: push(alpha=wrong if wrong is not None else "2").__enter__(),
+    ):
+        with pytest.raises(ValueError, match="give a finite number"):
+            use()
+
+
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf"), 0.0, -1.0, "1"], ids=repr)
+def test_103_dose_and_norm_are_checked_before_anything_is_read(llama, wrong, monkeypatch):
+    monkeypatch.setattr("concept_transfer.steering.residual_norm", None)  # reading would fail
+    for name in ("dose", "norm"):
+        with pytest.raises(ValueError, match=f"place '{name}'"):
+            place(torch.ones(48), llama, 1, **{name: wrong})
+
+
+def test_numbers_of_numpy_and_torch_are_numbers(llama, push):
+    t = place(torch.ones(48), llama, np.int64(1), dose=np.float32(1.0), norm=np.float64(push.norm))
+    assert (t.layer, t.dose, type(t.layer)) == (1, 1.0, int)
+    for one in (1, np.float32(1), torch.tensor(1.0), np.int64(1)):
+        assert t.generate("Rain", one, 3) == push.generate("Rain", 1.0, 3)
+
+
+SHAPES = [
+    {"num_return_sequences": 3, "do_sample": True},
+    {"num_return_sequences": 2, "num_beams": 2},
+    {"return_dict_in_generate": True},
+    {"output_scores": True},
+    {"max_length": 9},
+    {"generation_config": object()},
+    {"attention_mask": torch.ones(1, 4)},
+]
+
+
+@pytest.mark.parametrize("options", SHAPES, ids=lambda options: next(iter(options)))
+def test_G4_options_that_change_what_comes_back_are_refused(llama, push, options):
+    for use in (
+        lambda: generate(llama, "Rain fell", 4, **options),
+        lambda: push.generate("Rain", 1.0, 4, **options),
+    ):
+        with pytest.raises(ValueError, match="one text of max_new_tokens"):
+            use()
+
+
+def test_G4_options_are_honoured_or_refused(llama, push):
+    two = ["Rain fell", "The cat sat on the mat"]
+    assert push.generate(two, 1.0, 5, num_beams=3) == [push.generate(p, 1.0, 5, num_beams=3) for p in two]
+    assert generate(llama, two, 5, num_return_sequences=1, output_scores=False) == generate(llama, two, 5)
+    with pytest.raises(ValueError, match="do_sample"):
+        generate(llama, two, 5, temperature=0.7)
+    with pytest.raises(ValueError, match="do_smaple"):
+        generate(llama, two, 5, do_smaple=True)
+    for n in (0, -1, 2.5, "4", None):
+        with pytest.raises(ValueError, match="max_new_tokens"):
+            generate(llama, two, n)
+
+
+WISHES = {
+    "repetition_penalty": 1.8,
+    "num_return_sequences": 2,
+    "num_beams": 2,
+    "do_sample": True,
+    "temperature": 5.0,
+    "suppress_tokens": [*range(2, 300)],
+    "min_new_tokens": 12,
+    "no_repeat_ngram_size": 1,
+    "forced_eos_token_id": 5,
+    "max_length": 3,
+    "return_dict_in_generate": True,
+    "stop_strings": ["a"],
+    "exponential_decay_length_penalty": (1, 5.0),
+}
+
+
+@pytest.mark.parametrize("remote", [False, "local"])
+@pytest.mark.parametrize("wish", WISHES)
+def test_G7_77_wishes_of_the_model_change_nothing(wish, remote, push):
+    m = tiny_model("llama")
+    want = generate(m, PROMPTS, 12)
+    for k in {wish, "num_beams"} if "num" in wish else {wish}:
+        setattr(m._module.generation_config, k, WISHES[k])
+    assert generate(load_model(m, remote=remote) if remote else m, PROMPTS, 12) == want
+
+
+@pytest.mark.parametrize("remote", [False, "local"])
+def test_G8_stop_strings_get_the_tokenizer(llama, remote):
+    m, long = load_model(llama, remote=remote) if remote else llama, generate(llama, "Rain fell", 12)
+    stop = long[4:6]
+    assert generate(m, "Rain fell", 12, stop_strings=[stop]) == generate(
+        m, "Rain fell", 12, stop_strings=stop
+    )
+    said = generate(m, "Rain fell", 12, stop_strings=[stop])
+    assert long.startswith(said) and stop in said and len(said) < len(long)
+
+
+OTHER_WAYS = [{"use_cache": False}, {"prompt_lookup_num_tokens": 3}, {"prefill_chunk_size": 4}]
+
+
+@pytest.mark.parametrize("remote", [False, "local"])
+@pytest.mark.parametrize("how", OTHER_WAYS, ids=str)
+def test_G10_greedy_text_does_not_depend_on_the_cache(llama, push, how, remote):
+    p = "The cat sat on the mat. The cat sat on the mat."
+    m = load_model(llama, remote=remote) if remote else llama
+    for where in ("last", "all", but_first):
+        t = replace(push, positions=where, model=m)
+        want = replace(t, model=llama).generate(p, 1.0, 12)
+        assert t.generate(p, 1.0, 12, **how) == want, where
+        with t():
+            assert generate(m, p, 12, **how) == want, where
+    assert generate(m, p, 12, **how) == generate(llama, p, 12)
+
+
+@pytest.mark.parametrize("family", list(TINY))
+def test_C3_prompt_and_continuation_are_the_whole_text(family):
+    m = tiny_model(family)
+    tok = m.tokenizer
+    for prompt in (*PROMPTS, "Rain fell on", "naïve 😀"):
+        said = generate(m, prompt, 6)
+        (ids,) = encode(m, [prompt])
+        new = engine(m).generate(*pad(m, [ids], left=True), max_new_tokens=6, do_sample=False, pad_token_id=1)
+        assert tok.decode(ids, skip_special_tokens=True) + said == tok.decode(
+            new[0], skip_special_tokens=True
+        )
+
+
+def test_C3_the_first_space_stays(llama):
+    the = llama.tokenizer.convert_tokens_to_ids("\u2581the")
+    assert generate(llama, "Rain fell on", 1, prefix_allowed_tokens_fn=lambda b, ids: [the]) == " the"
+
+
+def test_C4_a_chat_is_one_prompt():
+    m = load_model(tiny_model("llama"))
+    chat = [{"role": "user", "content": "Hi"}]
+    with pytest.raises(ValueError, match="template"):
+        generate(m, chat, 3)
+    m.tokenizer.chat_template = (
+        "{% for m in messages %}<{{ m.role }}> {{ m.content }}\n{% endfor %}<assistant>"
+    )
+    one = generate(m, chat, 3)
+    assert isinstance(one, str) and generate(m, [chat, chat], 3) == [one, one]
+
+
+@pytest.mark.parametrize(
+    "given",
+    [np.ones(48), [1.0] * 48, (1,) * 48, np.ones((1, 48), np.float16), torch.nn.Parameter(torch.ones(48))],
+    ids=lambda x: type(x).__name__,
+)
+def test_K1_directions_of_any_kind(llama, push, given):
+    t = place(given, llama, 1, dose=1.0)
+    assert torch.equal(t.vector(), push.vector()) and not t.direction.requires_grad
+    assert Bench(llama, 1).place(given, dose=1.0).direction.equal(push.direction)
+    if isinstance(given, np.ndarray):
+        given[...] = 5  # the caller's own array is another one
+        assert t.direction.max() == 1
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        *("joy", None, 5, {"a": 1}, ["a"] * 48, np.array(["a"] * 48), [[1.0], [1.0, 2.0]], torch.ones(2, 48)),
+        *(np.ones(47), [float("nan")] * 48, torch.zeros(48), torch.full((48,), torch.inf)),
+    ],
+    ids=lambda x: type(x).__name__,
+)
+def test_K1_what_is_no_direction_is_refused(llama, wrong):
+    with pytest.raises(ValueError):
+        place(wrong, llama, 1)
+
+
+def test_swapped_arguments_are_told(llama, push):
+    joy = extract_concept(llama, load_pairs("honesty"), [1])
+    for use, name in (
+        (lambda: place(llama, joy, 1), "concept"),
+        (lambda: place(joy, "smollm2-135m-instruct", 1), "target"),
+        (lambda: place(joy, llama, map={}), "map"),
+        (lambda: place(joy, llama, "1"), "layer"),
+        (lambda: place(joy, llama, 1.5), "layer"),
+        (lambda: place(joy, llama, 1, positions=3), "positions"),
+        (lambda: generate(PROMPTS, llama), "model"),
+        (lambda: generate(llama, 5), "prompts"),
+    ):
+        with pytest.raises(ValueError, match=f"'{name}'"):
+            use()
+    for use in (
+        lambda: extract_concept("smollm2-135m-instruct", load_pairs("honesty")),
+        lambda: extract_concept(joy, joy),
+    ):
+        with pytest.raises(ValueError, match="load_model gives one"):
+            use()
+    with pytest.raises(ValueError, match="ContrastPairs"):
+        extract_concept(llama, "emotions/happiness")
+    for seed in (-1, 1.5, "a"):
+        with pytest.raises(ValueError, match="seed"):
+            extract_concept(llama, load_pairs("honesty"), [1], seed=seed)
+
+
+@pytest.mark.parametrize("layers", ["12", [1.5], [], ["1"], 1, [None]], ids=str)
+def test_107_layers_are_whole_numbers(llama, layers):
+    with pytest.raises(ValueError, match="layers .*: give at least one whole number"):
+        extract_concept(llama, load_pairs("honesty"), layers)
+
+
+def test_the_norm_is_of_a_model_a_layer_and_texts(llama):
+    for given in (
+        ("llama", 1),
+        (llama, 1.5),
+        (llama, 9),
+        (llama, 1, "Rain fell"),
+        (llama, 1, []),
+        (llama, 1, [5]),
+    ):
+        with pytest.raises(ValueError):
+            residual_norm(*given)

@@ -6,9 +6,10 @@ import re
 from collections import Counter
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
-from concept_transfer.data import builtin_rows, overlap, split_words
+from concept_transfer.data import ContrastPairs, builtin_rows, lint, overlap, split_words
 from concept_transfer.stats import auc
 from concept_transfer.tasks import (
     RULES,
@@ -16,11 +17,15 @@ from concept_transfer.tasks import (
     TASKS,
     ChoiceItem,
     ChoiceTask,
+    GenerationItem,
+    GenerationTask,
     Scorer,
+    choice_task,
     distinct,
     generation_task,
     language,
     load_task,
+    multiple_choice,
     sentiment,
     toxicity,
 )
@@ -200,14 +205,55 @@ ITEM = dict(prompt="The street", choices=[" is wet", " is dry"], target=0)
     "made, says",
     [
         ("[1]", "a task is JSON with the list 'items'"),
-        (dict(items=[ITEM, {"prompt": "x"}]), "row 2, 'choices'"),
-        (dict(items=[ITEM | {"target": "0"}]), "row 1, 'target'"),
+        (dict(items=[ITEM, {"prompt": "x"}]), "1, 'choices': Field required"),
+        (dict(items=[ITEM | {"target": "x"}]), "0, 'target': Input should be a valid integer"),
         (dict(items=[ITEM | {"target": 2}]), "not an index into its 2 choices"),
         (dict(items=[ITEM | {"choices": [" is wet"]}]), "two or more different"),
         (dict(items=[]), "task 't' is empty"),
-        (dict(items=3), "the list 'items'"),
+        (dict(items=[ITEM | {"choices": [4, 5]}]), "0, 'choices', 0: Input should be a valid string"),  # B16
+        (
+            dict(items=[ITEM | {"choices": "ab"}]),
+            "0, 'choices': Input should be a valid tuple, found 'ab'",
+        ),  # 89
+        (dict(items=[ITEM | {"choices": {"a": 1, "b": 2}}]), "0, 'choices': Input should be a valid tuple"),
+        (dict(items=[ITEM | {"choices": [["a"], ["b"]]}]), "0, 'choices', 0: Input should be a valid string"),
+        (dict(items=[ITEM | {"choices": ["a", " "]}]), "item 0: choices, item 1 is ' '"),
+        (dict(items=[ITEM | {"prompt": 5}]), "0, 'prompt': Input should be a valid string, found 5"),  # 91
+        (dict(items=[ITEM | {"prompt": ["x"]}]), "0, 'prompt': Input should be a valid string"),
+        (dict(items=[ITEM | {"target": 0.5}]), "0, 'target': Input should be a valid integer"),
+        (dict(items=[ITEM | {"target": None}]), "0, 'target': Input should be a valid integer"),
+        (dict(items=[ITEM | {"target": -1}]), "not an index into its 2 choices"),
+        (dict(items=[ITEM | {"n_true": 2}]), "these leave no false one"),
+        (dict(items=[ITEM | {"n_true": 1, "target": 1}]), "not one of the 1 that are true"),
+        (dict(items=[ITEM, 3]), "row 1: Input should be a valid dictionary, found 3"),
+        (dict(items=[ITEM], name=5), "0: Input should be a valid string, found 5"),
+        (dict(items=[ITEM], instruction=["x"]), "1: Input should be a valid string, found ['x']"),
+        (dict(prompts=[5], scorer="upper"), "item 0 is 5"),
+        (dict(prompts=[["x"]], scorer="upper"), "item 0 is ['x']"),
+        (dict(prompts=["x"], scorer=["upper"]), "scorer ['upper'] is none of"),
+        (dict(prompts=["x"], scorer={"upper": 1}), "is none of"),
+        (dict(prompts=["x"], scorer="at_most", args=3), "args: Input should be a valid dictionary, found 3"),
+        (dict(prompts=["x"], scorer="at_most", args=[3]), "args: Input should be a valid dictionary"),
+        (
+            dict(prompts=["x"], scorer="at_most", args={"n": "five"}),
+            "scorer 'at_most' 'n': Input should be a valid int",
+        ),
+        (
+            dict(prompts=["x"], scorer="sentences", args={"n": "2"}),
+            "scorer 'sentences' 'n': Input should be a valid int",
+        ),
+        (
+            dict(prompts=["x"], scorer="starts", args={"phrase": 3}),
+            "'phrase': Input should be a valid string",
+        ),
+        (
+            dict(prompts=["x"], scorer="language", args={"name": "klingon"}),
+            "'name': Input should be 'english', 'french'",
+        ),
+        (dict(prompts=["x"], scorer="upper", groups="a"), "groups: a list is needed here, not str 'a'"),
+        (dict(items=3), "items: a list is needed here, not int 3"),
         (dict(pos=["x"], neg=["y"]), "--choices a,b,c and --target a"),
-        (dict(prompts="x", scorer="upper"), "the list 'prompts'"),
+        (dict(prompts="x", scorer="upper"), "prompts: a list is needed here, not str 'x'"),
         (dict(prompts=["x"]), "scorer None is none of sentiment"),
         (dict(prompts=["x"], scorer="beauty"), "none of sentiment"),
         (dict(prompts=["x"], scorer="ends"), "do not fit the scorer 'ends'"),
@@ -225,3 +271,108 @@ def test_a_file_of_items_is_a_task(tmp_path):
     (tmp_path / "t.json").write_text(json.dumps(dict(name="rain", items=[ITEM, ITEM | {"group": 7}])))
     task = load_task(tmp_path / "t.json")
     assert (task.name, task.groups, task.items[0].wanted) == ("rain", ["0", "7"], " is wet")
+
+
+STREET = ChoiceItem("The street", (" is wet", " is dry"), 0, "street")
+
+
+@pytest.mark.parametrize(
+    "strange",
+    [
+        STREET._replace(choices=" ab"),
+        STREET._replace(choices=(1, 2)),
+        STREET._replace(choices={" a": 1, " b": 2}),
+        STREET._replace(prompt=5),
+        STREET._replace(prompt=["x"]),
+        STREET._replace(prompt="a\0"),
+        STREET._replace(choices=(" a", " \ud83d")),
+        STREET._replace(group=""),
+        STREET._replace(group=3),
+        STREET._replace(n_true=2),
+        STREET._replace(target=2),
+        "The street",
+        7,
+    ],
+    ids=str,
+)
+def test_B16_89_91_an_item_that_is_none_is_refused_at_once(strange):
+    with pytest.raises(ValueError, match="task 'rain'"):
+        ChoiceTask("rain", [strange])
+
+
+def test_89_one_text_is_no_list_for_any_task():
+    for make in (
+        lambda: ChoiceTask("x", "ab"),
+        lambda: ChoiceTask("x", STREET.prompt),
+        lambda: choice_task("ab", ["a", "b"], "a"),
+        lambda: choice_task(["x"], "ab", "a"),
+        lambda: multiple_choice("x", [("Why?", "Because.", ["No."])]),
+        lambda: multiple_choice("x", [("Why?", ["Because."], "No.")]),
+        lambda: multiple_choice("x", ["abc"]),
+        lambda: multiple_choice("x", "abc"),
+        lambda: generation_task("x", "ab", "upper"),
+        lambda: generation_task("x", ["a"], "upper", "a"),
+        lambda: GenerationTask("x", "ab"),
+        lambda: GenerationTask("x", [GenerationItem("a", "upper", "g")]),
+        lambda: GenerationTask("x", [("a", 3, "g")]),
+        lambda: ChoiceTask("x", [STREET], 3),
+        lambda: ChoiceTask(3, [STREET]),
+    ):
+        with pytest.raises(ValueError):
+            make()
+
+
+def test_B12_a_template_of_questions_is_filled_as_everywhere():
+    rows = [("Is {x} 3?", ["Yes."], ["No."])]
+    assert multiple_choice("x", rows, '{"q": "{}"').items[0].prompt == '{"q": "Is {x} 3?"'
+    with pytest.raises(ValueError, match="has no {}"):
+        multiple_choice("x", rows, "Q:")
+
+
+def test_numbers_from_numpy_are_numbers():
+    task = ChoiceTask("rain", [STREET._replace(target=np.int64(1), choices=[" is wet", " is dry"])])
+    assert type(task.items[0].target) is int and task.items[0].choices == (" is wet", " is dry")
+    assert task.hash == ChoiceTask("rain", [STREET._replace(target=1)]).hash
+
+
+def test_97_the_hash_of_a_task_holds_all_that_is_asked():
+    tasks = [
+        ChoiceTask("x", [STREET]),
+        ChoiceTask("x", [STREET._replace(target=1)]),
+        ChoiceTask("x", [STREET], "Say so. "),
+        ChoiceTask("x", [STREET._replace(choices=("a|b", "c"))]),
+        ChoiceTask("x", [STREET._replace(choices=("a", "b|c"))]),
+        ChoiceTask("x", [STREET._replace(prompt="The streeta", choices=("b", "c"))]),
+        ChoiceTask("x", [STREET._replace(prompt="The street", choices=("ab", "c"))]),
+        ChoiceTask("x", [STREET._replace(choices=("a", "b", "c"), n_true=1)]),
+        ChoiceTask("x", [STREET._replace(choices=("a", "b", "c"), n_true=2)]),
+        ChoiceTask("x", [STREET, STREET]),
+        generation_task("x", ["a"], "upper"),
+        generation_task("x", ["a"], "lower"),
+        generation_task("x", ["a"], RULES["at_most"].bind(n=1)),
+        generation_task("x", ["a"], RULES["at_most"].bind(n=2)),
+        generation_task("x", ["a"], len),
+        generation_task("x", ["a"], str.isupper),
+    ]
+    assert len({t.hash for t in tasks}) == len(tasks)
+    again = generation_task("x", ["a"], RULES["at_most"].bind(n=2))
+    assert again.hash in {t.hash for t in tasks}
+
+
+@pytest.mark.parametrize(
+    "score", [lambda t: None, lambda t: float("nan"), lambda t: float("inf"), lambda t: "much"]
+)
+def test_a_score_that_is_no_number_is_refused(score):
+    with pytest.raises(ValueError, match="task 'x': scores"):
+        generation_task("x", ["a", "b"], score).score(["c", "d"])
+
+
+def test_lint_finds_what_a_task_shares_with_pairs():
+    pairs = ContrastPairs(
+        "x", ["It rained all night."] * 2, ["We left early today."] * 2, ["rain", "", "", "b"]
+    )
+    shared = ["leakage" in p for p in lint(pairs, choice_task(["It rained all night."], ["a", "b"], "a"))]
+    assert any(shared)
+    other = ChoiceTask("x", [STREET._replace(group="row 1"), STREET._replace(group="0")])
+    assert not any("leakage" in p for p in lint(pairs, other))
+    assert any("leakage" in p for p in lint(pairs, ChoiceTask("x", [STREET._replace(group="rain")])))

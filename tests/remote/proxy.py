@@ -87,7 +87,7 @@ class Proxy:
                 return
             threading.Thread(target=self._serve, args=(client,), daemon=True).start()
 
-    def _fault(self, path):
+    def _matching(self, path):
         with self.lock:
             for f in self.faults:
                 if not path.startswith(f.path) or f.times <= 0:
@@ -110,7 +110,7 @@ class Proxy:
         path = words[1].decode().split("?")[0] if len(words) > 1 else ""
         count = self.paths.setdefault(path if path.count("/") < 2 else path.rsplit("/", 1)[0], [0, 0, 0])
         count[0] += 1
-        f = self._fault(path)
+        f = self._matching(path)
         if f and f.kind == "reset":
             return self._reset(client)
         if f and f.kind == "hang":

@@ -1,0 +1,378 @@
+"What is kept on disk: nothing damaged, foreign or of another run is taken for what it is not."
+
+import json
+import os
+import resource
+import stat
+from dataclasses import replace
+from pathlib import Path
+
+import fuzz
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from concept_transfer.artefacts import Journal, fingerprint, load_artefact, whole_file
+from concept_transfer.concepts import POSITIONS, Concept, Position, activations, extract_concept
+from concept_transfer.data import ContrastPairs, load_pairs
+from concept_transfer.maps import AffineMap, LayerGrid
+from concept_transfer.models import tiny_model
+from concept_transfer.moments import Moments
+from concept_transfer.steering import Transplant, place
+
+PAIRS = ContrastPairs("honesty", *(getattr(load_pairs("honesty"), k)[:8] for k in ("positive", "negative")))
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_model("llama")
+
+
+@pytest.fixture(scope="module")
+def joy(model):
+    return extract_concept(model, PAIRS)
+
+
+@pytest.fixture(scope="module")
+def kinds(tmp_path_factory):
+    return {s.name: s for s in fuzz.subjects(tmp_path_factory.mktemp("made"))}
+
+
+@pytest.fixture
+def file(tmp_path):
+    return tmp_path / "x.safetensors"
+
+
+ARTEFACTS = "concept map affine moments transplant".split()
+
+
+@pytest.mark.parametrize("kind", [*ARTEFACTS, "states", "journal"])
+def test_1_2_every_flipped_bit_is_found(kinds, kind, tmp_path):
+    s, rng = kinds[kind], fuzz.random.Random(kind)
+    for _ in range(12):
+        k = rng.randrange(len(s.raw))
+        raw = s.raw[:k] + bytes([s.raw[k] ^ 1 << rng.randrange(8)]) + s.raw[k + 1 :]
+        (tmp_path / "flipped").write_bytes(raw)
+        with pytest.raises(ValueError, match="flipped"):
+            s.load(tmp_path / "flipped")
+
+
+@pytest.mark.parametrize("digest", [True, False])
+@pytest.mark.parametrize("kind", ARTEFACTS)
+def test_7_every_key_of_the_header_is_checked(kinds, kind, digest, file):
+    s = kinds[kind]
+    head, tensors = fuzz.head_of(s.raw), fuzz.load(s.raw)
+    for key in head.keys() - {
+        "digest",
+        "scores",
+        "target" if kind == "moments" else "",
+        *fuzz.FREE,
+        *(() if digest else ("settings", "format")),
+    }:
+        for new in (..., None, [], {}, 10**400, True):
+            if new == {} and key in ("settings", "notes"):
+                continue
+            changed = {k: v for k, v in head.items() if k != key} | ({} if new is ... else {key: new})
+            file.write_bytes(fuzz.sealed(tensors, changed, digest))
+            with pytest.raises(ValueError, match="x.safetensors"), fuzz.warnings.catch_warnings():
+                fuzz.warnings.simplefilter("ignore")
+                s.load(file)
+
+
+@pytest.mark.parametrize("kind", ARTEFACTS)
+def test_7_unknown_fields_are_named(kinds, kind, file):
+    s = kinds[kind]
+    file.write_bytes(fuzz.sealed(fuzz.load(s.raw), fuzz.head_of(s.raw) | {"author": "me"}))
+    with pytest.raises(ValueError, match="x.safetensors: author"):
+        s.load(file)
+
+
+def test_9_11_no_transplant_that_cannot_steer(model):
+    t = place(torch.ones(48), model, 2)
+    numbers = [dict(dose=float(x)) for x in ("nan", "inf")] + [dict(norm=float("nan")), dict(norm="2")]
+    places = [dict(positions=x) for x in (None, [], {}, 5, "mean", "frist")]
+    layers = [dict(layer=x) for x in (99, -1, 1.5, "2", None)]
+    some = (
+        torch.zeros(48),
+        torch.full((48,), torch.nan),
+        torch.ones(47),
+        torch.ones(48, 48),
+        None,
+        [1.0] * 48,
+    )
+    for wrong in numbers + places + layers + [dict(direction=v) for v in (*some, torch.ones(48).char())]:
+        with pytest.raises(ValueError, match=next(iter(wrong)).removesuffix("s")):
+            replace(t, **wrong)
+
+
+@pytest.mark.parametrize("value", ["nan", "inf"])
+@pytest.mark.parametrize("key", ["dose", "direction"])
+def test_9_not_from_a_file_either(kinds, key, value, file):
+    s = kinds["transplant"]
+    head, tensors = fuzz.head_of(s.raw), fuzz.load(s.raw)
+    if key == "dose":
+        head[key] = float(value)
+    else:
+        tensors[key][3] = float(value)
+    file.write_bytes(fuzz.sealed(tensors, head))
+    with pytest.raises(ValueError, match=f"x.safetensors: '{key}'"):
+        s.load(file)
+
+
+@pytest.mark.parametrize("key", ["xx", "xy", "n", "held_y"])
+def test_14_moments_that_are_not_finite(kinds, key, file):
+    s = kinds["moments"]
+    tensors = fuzz.load(s.raw)
+    tensors[key].view(-1)[1] = torch.nan
+    file.write_bytes(fuzz.sealed(tensors, fuzz.head_of(s.raw)))
+    with pytest.raises(ValueError, match=f"x.safetensors: '{key}'"):
+        Moments.load(file)
+
+
+def test_15_16_what_is_loaded_stays(joy, file):
+    joy.save(file)
+    kept = Concept.load(file)
+    with open(file, "r+b") as f:
+        f.write(bytes(5000))
+    assert torch.equal(kept.directions, joy.directions)
+    os.truncate(file, 10)
+    assert torch.equal(kept.directions * 1, joy.directions)
+
+
+def test_19_leftovers_of_killed_runs_go(joy, file):
+    pid = os.fork()
+    if not pid:
+        with whole_file(file) as tmp:
+            tmp.write_text("half")
+            os.kill(os.getpid(), 9)
+    os.waitpid(pid, 0)
+    mine = file.with_name(f".{file.name}-{os.getppid()}-0a1b2c3d.part")  # another run writes it just now
+    mine.touch()
+    assert len([*file.parent.iterdir()]) == 2
+    joy.save(file)
+    assert {*file.parent.iterdir()} == {file, mine}
+
+
+def limited(size, work):
+    "What is said where files may grow to so many bytes, in a process of its own."
+    out, into = os.pipe()
+    if not (pid := os.fork()):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+        try:
+            work()
+        except BaseException as e:
+            os.write(into, f"{type(e).__name__}: {e}".encode())
+        os._exit(0)
+    os.waitpid(pid, 0)
+    os.close(into)
+    with open(out, "rb") as f:
+        return f.read().decode()
+
+
+def test_25_26_a_full_disk_loses_nothing(tmp_path):
+    path = tmp_path / "arms"
+    Journal(path, "evaluation").keep({"base": [0.25] * 500})
+    before = path.read_bytes()
+    said = limited(len(before) + 40, lambda: Journal(path, "evaluation").keep({"native": [0.5] * 500}))
+    assert said.startswith("OSError") and "arms" in said and "Free some space" in said
+    assert path.read_bytes() == before and [*Journal(path, "evaluation").done] == ["base"]
+    assert "Free some space" in limited(3, lambda: Journal(tmp_path / "new", "evaluation"))
+
+
+@pytest.mark.parametrize(
+    "text", ["dear notes\n", "dear notes", "{}\n", "[1, 2]\n", '{"key": "x"}\n', "\0\xff\n", "5\n"]
+)
+def test_28_44_a_file_that_is_no_journal_is_left_alone(tmp_path, text):
+    path = tmp_path / "notes.txt"
+    path.write_bytes(text.encode("latin1"))
+    with pytest.raises(ValueError, match="notes.txt holds something else than a journal"):
+        Journal(path, "jobs")
+    assert path.read_bytes() == text.encode("latin1")
+
+
+def test_44_an_empty_file_may_become_one(tmp_path):
+    (tmp_path / "jobs").touch()
+    Journal(tmp_path / "jobs", "jobs").keep({"chunk 0": "id-7f"})
+    assert Journal(tmp_path / "jobs", "jobs").done == {"chunk 0": "id-7f"}
+
+
+def test_28_another_runs_journal_says_what_differs(tmp_path):
+    run = {"task": "happiness", "model": "llama", "weight": lambda x: x}
+    Journal(tmp_path / "j", "evaluation", run).keep({"base": 1})
+    for k, v in {"task": "fear", "weight": lambda x: x + 1, "model": None}.items():
+        with pytest.raises(ValueError, match=f"/j belongs to another run: {k} was"):
+            Journal(tmp_path / "j", "evaluation", run | {k: v})
+    with pytest.raises(ValueError, match="belongs to another run: draws was None"):
+        Journal(tmp_path / "j", "evaluation", run | {"draws": 3})
+    assert Journal(tmp_path / "j", "evaluation", run | {"weight": lambda x: x}).done == {"base": 1}
+
+
+@pytest.mark.parametrize("line", [0, 1, 2])
+def test_lines_that_are_gone_doubled_or_moved(tmp_path, line):
+    path = tmp_path / "j"
+    Journal(path, "evaluation").keep({"a": 1, "b": 2, "c": 3})
+    lines = path.read_text().splitlines(keepends=True)
+    for new in (
+        lines[:line] + lines[line + 1 :],
+        lines[: line + 1] + lines[line:],
+        lines[:line] + lines[:line:-1],
+    ):
+        path.write_text("".join(new))
+        if new != lines:
+            with pytest.raises(ValueError, match="/j (is damaged|holds something else)"):
+                Journal(path, "evaluation")
+
+
+def test_half_a_line_is_forgiven(tmp_path):
+    path = tmp_path / "j"
+    Journal(path, "evaluation").keep({"a": 1, "b": {"kl": [0.1]}})
+    whole = path.read_bytes()
+    for n in range(len(whole)):
+        path.write_bytes(whole[:n])
+        journal = Journal(path, "evaluation")
+        assert {"a": 1, "b": {"kl": [0.1]}}.items() >= journal.done.items()
+        journal("a", lambda: 1)
+        journal("b", lambda: {"kl": [0.1]})
+        assert path.read_bytes() == whole
+
+
+def test_two_runs_at_one_journal(tmp_path):
+    one, two = (Journal(tmp_path / "j", "evaluation") for _ in "ab")
+    one.keep({"a": 1})
+    with pytest.raises(ValueError, match="changed by another run"):
+        two.keep({"b": 2})
+    assert Journal(tmp_path / "j", "evaluation").done == {"a": 1}
+
+
+def test_42_43_kept_states(model, tmp_path):
+    few = load_pairs("honesty").texts[:4]
+    want = activations(model, few, [1], path=tmp_path)
+    (f,) = tmp_path.iterdir()
+    raw = f.read_bytes()
+    kept = fuzz.load(raw)
+    assert torch.equal(activations(model, few, [1], path=tmp_path), want)
+    nan = {k: v * torch.nan for k, v in kept.items()}
+    for bad in (raw[:-9], raw[:-2] + b"\0\0", fuzz.sealed(nan, fuzz.head_of(raw)), raw[:40], b""):
+        f.write_bytes(bad)
+        with pytest.raises(ValueError, match=f.name):
+            activations(model, few, [1], path=tmp_path)
+    f.write_bytes(fuzz.sealed({k: v[:, :5] for k, v in kept.items()}, fuzz.head_of(raw)))
+    with pytest.raises(ValueError, match="5"):
+        activations(model, few, [1], path=tmp_path)
+    f.write_bytes(raw)
+    save_file(kept, tmp_path / "foreign.safetensors")
+    with pytest.raises(ValueError, match="foreign.safetensors"):
+        activations(model, few, [1], path=tmp_path)
+
+
+def test_42_states_of_another_rule_of_the_same_name(model, tmp_path, monkeypatch):
+    for k in (0, 1):
+        monkeypatch.setitem(POSITIONS, "mine", Position("mine", read=lambda h, k=k: h[k]))
+        a, b = (activations(model, ["It rained all day."], position="mine", path=p) for p in (tmp_path, None))
+        assert torch.equal(a, b)
+
+
+@pytest.mark.skipif(not Path("/dev/full").is_char_device(), reason="needs /dev/full")
+def test_48_a_device_stays_one(joy):
+    with pytest.raises(OSError, match="/dev/full .*Free some space"):
+        joy.save("/dev/full")
+    assert stat.S_ISCHR(os.stat("/dev/full").st_mode)
+
+
+def test_48_a_pipe_is_written_to(joy, file, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    if not (pid := os.fork()):
+        joy.save(tmp_path / "pipe")
+        os._exit(0)
+    again = Concept.load(tmp_path / "pipe")
+    os.waitpid(pid, 0)
+    assert torch.equal(again.directions, joy.directions) and (tmp_path / "pipe").is_fifo()
+
+
+def test_50_errors_name_the_users_path(joy, tmp_path):
+    (tmp_path / "a file").touch()
+    for path in (tmp_path, tmp_path / "none" / "c", tmp_path / "a file" / "c"):
+        with pytest.raises(OSError, match=f"'{path}'"):
+            joy.save(path)
+
+
+def test_51_rights_and_links_stay(joy, file):
+    file.touch(0o600)
+    os.chmod(file, 0o600)
+    (link := file.with_name("link")).symlink_to(file.name)
+    joy.save(link)
+    assert link.is_symlink() and stat.S_IMODE(file.stat().st_mode) == 0o600
+    assert torch.equal(Concept.load(link).directions, joy.directions)
+
+
+def test_F1_numbers_of_numpy(model, joy, file):
+    place(joy, model, np.argmax(joy.auc)).save(file)
+    extract_concept(model, PAIRS, layers=np.arange(2)).save(file)
+    again = Concept.load(file)
+    assert again.layers == (0, 1) and type(again.layers[0]) is int
+    assert type(replace(joy, n_pairs=np.int64(3)).n_pairs) is int
+
+
+def test_I1_home(joy, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    joy.save("~/x")
+    assert torch.equal(Concept.load("~/x").directions, joy.directions) and (tmp_path / "x").is_file()
+    Journal("~/j", "evaluation").keep({"a": 1})
+    assert Journal(tmp_path / "j", "evaluation").done == {"a": 1}
+
+
+@pytest.mark.parametrize(
+    "text", ['{"a":' * 5000, "[" * 100_000, "1" * 5000, "5", "[]", '"a"', "{}", "", "\ud800"]
+)
+def test_94_headers_that_are_none(text, file):
+    save_file({"W": torch.eye(2)}, file, {"concept_transfer": text.encode("utf8", "replace").decode()})
+    with pytest.raises(ValueError, match="x.safetensors"):
+        load_artefact(file)
+
+
+def test_format_2_needs_its_digest_and_format_1_says_that_it_is_old(kinds, file):
+    s = kinds["concept"]
+    head = {k: v for k, v in fuzz.head_of(s.raw).items() if k != "digest"}
+    save_file(fuzz.load(s.raw), file, {"concept_transfer": json.dumps(head)})
+    with pytest.raises(ValueError, match="digest"):
+        Concept.load(file)
+    file.write_bytes(fuzz.sealed(fuzz.load(s.raw), head, digest=False))
+    with pytest.warns(UserWarning, match="older format 1"):
+        assert fuzz.same(fuzz.content(Concept.load(file)), fuzz.content(s.load(file)))
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [dict(layers=(0, 1)), dict(auc=(2,)), dict(auc=[float("inf")] * 4), dict(template="none"), dict(name=3)],
+)
+def test_a_concept_made_in_memory_is_checked_too(joy, wrong):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        replace(joy, **wrong)
+
+
+@pytest.mark.parametrize("cls", [Concept, AffineMap, LayerGrid, Transplant, Moments])
+def test_shapes_name_fields(cls):
+    assert cls.shapes.keys() | {*cls.apart, *cls.endless, *cls.missing} - {"scores"} <= {
+        *cls.__dataclass_fields__
+    }
+
+
+def test_functions_count_by_what_they_do():
+    made = [lambda x: x, lambda x: x + 1]
+    assert fingerprint(made[0]) != fingerprint(made[1]) == fingerprint(lambda x: x + 1)
+    assert fingerprint(fuzz.same) == fingerprint(fuzz.same) != fingerprint(fuzz.content)
+    assert fingerprint(torch.exp) != fingerprint(torch.sin) and fingerprint(np.exp) != fingerprint(np.sin)
+    with pytest.raises(ValueError, match="cannot be told"):
+        fingerprint(open(os.devnull))  # noqa: SIM115
+
+
+@pytest.mark.parametrize("work", [fuzz.fuzz, fuzz.flips])
+def test_fuzz(tmp_path, kinds, work):
+    said: list = []
+    assert work(200, tmp_path, said.append, [*kinds.values()]) == 0, "\n".join(said)
+
+
+def test_killed_runs_come_to_the_same(tmp_path):
+    said: list = []
+    assert fuzz.kills(4, tmp_path, said.append) == 0, "\n".join(said)
