@@ -24,7 +24,7 @@ __all__ = [
     "Journal",
 ]
 
-# %% ../nbs/04_artefacts.ipynb #1e1f8dd8
+# %% ../nbs/04_artefacts.ipynb #ca2c2396
 import errno
 import glob
 import hashlib
@@ -36,7 +36,7 @@ import shutil
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import fields, is_dataclass
 from functools import cache, partial
 from importlib.metadata import version
@@ -85,32 +85,39 @@ def disk_space(
         ) from None
 
 
-# %% ../nbs/04_artefacts.ipynb #5051f500
-_WRITING: set = set()  # temporary files of this process
+# %% ../nbs/04_artefacts.ipynb #f668f9f8
+_WRITING: set = set()  # temporary folders of this process
 
 
-def _running(file):
-    "Whether the process still runs that writes a temporary file."
+def _running(folder):
+    "Whether the process still runs that writes in a temporary folder."
     try:
-        pid = int(file.name.rsplit("-", 2)[1])
+        pid = int(folder.name.rsplit("-", 2)[1])
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
     except (ValueError, OverflowError, PermissionError):  # not ours to judge
         return True
-    return pid != os.getpid() or file in _WRITING
+    return pid != os.getpid() or folder in _WRITING
 
 
+@contextmanager
 def _temporary(path):
-    "A name beside a file, where no killed run has left anything."
-    start = path.with_name(f".{path.name[:50]}-")
-    for left in start.parent.glob(f"{glob.escape(start.name)}*-*.part"):
+    "Within: a folder beside a file, where no killed run has left another."
+    start = f".{path.name[:50]}-"
+    for left in path.parent.glob(f"{glob.escape(start)}*-*.part"):
         if not _running(left):
-            left.unlink(missing_ok=True)
-    return path.with_name(f"{start.name}{os.getpid()}-{uuid4().hex[:8]}.part")
+            shutil.rmtree(left, ignore_errors=True)
+    folder = Path(tempfile.mkdtemp(".part", f"{start}{os.getpid()}-", path.parent))
+    _WRITING.add(folder)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        _WRITING.discard(folder)
 
 
-# %% ../nbs/04_artefacts.ipynb #98093bbe
+# %% ../nbs/04_artefacts.ipynb #2af8c831
 @contextmanager
 def whole_file(path: str | Path) -> Iterator[Path]:
     """Within: a temporary file to write to. It becomes `path` when all went well, and disappears when not.
@@ -118,29 +125,25 @@ def whole_file(path: str | Path) -> Iterator[Path]:
     path = Path(path).expanduser()
     real = Path(os.path.realpath(path))
     device = path.exists() and not path.is_file()
-    tmp = _temporary(Path(tempfile.gettempdir(), real.name) if device else real)
-    try:
-        if path.is_dir() or (path.exists() and not os.access(path, os.W_OK)):
-            raise OSError(errno.EISDIR if path.is_dir() else errno.EACCES, "not written")
-        _WRITING.add(tmp)
-        tmp.touch()
-        rights = (real if path.is_file() else tmp).stat().st_mode
-    except OSError as e:
-        why = f"{os.strerror(e.errno or 0)}; give the name of a file in a folder where you may write"
-        raise OSError(e.errno, why, str(path)) from None
-    try:
-        with disk_space(path):
+    with ExitStack() as stack:
+        try:
+            if path.is_dir() or (path.exists() and not os.access(path, os.W_OK)):
+                raise OSError(errno.EISDIR if path.is_dir() else errno.EACCES, "not written")
+            beside = Path(tempfile.gettempdir(), real.name) if device else real
+            tmp = stack.enter_context(_temporary(beside)) / real.name
+            tmp.touch()
+            rights = (real if path.is_file() else tmp).stat().st_mode
+        except OSError as e:
+            why = f"{os.strerror(e.errno or 0)}; give the name of a file in a folder where you may write"
+            raise OSError(e.errno, why, str(path)) from None
+        stack.enter_context(disk_space(path))
+        yield tmp
+        if device:
+            with open(tmp, "rb") as whole, open(path, "wb") as out:
+                shutil.copyfileobj(whole, out)
+        else:
             tmp.chmod(rights)
-            yield tmp
-            if device:
-                with open(tmp, "rb") as whole, open(path, "wb") as out:
-                    shutil.copyfileobj(whole, out)
-            else:
-                tmp.chmod(rights)  # safetensors makes a file of its own
-                tmp.replace(real)
-    finally:
-        tmp.unlink(missing_ok=True)
-        _WRITING.discard(tmp)
+            tmp.replace(real)
 
 
 # %% ../nbs/04_artefacts.ipynb #7acbff5f

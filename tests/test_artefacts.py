@@ -148,7 +148,7 @@ def test_19_leftovers_of_killed_runs_go(joy, file):
             os.kill(os.getpid(), 9)
     os.waitpid(pid, 0)
     mine = file.with_name(f".{file.name}-{os.getppid()}-0a1b2c3d.part")  # another run writes it just now
-    mine.touch()
+    mine.mkdir()
     assert len([*file.parent.iterdir()]) == 2
     joy.save(file)
     assert {*file.parent.iterdir()} == {file, mine}
