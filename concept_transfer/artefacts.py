@@ -24,7 +24,7 @@ __all__ = [
     "Journal",
 ]
 
-# %% ../nbs/04_artefacts.ipynb #ca2c2396
+# %% ../nbs/04_artefacts.ipynb #43f40ae9
 import errno
 import glob
 import hashlib
@@ -35,6 +35,7 @@ import re
 import shutil
 import tempfile
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import fields, is_dataclass
@@ -172,7 +173,7 @@ def versions() -> dict[str, str]:  # by package
     return {"concept_transfer": __version__} | {k: version(k) for k in ("torch", "transformers", "nnsight")}
 
 
-# %% ../nbs/04_artefacts.ipynb #c6ebe85b
+# %% ../nbs/04_artefacts.ipynb #319d827b
 _FORMAT = 2
 _BLANK = "0" * 64  # where the digest will stand
 
@@ -181,6 +182,8 @@ def _write(path, kind, tensors, values):
     "Tensors and a header of values, in one safetensors file with a digest."
     head = {"digest": _BLANK, "kind": kind, "format": _FORMAT, "package": __version__, "site": "block output"}
     tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
+    shared = Counter(v.untyped_storage().data_ptr() for v in tensors.values())
+    tensors = {k: v.clone() if shared[v.untyped_storage().data_ptr()] > 1 else v for k, v in tensors.items()}
     with whole_file(path) as tmp:
         save_file(tensors, tmp, {"concept_transfer": json.dumps(head | plain(values))})
         digest = file_hash(tmp)
@@ -275,7 +278,7 @@ def load_artefact(
     return tensors, head
 
 
-# %% ../nbs/04_artefacts.ipynb #c7546ac2
+# %% ../nbs/04_artefacts.ipynb #5239ec1c
 def _unmeasured(x):
     "NaN for None, which stands for it in files."
     if x in (math.inf, -math.inf):
@@ -298,7 +301,8 @@ Notes = Annotated[dict, BeforeValidator(_told)]  # where something comes from
 _FLOATS = dict.fromkeys(("kl", "lam", "damage_budget", "held_out", "search_p"), float)
 _COUNTS = dict.fromkeys(("n_pairs", "seed", "rows", "texts", "texts_read", "folds"), Count)
 _WORDS = dict.fromkeys("reducer position method texts_hash tuning map thin weight".split(), str)
-_LISTS = {"precision": list[str], "tuning_items": list[str], "search": list[dict]}
+_TRIED: Any = with_config({"extra": "allow"})(TypedDict("tried", {"layers": list[Count]}))  # type: ignore[operator]
+_LISTS = {"precision": list[str], "tuning_items": list[str], "search": list[_TRIED]}
 _SAID = _FLOATS | _COUNTS | _WORDS | _LISTS | {"template": Template, "r2": Score, "auc": Score}
 _NOTES = schema("allow", *_SAID.items(), total=False)
 

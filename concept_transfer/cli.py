@@ -17,11 +17,12 @@ __all__ = [
     "cmd_demo",
 ]
 
-# %% ../nbs/21_cli.ipynb #1e7d349b
+# %% ../nbs/21_cli.ipynb #1679022b
 import json
 import math
 import os
 import re
+import shutil
 import sys
 import tempfile
 import time
@@ -238,7 +239,7 @@ def _made(x, out, **facts):
     return facts | {"out": out}, repr(x)
 
 
-# %% ../nbs/21_cli.ipynb #9b8e3cc1
+# %% ../nbs/21_cli.ipynb #0f8f5660
 @command
 def cmd_extract(
     model: str,  # a name, a folder or a .gguf file
@@ -246,12 +247,15 @@ def cmd_extract(
     out: str,  # file that is written
 ) -> Said:
     "a concept from contrast pairs"
-    _writable(out)
-    data = load_pairs(pairs)
+    file, data = _writable(out), load_pairs(pairs)
     for problem in lint(data):
         _warn(problem)
-    c = extract_concept(load_model(model), data)
-    return _made(c, out, concept=c.name, model=c.model.name, n_pairs=c.n_pairs, layers=c.layers, auc=c.auc)
+    states = Path(f"{file}.states.part")  # until the concept is made
+    c = extract_concept(load_model(model), data, path=states)
+    facts = dict(concept=c.name, model=c.model.name, n_pairs=c.n_pairs, layers=c.layers, auc=c.auc)
+    answer = _made(c, out, **facts)
+    shutil.rmtree(states)
+    return answer
 
 
 # %% ../nbs/21_cli.ipynb #39425554

@@ -544,12 +544,12 @@ def _repr_html_(self: Corpus):
     return card(f"Corpus {self.name}", facts, table(["the first texts"], rows))
 
 
-# %% ../nbs/01_data.ipynb #bdc0cdbe
+# %% ../nbs/01_data.ipynb #72427e7d
 def load_corpus(
-    ref: Any,  # "general" (to fit maps), "neutral" (to measure damage), a file, a DataFrame, rows, texts
+    ref: Any,  # "general" (to fit maps), "neutral" or "prose" (damage), a file, a DataFrame, rows, texts
 ) -> Corpus:
     "A corpus by name, from a file or from memory: texts, or rows with `text`. Blank ones are skipped."
-    path, found = open_data(ref, ("general", "neutral"))
+    path, found = open_data(ref, ("general", "neutral", "prose"))
     table = as_table(found, path)
     texts = table.get("text", table.get("0"))  # a list of texts is a table with the column 0
     if texts is None:

@@ -816,6 +816,27 @@ def _shares_prompts(here, n):
     )
 
 
+# %% ../nbs/06_engine.ipynb #8f513175
+@patch
+def gradient(
+    self: Local,
+    ids: Tensor,  # (b, t) token ids, padded on the left
+    mask: Tensor,  # (b, t)
+    layer: int,
+    score: Callable[[Tensor], Tensor],  # logits after the last token (b, vocabulary) float32 -> a number
+) -> Tensor:  # (b, t, d)
+    "Gradient of a score with respect to the residual stream after a layer."
+    states: list = []
+
+    def leaf(h):
+        states.append(h.detach().requires_grad_())
+        return states[0]
+
+    with passing(self.model), torch.enable_grad(), self.steer(layer, leaf):
+        out = self.model._module(**_inputs(self.model, ids, mask), logits_to_keep=1)
+    return torch.autograd.grad(score(out.logits[:, -1].float()), states)[0]
+
+
 # %% ../nbs/06_engine.ipynb #4d175824
 @dataclass(eq=False)
 class _Scores:

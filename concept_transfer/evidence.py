@@ -8,6 +8,7 @@ __all__ = [
     "Interval",
     "EXPERIMENTS",
     "STARTS",
+    "WORD_ARMS",
     "ARMS",
     "FOLLOWED",
     "Run",
@@ -15,22 +16,26 @@ __all__ = [
     "Settings",
     "Trial",
     "Words",
+    "Raised",
+    "Placed",
     "Unsteered",
     "Arm",
     "native_direction",
     "few_shot",
+    "readouts_of",
     "Provenance",
     "ArmResult",
     "Effect",
     "Evidence",
     "Capability",
     "OffTarget",
+    "Readout",
     "evaluate",
     "evaluate_text",
     "off_target",
 ]
 
-# %% ../nbs/17_evidence.ipynb #f784e417
+# %% ../nbs/17_evidence.ipynb #bb02619f
 import json
 import warnings
 from collections.abc import Callable, Sequence
@@ -52,17 +57,30 @@ from tqdm import tqdm
 from .artefacts import Journal, fingerprint, plain, versions, whole_file
 from .cards import bar, card
 from .cards import table as html_table
-from .concepts import POSITIONS, REDUCERS, extract_concept
+from .concepts import POSITIONS, REDUCERS, activations, extract_concept
 from .data import ContrastPairs, Corpus, data_hash, load_corpus, parse_json
 from .engine import engine
-from .measure import METRICS, STRENGTHS, Answers, Bench, Damage, dose_curve, steerability
+from .maps import AffineMap
+from concept_transfer.measure import (
+    METRICS,
+    STRENGTHS,
+    Answers,
+    Bench,
+    Damage,
+    choices,
+    dose_curve,
+    prose_damage,
+    steerability,
+    word_direction,
+    word_tokens,
+)
 from .models import model_info
 from .moments import Listed, Strict, fits, strict
 from .stats import bootstrap, holm, interval, mcnemar, permutation_p, smallest_effect, wilson
 from .steering import Transplant, generate
-from .tasks import BEHAVIOURS, ChoiceTask, GenerationTask, load_task, repetition
+from .tasks import BEHAVIOURS, TASKS, ChoiceTask, GenerationTask, Task, load_task, repetition
 
-# %% ../nbs/17_evidence.ipynb #6bdec2a6
+# %% ../nbs/17_evidence.ipynb #1f29ff3f
 Number = float | None  # None: was not asked, or cannot be said
 Interval = list[float] | None  # lower and upper end
 _Line = Annotated[str, StringConstraints(pattern=r"^\P{Cc}*$")]  # without control characters
@@ -79,6 +97,7 @@ class Run(Strict):
     strength: Number = None  # of a point of a dose curve
     task: _Line = ""  # where it is not the task of the evidence
     answers: dict[_Line, list[float]] = field(default_factory=dict)  # (n,) for each metric
+    groups: list[_Line] | None = None  # scenario of each item, where it is not the task of the evidence
     kl: list[list[float]] | None = None  # (texts, keep) in nats
     lost: list[list[float]] | None = None  # (texts, keep) log-probability that the tokens lost
     texts: list[str] | None = None  # what was generated
@@ -96,7 +115,7 @@ class Run(Strict):
         return None if self.kl is None else Damage(np.array(self.kl), np.array(self.lost))
 
 
-# %% ../nbs/17_evidence.ipynb #e43f1dd8
+# %% ../nbs/17_evidence.ipynb #991ab261
 def recorded(
     arm: str,
     experiment: str,
@@ -108,16 +127,19 @@ def recorded(
     "A run from answers and damage, with numbers as they are kept: rounded to five digits."
     kept = {k: v.astype(float).round(5).tolist() for k, v in answers.metrics.items()}
     hurt = {k: v.round(5).tolist() for k, v in vars(damage).items()} if damage else {}
-    return Run(arm, experiment, dose=dose, answers=kept, **hurt, **where)
+    groups = [i.group for i in answers.items] if where.get("task") else None
+    return Run(arm, experiment, dose=dose, answers=kept, groups=groups, **hurt, **where)
 
 
-# %% ../nbs/17_evidence.ipynb #e60fe173
+# %% ../nbs/17_evidence.ipynb #86ff87e0
 EXPERIMENTS = {
     "equal_damage": "every arm at the dose that does the same damage",
     "equal_norm": "every arm at the dose of the transplant",
     "curves": "effect and damage at several strengths",
     "knowledge": "easy questions, before and after",
     "texts": "greedy texts, before and after, and how they repeat themselves",
+    "readouts": "the same arms, asked in other words and in none: is it the concept, or a word?",
+    "prose": "damage on prose that no model wrote, at more than a thousand tokens",
     "off_target": "what else moves: other behaviours",
 }
 
@@ -134,7 +156,7 @@ STARTS = (
 )
 
 
-# %% ../nbs/17_evidence.ipynb #5463bb5e
+# %% ../nbs/17_evidence.ipynb #33481d0d
 @dataclass(frozen=True)
 class Settings(Strict):
     "How an evaluation is done. Raises ValueError for what cannot be."
@@ -145,13 +167,15 @@ class Settings(Strict):
     bootstrap: PositiveInt = 2000  # draws
     strengths: Annotated[Sequence[float], Listed] = STRENGTHS  # of the dose curves
     off: Sequence[ChoiceTask] | None = None  # what else may move; default: items of built-in behaviours
+    readouts: Sequence[ChoiceTask] | None = None  # what should move too; default: `readouts_of` the task
 
     def __post_init__(self):
         super().__post_init__()
         if self.random < 0:
             raise ValueError(f"random={self.random}: give the number of random directions, 0 for none.")
-        if self.off and len({t.name for t in self.off}) < len(self.off):
-            raise ValueError("two tasks of `off` have one name; give each its own.")
+        for tasks in (self.off, self.readouts):
+            if tasks and len({t.name for t in tasks}) < len(tasks):
+                raise ValueError("two tasks of `off` or `readouts` have one name; give each its own.")
 
 
 # %% ../nbs/17_evidence.ipynb #2804bbf0
@@ -173,19 +197,60 @@ class Trial:
         return [Run(**r) for r in self.journal(name, lambda: [vars(r) for r in make()])]
 
 
-# %% ../nbs/17_evidence.ipynb #3759e430
+# %% ../nbs/17_evidence.ipynb #4331b4d7
 @dataclass(frozen=True)
 class Words:
-    "Words before every prompt instead of a direction; they do what damage they do."
+    "Words before every prompt, with a transplant at the damage of the bench or without; they add their own."
 
     text: str
+    t: Transplant | None = None
 
     def __call__(self, bench: Bench) -> tuple:
-        "Answers and damage."
-        return bench.words(self.text)
+        "Answers, damage and dose."
+        (dosed,) = bench.at_damage([self.t]) if self.t else [None]
+        return *bench.words(self.text, dosed), dosed and dosed.dose
+
+    def again(self, bench: Bench, dose: Number) -> Answers:
+        "Answers to another task."
+        return bench.behind(self.text)(self.t and replace(self.t, dose=dose))
 
 
-# %% ../nbs/17_evidence.ipynb #30749b89
+# %% ../nbs/17_evidence.ipynb #ddb1dc5e
+@dataclass(frozen=True)
+class Raised:
+    "Tokens whose logits are raised, at the damage of the bench. The dose is in nats."
+
+    tokens: tuple[int, ...]
+
+    def __call__(self, bench: Bench) -> tuple:
+        "Answers, damage and dose."
+        nats, damage = bench.raise_to_damage(self.tokens)
+        return self.again(bench, nats), damage, nats
+
+    def again(self, bench: Bench, dose: Number) -> Answers:
+        "Answers to another task."
+        return choices(bench.model, bench.layer, bench.task, raised=(self.tokens, dose))()
+
+
+# %% ../nbs/17_evidence.ipynb #67b6b996
+@dataclass(frozen=True)
+class Placed:
+    "A transplant at a layer of its own, at the damage of the bench."
+
+    t: Transplant
+
+    def __call__(self, bench: Bench) -> tuple:
+        "Answers, damage and dose."
+        there = replace(bench, layer=self.t.layer)
+        dosed = there.at_damage(self.t)
+        return there.ask(dosed), there.hurt(dosed), dosed.dose
+
+    def again(self, bench: Bench, dose: Number) -> Answers:
+        "Answers to another task."
+        return replace(bench, layer=self.t.layer).ask(replace(self.t, dose=dose))
+
+
+# %% ../nbs/17_evidence.ipynb #1f692f98
 @dataclass(frozen=True)
 class Unsteered:
     "A model as it is: the target, or another one."
@@ -197,8 +262,12 @@ class Unsteered:
         own = self.model is bench.model
         return (bench.ask(), bench.hurt(), 0.0) if own else (Bench(self.model, -1, bench.task).ask(),)
 
+    def again(self, bench: Bench, dose: Number) -> Answers:
+        "Answers to another task."
+        return bench.ask() if self.model is bench.model else Bench(self.model, -1, bench.task).ask()
 
-# %% ../nbs/17_evidence.ipynb #6e6539f4
+
+# %% ../nbs/17_evidence.ipynb #e8483b5b
 @dataclass(frozen=True)
 class Arm:
     "One way to treat the target, and how it is shown."
@@ -206,7 +275,7 @@ class Arm:
     name: str
     words: str  # in tables and pictures
     make: Callable[[Trial], list]  # its draws; none where they cannot be made
-    input: str = ""  # what it needs of what `evaluate` is given
+    input: str = ""  # names of what it needs of what `evaluate` is given, with spaces between
     colour: str = "#444444"
     marker: str = "o"
     reason: str = ""  # said where there are no draws; default: that its input is needed
@@ -240,6 +309,58 @@ def _random_directions(trial):
         replace(t, name=f"random {i}", direction=torch.randn(len(t.direction), generator=g), notes={})
         for i in range(trial.settings.random)
     ]
+
+
+# %% ../nbs/17_evidence.ipynb #ff5b5cd3
+def _fewer(trial):
+    "Generator and number of draws of a stronger control: half as many."
+    return torch.Generator().manual_seed(trial.settings.seed), (trial.settings.random + 1) // 2
+
+
+def _like_states(trial):
+    "Directions distributed as the states of neutral text are, without the first token, which is a sink."
+    g, n = _fewer(trial)
+    texts = activations(trial.bench.model, trial.bench.texts[0], [trial.bench.layer], "all")  # (t, 1, d) each
+    X = torch.cat([x[1:, 0] for x in texts])  # (tokens, d)
+    X = X - X.mean(0)
+    return [
+        trial.bench.place(torch.randn(len(X), generator=g) @ X, dose=trial.t.dose, name=f"like states {i}")
+        for i in range(n)
+    ]
+
+
+def _permuted(trial):
+    "What the pairs give in the target when their labels are permuted."
+    (g, n), pairs = _fewer(trial), trial.given["pairs"]
+    texts = [pairs.template.replace("{}", x) for x in pairs.texts]
+    H = torch.stack([*activations(trial.bench.model, texts, [trial.bench.layer])])[:, 0]  # (n, d)
+    sizes = [len(pairs.positive), len(pairs.negative)]
+    drawn = [H[torch.randperm(len(H), generator=g)].split(sizes) for _ in range(n)]
+    return [
+        trial.bench.place(p.mean(0) - q.mean(0), dose=trial.t.dose, name=f"permuted {i}")
+        for i, (p, q) in enumerate(drawn)
+    ]
+
+
+# %% ../nbs/17_evidence.ipynb #34d2872f
+def _word(trial, layer):
+    "The direction that promotes the asked word, taken after some layer of the target."
+    v = word_direction(trial.bench.model, trial.bench.task, layer)
+    return [] if v is None else [trial.bench.place(v, dose=trial.t.dose, name="the word")]
+
+
+def _word_carried(trial):
+    "The direction that promotes the asked word in the source, through the map."
+    source, map = trial.given["source"], trial.given["map"]
+    v = word_direction(source, trial.bench.task)
+    return [] if v is None else [trial.bench.place(v @ map.W, dose=trial.t.dose, name="the word, carried")]
+
+
+def _other_carried(trial):
+    "The other concept, read in the source, through the map."
+    pairs, map = trial.given["other"], trial.given["map"]
+    concept = extract_concept(trial.given["source"], pairs, [map.layers[0]])
+    return [trial.bench.place(concept, map, dose=trial.t.dose, name=pairs.name)]
 
 
 # %% ../nbs/17_evidence.ipynb #20f598de
@@ -290,7 +411,73 @@ _DIRECTIONS = (
     ),
 )
 
-# %% ../nbs/17_evidence.ipynb #f311a1e0
+# %% ../nbs/17_evidence.ipynb #ba14a808
+_NO_WORD = "the choices differ from item to item, or the model is not on this machine"
+_WORDS = (
+    Arm(
+        "unembedding",
+        "unembedding of the word",
+        lambda x: _word(x, -1),
+        "",
+        "#aa3377",
+        "*",
+        _NO_WORD,
+        followed=True,
+    ),
+    Arm("gradient", "gradient of the word", lambda x: _word(x, x.t.layer), "", "#cc6699", "h", _NO_WORD),
+    Arm(
+        "logit_bias",
+        "raised logit of the word",
+        lambda x: [Raised((k,)) for k in word_tokens(x.bench.model, x.bench.task)[:1]],
+        "",
+        "#663333",
+        "d",
+        _NO_WORD,
+    ),
+    Arm(
+        "unembedding_carried",
+        "unembedding of the word, carried",
+        _word_carried,
+        "map source",
+        "#dd99bb",
+        "H",
+        optional=True,
+    ),
+)
+
+# %% ../nbs/17_evidence.ipynb #7c083084
+_STRONGER = (
+    Arm("covariance", "random, like the states", _like_states, "", "#777799", "v", "no draws were asked for"),
+    Arm(
+        "permuted",
+        "permuted labels",
+        _permuted,
+        "pairs",
+        "#99aa99",
+        "v",
+        "needs the concept's pairs (--pairs), and draws",
+    ),
+    Arm(
+        "other_carried",
+        "other concept, transplanted",
+        _other_carried,
+        "map source other",
+        "#44bb99",
+        "x",
+        optional=True,
+    ),
+    Arm(
+        "native_best",
+        "native at its best layer",
+        lambda x: [Placed(x.given["native"])],
+        "native",
+        "#ddaa33",
+        "D",
+        optional=True,
+    ),
+)
+
+# %% ../nbs/17_evidence.ipynb #1fc0bf17
 _OTHERS = (
     Arm(
         "prompt",
@@ -300,6 +487,15 @@ _OTHERS = (
         "#d55e00",
         "^",
         "the task has no instruction",
+    ),
+    Arm(
+        "prompt_transplanted",
+        "prompt and transplant",
+        lambda x: [Words(text, x.t) for text in [x.bench.task.instruction] if text],
+        "",
+        "#ee7733",
+        "s",
+        optional=True,
     ),
     Arm(
         "few_shot",
@@ -329,7 +525,8 @@ _OTHERS = (
         optional=True,
     ),
 )
-ARMS = {a.name: a for a in (*_DIRECTIONS, *_OTHERS)}
+WORD_ARMS = ("unembedding", "logit_bias", "unembedding_carried")
+ARMS = {a.name: a for a in (*_DIRECTIONS, *_WORDS, *_STRONGER, *_OTHERS)}
 
 
 # %% ../nbs/17_evidence.ipynb #ba3043b3
@@ -348,22 +545,27 @@ def _measured(trial, arm, some, first):
     ]
 
 
-# %% ../nbs/17_evidence.ipynb #9c4bb88b
+# %% ../nbs/17_evidence.ipynb #3ffb60ca
 def _which(model):
     return f"{model_info(model)}, {engine(model).precision}"
 
 
 def _made_of(draw):
     "All that an arm's draw does to a model."
-    if isinstance(draw, Transplant):
-        return draw.vector(), draw.positions
-    return _which(draw.model) if isinstance(draw, Unsteered) else draw
+    match draw:
+        case Transplant():
+            return draw.layer, draw.vector(), draw.positions
+        case Unsteered():
+            return _which(draw.model)
+        case Words() | Placed():
+            return [x and (x if isinstance(x, str) else _made_of(x)) for x in vars(draw).values()]
+    return draw
 
 
-# %% ../nbs/17_evidence.ipynb #d8c52c88
+# %% ../nbs/17_evidence.ipynb #a420fb99
 def _measure_arm(trial, arm):
     "The draws of an arm, and what was measured of them; none where they cannot be made."
-    if arm.input and trial.given.get(arm.input) is None:
+    if any(trial.given.get(x) is None for x in arm.input.split()):
         return [], []
     draws = arm.make(trial)
     runs: list[Run] = []
@@ -415,11 +617,42 @@ def _texts(trial, placed):
     return [Run(arm, "texts", texts=_written(t, trial.bench.model, STARTS)) for arm, t in placed.items()]
 
 
-# %% ../nbs/17_evidence.ipynb #31ef8306
+# %% ../nbs/17_evidence.ipynb #735bf788
+def readouts_of(task: ChoiceTask) -> list[Task]:
+    "The built-in tasks in which the concept of a built-in task should show too."
+    concept = task.name.removeprefix("emotions/")
+    return [
+        load_task(f"{kind}/{concept}") for kind in ("synonyms", "wordless") if f"{kind}/{concept}" in TASKS
+    ]
+
+
+def _readouts(trial, dosed):
+    "Answers of every arm's first draws to other tasks."
+    given, runs = trial.settings.readouts, []
+    for task in readouts_of(trial.bench.task) if given is None else given:
+        bench = trial.bench.with_task(task)
+        for arm, draws in dosed.items():
+            for i, (draw, dose) in enumerate(draws):
+                answers = bench.ask(draw) if isinstance(draw, Transplant) else draw.again(bench, dose)
+                runs.append(recorded(arm, "readouts", answers, dose=dose, draw=i, task=task.name))
+    return runs
+
+
+def _prose(trial, placed):
+    "Damage on prose."
+    found = prose_damage(trial.bench.model, trial.bench.layer, [*placed.values()])
+    return [
+        Run(arm, "prose", dose=t and t.dose, **{k: v.round(5).tolist() for k, v in vars(damage).items()})
+        for (arm, t), damage in zip(placed.items(), found, strict=True)
+    ]
+
+
+# %% ../nbs/17_evidence.ipynb #ae0bc2e2
 FOLLOWED: dict[str, Callable] = {
     "curves": _curves,
     "knowledge": partial(_elsewhere, "knowledge", lambda trial: [load_task("knowledge")]),
     "texts": _texts,
+    "prose": _prose,
     "off_target": partial(_elsewhere, "off_target", _behaviours),
 }
 
@@ -491,7 +724,7 @@ class ArmResult:
     same_norm: "ArmResult | None" = None  # the first draws at the dose of the transplant
 
 
-# %% ../nbs/17_evidence.ipynb #bffa25a1
+# %% ../nbs/17_evidence.ipynb #d050d94e
 @dataclass(frozen=True)
 class Effect:
     "The transplanted arm against the base model, the native direction and random ones."
@@ -503,6 +736,7 @@ class Effect:
     recovery: Number = None  # of the native gain
     recovery_ci: Interval = None  # None: open
     p_value: Number = None  # against random directions
+    p_stronger: Number = None  # against directions like the states and those of permuted labels, together
 
 
 # %% ../nbs/17_evidence.ipynb #c50357e9
@@ -554,18 +788,21 @@ def _damage_of(of, runs):
     return dict(kl=kl, kl_ci=ci, kl_p95=p95, perplexity_ratio=ratio)
 
 
-# %% ../nbs/17_evidence.ipynb #7df71a2b
+# %% ../nbs/17_evidence.ipynb #3ea79f9e
 def _arm_result(of, base, runs):
     "What follows for one arm, from where it comes from, a base run, and its draws."
     change = {k for k, m in METRICS.items() if m.change}
     values = {
-        k: np.mean([r.answers[k] for r in runs], 0) - (base.answers[k] if k in change else 0)  # (n,)
+        k: np.array([r.answers[k] for r in runs]) - (base.answers[k] if k in change else 0)  # (draws, n)
         for k in base.answers
     }
     boot = bootstrap([*values.values()], of.groups, of.bootstrap, of.seed)  # (draws, metrics)
     found = zip(values.items(), boot.T, strict=True)
     means: dict = {k: dict(mean=float(v.mean()), ci=interval(drawn)) for (k, v), drawn in found}
     (rate, ci), (first, _), (shift, shift_ci) = (means.pop(k).values() for k in ("chosen", "first", "margin"))
+    if rate in (0, 1):  # all alike, of which no bootstrap knows how sure it is
+        n = len({*of.groups})
+        ci = wilson(round(rate * n), n)
     return ArmResult(
         dose=None if runs[0].dose is None else float(np.median([r.dose for r in runs])),
         choice_rate=rate,
@@ -579,11 +816,11 @@ def _arm_result(of, base, runs):
     )
 
 
-# %% ../nbs/17_evidence.ipynb #094ec831
+# %% ../nbs/17_evidence.ipynb #21a6bb72
 def _effect(of, equal):
     "Gain, recovery and tests, from where they come from and the runs of each arm."
     chosen = {k: np.array([r.answers["chosen"] for r in runs]) for k, runs in equal.items()}  # (draws, n)
-    boot = bootstrap([c.mean(0) for c in chosen.values()], of.groups, of.bootstrap, of.seed)
+    boot = bootstrap([*chosen.values()], of.groups, of.bootstrap, of.seed)
     drawn = pd.DataFrame(boot, columns=[*chosen])  # (draws, arms)
     base, mine = chosen["base"][0], chosen["transplanted"][0]
     above = drawn.transplanted - drawn.base
@@ -592,11 +829,15 @@ def _effect(of, equal):
         e["smallest_effect"] = smallest_effect(len({*of.groups}), np.mean(base != mine))
     if "random" in chosen:
         e["p_value"] = permutation_p(mine.mean(), chosen["random"].mean(1))
+    stronger = [c.mean(1) for k, c in chosen.items() if k in ("covariance", "permuted")]
+    if sum(map(len, stronger)) >= 19:  # fewer draws can never give p = .05
+        e["p_stronger"] = permutation_p(mine.mean(), np.concatenate(stronger))
     if "native" in chosen and (room := chosen["native"].mean() - base.mean()) > 0:
         below = drawn.native - drawn.base
         on = below > 0
         e["recovery"] = e["gain"] / room
-        if on.mean() > 0.975:  # else the ratio has no finite interval
+        full = mine.all() and chosen["native"].all()  # then the ratio is 1, and nobody knows how surely
+        if on.mean() > 0.975 and not full:  # else the ratio has no finite interval
             e["recovery_ci"] = interval(above[on] / below[on])
     return Effect(**plain(e))
 
@@ -656,6 +897,65 @@ def off_target(self: Evidence) -> list[OffTarget]:
     ]
 
 
+# %% ../nbs/17_evidence.ipynb #47bb54a2
+@dataclass(frozen=True)
+class Readout:
+    "How another way of asking moved, by arm, at equal damage."
+
+    task: str
+    n: int
+    choice_rate: dict[str, float]
+    shift: dict[str, float]  # mean change of the margin from the base model, in nats
+    shift_ci: dict[str, list[float]]
+    ahead: dict[str, list[float]]  # interval of the transplanted arm's shift minus that of another arm
+
+
+def _readout(of, task, runs):
+    "What one readout shows; `runs` by arm."
+    base, n = runs["base"][0], len(runs["base"][0].groups)
+    shift = {
+        k: np.array([r.answers["margin"] for r in rs]) - base.answers["margin"] for k, rs in runs.items()
+    }
+    boot = pd.DataFrame(bootstrap([*shift.values()], base.groups, of.bootstrap, of.seed), columns=[*shift])
+    others = [k for k in shift if k not in ("base", "transplanted") and "transplanted" in shift]
+    return Readout(
+        task,
+        n,
+        {k: float(np.mean([r.answers["chosen"] for r in rs])) for k, rs in runs.items()},
+        {k: float(v.mean()) for k, v in shift.items()},
+        {k: interval(boot[k]) for k in shift},
+        {k: interval(boot.transplanted - boot[k]) for k in others},
+    )
+
+
+@patch(as_prop=True)
+def readouts(self: Evidence) -> list[Readout]:
+    "How every other way of asking moved."
+    by_arm, found = self.of("readouts"), []
+    for task in dict.fromkeys(r.task for rs in by_arm.values() for r in rs):
+        runs = {k: [r for r in rs if r.task == task] for k, rs in by_arm.items()}
+        found.append(_readout(self.provenance, task, {k: rs for k, rs in runs.items() if rs}))
+    return found
+
+
+@patch(as_prop=True)
+def finding(self: Evidence) -> str | None:
+    "concept, word or nothing, see above; None where not all was asked that this needs."
+    e = self.effect
+    if e.gain_ci is None or e.p_value is None:
+        return None
+    if e.gain_ci[0] <= 0 or max(e.p_value, e.p_stronger or 0) > 0.05:
+        return "nothing"
+    if not self.readouts or not (asked := [k for k in WORD_ARMS if k in self.readouts[-1].ahead]):
+        return None
+    last = self.readouts[-1]
+    return (
+        "concept"
+        if min([last.shift_ci["transplanted"][0], *(last.ahead[k][0] for k in asked)]) > 0
+        else "word"
+    )
+
+
 # %% ../nbs/17_evidence.ipynb #c2bb2ea2
 @patch
 def steered(self: Evidence, arm: str = "transplanted") -> dict | None:
@@ -667,7 +967,7 @@ def steered(self: Evidence, arm: str = "transplanted") -> dict | None:
     return None
 
 
-# %% ../nbs/17_evidence.ipynb #f68dc4ef
+# %% ../nbs/17_evidence.ipynb #7cd5ac2f
 @patch(as_prop=True)
 def table(self: Evidence) -> pd.DataFrame:
     "A row for every answer: where it comes from, item and scenario, and a column for every metric."
@@ -675,7 +975,7 @@ def table(self: Evidence) -> pd.DataFrame:
     for r in self.runs:
         if r.answers:
             where = {k: getattr(r, k) for k in ("experiment", "arm", "draw", "dose", "strength", "task")}
-            groups = None if r.task else self.provenance.groups
+            groups = r.groups or self.provenance.groups
             part = pd.DataFrame(where | dict(item=range(len(r.answers["chosen"])), group=groups) | r.answers)
             parts.append(part.astype({"strength": float, "dose": float, "group": object}))
     return pd.concat(parts, ignore_index=True)
@@ -745,11 +1045,12 @@ def _repr_html_(self: Evidence) -> Markup:
     return card(f"Evidence for {of.transplant}", facts, html_table(columns, rows))
 
 
-# %% ../nbs/17_evidence.ipynb #6328c4ac
+# %% ../nbs/17_evidence.ipynb #ca132491
 @patch(as_prop=True)
 def data(self: Evidence) -> dict:
     "The evidence as `evidence.json` holds it."
-    parts = {k: getattr(self, k) for k in ("runs", "arms", "capability", "off_target")}
+    parts = {k: getattr(self, k) for k in ("runs", "arms", "capability", "off_target", "readouts", "finding")}
+    parts["prose"] = {k: _damage_of(self.provenance, runs) for k, runs in self.of("prose").items()}
     parts = plain(vars(self.provenance) | vars(self.effect) | parts)
     return parts | {"digest": data_hash([json.dumps(parts)])}
 
@@ -783,8 +1084,14 @@ def load(cls: Evidence, path: str | Path) -> Evidence:
     return found
 
 
-# %% ../nbs/17_evidence.ipynb #eb6ad4f1
-_GIVEN = {"pairs": ContrastPairs, "other": ContrastPairs, "examples": ChoiceTask, "source": TransformersModel}
+# %% ../nbs/17_evidence.ipynb #7cb79f22
+_GIVEN = {
+    **dict.fromkeys(("pairs", "other"), ContrastPairs),
+    "examples": ChoiceTask,
+    "source": TransformersModel,
+    "map": AffineMap,
+    "native": Transplant,
+}
 
 
 def _check_asked(t, task, experiments, given, arms):
@@ -795,7 +1102,7 @@ def _check_asked(t, task, experiments, given, arms):
         raise ValueError("arms: 'base' is needed, and every arm needs a name of its own: {**ARMS, ...}.")
     if unknown := [x for x in experiments if x not in EXPERIMENTS]:
         raise ValueError(f"no experiment {unknown[0]!r}: use some of {', '.join(EXPERIMENTS)}.")
-    known = sorted({a.input for a in arms.values() if a.input})
+    known = sorted({x for a in arms.values() for x in a.input.split()})
     if strange := [k for k in given if k not in known]:
         raise TypeError(f"evaluate: no arm needs {strange[0]!r}; arms need {', '.join(known)}.")
     fits({k: v for k, v in given.items() if v is not None}, _GIVEN, "evaluate")
@@ -804,17 +1111,23 @@ def _check_asked(t, task, experiments, given, arms):
         warnings.warn(say, stacklevel=3)
 
 
-# %% ../nbs/17_evidence.ipynb #b1db24bb
+# %% ../nbs/17_evidence.ipynb #93e0bf8d
 def _run_arms(trial, arms):
     "Runs of all arms, then of the experiments on those that are followed, and why others are missing."
     runs: list = []
-    missing, placed = {}, {"base": None}
+    missing, placed, dosed = {}, {"base": None}, {}
     for arm in tqdm(arms.values(), desc="arms", disable=None, leave=False):
         asked = arm.name == "base" or "equal_damage" in trial.experiments
         draws, new = _measure_arm(trial, arm) if asked else ([], [])
         runs += new
         if draws and arm.followed:
             placed[arm.name] = replace(draws[0], dose=new[-1].dose)
+        doses = [r.dose for r in new if r.experiment == "equal_damage"]
+        dosed[arm.name] = [
+            (replace(t, dose=dose) if isinstance(t, Transplant) else t, dose)
+            for t, dose in zip(draws[:4], doses, strict=False)
+            if isinstance(t, Transplant) or hasattr(t, "again")
+        ]
         if not draws and not arm.optional:
             why = arm.reason or f"needs {arm.input}="
             missing[arm.name] = why if asked else "equal damage was not asked for"
@@ -822,10 +1135,14 @@ def _run_arms(trial, arms):
     for name, follow in FOLLOWED.items():
         if name in trial.experiments:
             runs += trial.keep(name, partial(follow, trial, placed), of)
+    if "readouts" in trial.experiments:
+        asked_of = [(k, _made_of(t), dose) for k, draws in dosed.items() for t, dose in draws]
+        readouts = partial(_readouts, trial, dosed)
+        runs += trial.keep("readouts", readouts, asked_of, trial.settings.readouts)
     return runs, missing
 
 
-# %% ../nbs/17_evidence.ipynb #06adcf35
+# %% ../nbs/17_evidence.ipynb #284f2b52
 @strict
 def evaluate(
     t: Transplant,
@@ -835,7 +1152,7 @@ def evaluate(
     experiments: Sequence[str] = tuple(EXPERIMENTS),
     settings: Settings = Settings(),  # noqa: B008
     path: str | Path | None = None,  # file that keeps what is done; a rerun goes on from there
-    **given,  # what arms need: pairs=, other= (contrast pairs), examples= (a task), source= (a model)
+    **given,  # what arms need: pairs=, other=, examples= (a task), source= (a model), map=, native=
 ) -> Evidence:
     """All arms on one task at equal damage, at the layer of `t`, and the other experiments that are chosen.
     Raises ValueError or TypeError for settings, experiments or inputs that are not known."""

@@ -14,13 +14,17 @@ __all__ = [
     "choices",
     "Damage",
     "neutral_text",
+    "prose_damage",
     "Bench",
+    "word_tokens",
+    "word_direction",
     "CurvePoint",
     "dose_curve",
     "steerability",
 ]
 
-# %% ../nbs/16_measure.ipynb #71bae49f
+# %% ../nbs/16_measure.ipynb #cd23c063
+import re
 import warnings
 from collections.abc import Callable, Sequence
 from copy import copy
@@ -34,6 +38,9 @@ import torch
 from fastcore.basics import patch
 from nnsight import TransformersModel
 from pydantic import Field, InstanceOf
+from scipy.optimize import brentq
+from torch import Tensor
+from tqdm import tqdm
 
 from .cards import card
 from .concepts import Concept, position_rule
@@ -212,13 +219,22 @@ def _rows(model, task, words):
     return rows
 
 
-# %% ../nbs/16_measure.ipynb #52c30a43
+# %% ../nbs/16_measure.ipynb #184bf2c8
 def _asked(logits, base, extra):
     "Of each token that is asked for: its log-probability (r,), and whether it is the likeliest of all (r,)."
     extra = extra.to(logits.device)  # (r, 3): row, position from the end, token
     spots, which = extra[:, :2].unique(dim=0, return_inverse=True)  # (u, 2), (r,)
     z, token = logits[tuple(spots.T)], extra[:, 2]  # (u, vocabulary), (r,)
     return z[which, token] - z.logsumexp(-1)[which], z.argmax(-1)[which] == token
+
+
+def _asked_raised(logits, base, extra):
+    "The same where the logits of some tokens are raised."
+    asked, tokens, nats = extra
+    logits = logits.index_add(
+        -1, tokens.to(logits.device), nats * torch.ones_like(logits[..., : len(tokens)])
+    )
+    return _asked(logits, base, asked)
 
 
 # %% ../nbs/16_measure.ipynb #bea93bb0
@@ -233,12 +249,13 @@ def _answers(task, reads, parts):
     return Answers(task.items, tuple(logp), tuple(lengths), tuple(starts))
 
 
-# %% ../nbs/16_measure.ipynb #ff5ad22a
+# %% ../nbs/16_measure.ipynb #8f6443d3
 def choices(
     model: TransformersModel,
     layer: int,
     task: ChoiceTask,
     words: str = "",  # before every prompt
+    raised: tuple[Sequence[int], float] | None = None,  # tokens whose logits are raised, and by how much
 ) -> Probe[Answers]:
     "A task made ready. Raises ValueError for an item that does not fit the model."
     ids, parts, reads = zip(*_rows(model, task, words), strict=True)
@@ -246,9 +263,11 @@ def choices(
     batches = left_batches(model, ids, [[at for at, *_ in asked] for asked in reads], tree)
     for k, batch in enumerate(batches):
         extra = [(b, at - len(ids[r]), token) for b, r in enumerate(batch.rows) for at, token, *_ in reads[r]]
-        batches[k] = replace(batch, extra=torch.tensor(extra))  # (r, 3)
+        asked = torch.tensor(extra)  # (r, 3)
+        batches[k] = replace(batch, extra=(asked, torch.tensor(raised[0]), raised[1]) if raised else asked)
     judge = partial(_answers, task, [x for batch in batches for r in batch.rows for x in reads[r]])
-    return Probe(model_info(model), layer, engine(model).scores(layer, batches, _asked), judge)
+    scores = engine(model).scores(layer, batches, _asked_raised if raised else _asked)
+    return Probe(model_info(model), layer, scores, judge)
 
 
 # %% ../nbs/16_measure.ipynb #45726527
@@ -303,20 +322,33 @@ def _drift(logits, base, tokens):
     return torch.stack(out, 1)
 
 
-# %% ../nbs/16_measure.ipynb #ad5e9c33
+# %% ../nbs/16_measure.ipynb #8e0c2b24
+def _mass(logits, base, extra):
+    "Log-probability of some tokens together, and whether the text goes on with one of them (2, b, keep)."
+    texts, tokens = (x.to(logits.device) for x in extra)
+    logp = logits.log_softmax(-1)[..., tokens].logsumexp(-1)  # (b, keep)
+    return torch.stack([logp, torch.isin(texts, tokens).to(logp)])
+
+
+# %% ../nbs/16_measure.ipynb #93a40960
 def _damage(rows, parts):
     "What `_drift` gave of each batch, with the texts in their order; `rows` as they stand in the batches."
-    found = torch.cat(parts, 1).double().cpu().numpy()  # (2, texts, keep)
-    return Damage(*found[:, np.argsort(rows)])
+    return Damage(*_in_order(rows, parts))
 
 
-# %% ../nbs/16_measure.ipynb #93aac4f9
+def _in_order(rows, parts):  # (2, texts, keep)
+    "Two numbers a token from what came back of each batch, with the texts in their order."
+    return torch.cat(parts, 1).double().cpu().numpy()[:, np.argsort(rows)]
+
+
+# %% ../nbs/16_measure.ipynb #a6021523
 def neutral_text(
     model: TransformersModel,
     layer: int,
     texts: Sequence[str],
     words: str = "",  # before every text
-) -> Probe[Damage]:
+    tokens: Sequence[int] = (),  # ask for the probability of these instead, see `_mass`
+) -> Probe:
     "Neutral texts made ready; those that are too short are left out. Raises ValueError where all are."
     read = [(t, x) for t, x in zip(texts, encode(model, texts), strict=True) if len(x) > KEEP]
     if not read:
@@ -332,9 +364,36 @@ def neutral_text(
     for k, b in enumerate(batches):
         alone = pad(model, [plain[i][:-1] for i in b.rows], left=True) if words else (b.ids, b.mask)
         last = torch.tensor([plain[i][-KEEP:] for i in b.rows])
-        batches[k] = replace(b, asked=b.mask, extra=last, plain=alone)  # decoding stands at every token
-    judge = partial(_damage, [i for b in batches for i in b.rows])
-    return Probe(model_info(model), layer, engine(model).scores(layer, batches, _drift), judge, texts)
+        extra = (last, torch.tensor(tokens)) if tokens else last
+        batches[k] = replace(b, asked=b.mask, extra=extra, plain=alone)  # decoding stands at every token
+    scores = engine(model).scores(layer, batches, _mass if tokens else _drift)
+    judge = partial(_in_order if tokens else _damage, [i for b in batches for i in b.rows])
+    return Probe(model_info(model), layer, scores, judge, texts)
+
+
+# %% ../nbs/16_measure.ipynb #0ae967fd
+def _prefixes(model, text, words=3):
+    "The beginnings of a passage, each a few words longer, as far as the model has room for them."
+    ends = [m.end() for m in re.finditer(r"\S+", text)]
+    found = [text[:end] for end in ends[words::words]]
+    return [x for x in found if len(model.tokenizer(x).input_ids) < context_length(model)]
+
+
+def prose_damage(
+    model: TransformersModel,
+    layer: int,
+    changes: list[Steered],
+    passages: int = 12,  # of the built-in prose, one of each register
+) -> list[Damage]:
+    "Damage on built-in prose, for each change."
+    parts = [
+        neutral_text(model, layer, _prefixes(model, text))(changes)
+        for text in tqdm(load_corpus("prose").texts[:passages], desc="prose", disable=None, leave=False)
+    ]
+    return [
+        Damage(*(np.concatenate([getattr(d, k) for d in found]) for k in ("kl", "lost")))
+        for found in zip(*parts, strict=True)
+    ]
 
 
 # %% ../nbs/16_measure.ipynb #d3b320be
@@ -470,12 +529,59 @@ def at_damage(
     return found if isinstance(ts, list) else found[0]
 
 
-# %% ../nbs/16_measure.ipynb #4928f00e
+# %% ../nbs/16_measure.ipynb #c423756c
 @patch
 @strict
-def words(self: Bench, text: str) -> tuple[Answers, Damage]:
-    "Answers and damage with words before every prompt and every neutral text."
-    return self.behind(text)(), neutral_text(self.model, self.layer, self.hurt.texts, text)()
+def words(self: Bench, text: str, t: Transplant | None = None) -> tuple[Answers, Damage]:
+    "Answers and damage with words before every prompt and every neutral text, and a transplant or none."
+    return self.behind(text)(t), neutral_text(self.model, self.layer, self.hurt.texts, text)(t)
+
+
+# %% ../nbs/16_measure.ipynb #67c1a055
+def word_tokens(model: TransformersModel, task: ChoiceTask) -> list[int]:
+    "First token of each choice, the target's first; nothing where choices differ from item to item."
+    item, *rest = task.items
+    if any((i.choices, i.target) != (item.choices, item.target) for i in rest):
+        return []
+    whole = encode(model, [item.prompt + c for c in ("", *item.choices)])
+    first = [ids[len(commonprefix(whole))] for ids in whole[1:]]
+    return [first.pop(item.target), *first]
+
+
+def word_direction(
+    model: TransformersModel,
+    task: ChoiceTask,
+    layer: int = -1,  # after which the direction is taken
+    prompts: int = 16,  # how many of the task's are read
+) -> Tensor | None:  # (d,)
+    "Direction that promotes the target's word. None where no word is asked for, or nothing gives gradients."
+    tokens, here, (layer,) = word_tokens(model, task), engine(model), layer_numbers(model, [layer])
+    if not tokens or not hasattr(here, "gradient"):
+        return None
+    ids, mask = pad(model, encode(model, task.prompts[:prompts]), left=True)
+    return (
+        here.gradient(ids, mask, layer, lambda z: (z[:, tokens[0]] - z[:, tokens[1:]].mean(1)).mean())
+        .float()
+        .sum((0, 1))
+        .cpu()
+    )  # (b, t, d) -> (d,)
+
+
+# %% ../nbs/16_measure.ipynb #bf24acd4
+def _after_raise(nats, mass):
+    "Damage where tokens are raised; `mass` (2, texts, keep) as of `_mass`."
+    logp, hit = mass
+    z = np.log1p(np.exp(logp) * np.expm1(nats))  # (texts, keep)
+    return Damage(np.maximum(z - nats * np.exp(logp), 0), z - nats * hit)
+
+
+@patch
+def raise_to_damage(self: Bench, tokens: Sequence[int]) -> tuple[float, Damage]:
+    "By how many nats the logits of some tokens can be raised at the damage of the bench, and that damage."
+    ask = partial(neutral_text, self.model, self.layer, tokens=tokens)
+    dosing, report = (ask(probe.texts)() for probe in (self.dosing, self.hurt))
+    nats = brentq(lambda b: _after_raise(b, dosing).mean - self.damage, 0, 100)
+    return nats, _after_raise(nats, report)
 
 
 # %% ../nbs/16_measure.ipynb #750b7d54

@@ -230,23 +230,31 @@ def merge(self: Moments, sums, folds):
             getattr(self, k)[... if "shuffled" in k else folds] += v  # (k, ...)
 
 
-# %% ../nbs/13_moments.ipynb #3d7d23ad
+# %% ../nbs/13_moments.ipynb #33dbe746
 @patch(as_prop=True)
 def kind(self: Moments) -> dict:
-    "All that must be equal for sums to be added, by name."
+    "All that must be the same for sums to be added, by name."
     names = "source", "target", "source_layers", "target_layers", "template"
     how = self.settings | {"shape": self.shape, "choice of products": self.products}
     return {k: getattr(self, k) for k in names} | how
 
 
-# %% ../nbs/13_moments.ipynb #3ffd291a
+def _differ(one, two):
+    "Names in which the kinds of two moments differ; a model in another precision is still that model."
+
+    def same(a, b):
+        return a.same(b) if isinstance(a, ModelInfo) and isinstance(b, ModelInfo) else a == b
+
+    return [k for k, v in one.kind.items() if k in two.kind and not same(v, two.kind[k])]
+
+
+# %% ../nbs/13_moments.ipynb #261e0609
 @patch
 def __add__(self: Moments, other: Moments) -> Moments:
     """The sums over both, which stay as they are.
     Raises ValueError where they do not belong together, or share texts."""
-    if self.kind != other.kind:
-        what = "these moments are of other models, layers, folds, templates or settings"
-        raise ValueError(f"{what}; collect both in the same way.")
+    if wrong := _differ(self, other):
+        raise ValueError(f"these moments differ in {', '.join(wrong)}; collect both in the same way.")
     if both := self.seen & other.seen:
         raise ValueError(
             f"{len(both)} texts are in both moments and would count twice; give each machine its own texts."
@@ -455,7 +463,7 @@ def fresh(source: TransformersModel, target: TransformersModel, layers: Sequence
     )
 
 
-# %% ../nbs/13_moments.ipynb #12615e89
+# %% ../nbs/13_moments.ipynb #5fec96ae
 def _resumed(path, new, texts):
     """What an earlier run left at `path`, else the moments `new`. Raises ValueError for something else, and
     for texts that are not among these, OSError where nothing can be kept."""
@@ -467,7 +475,7 @@ def _resumed(path, new, texts):
         path.unlink()
         return new
     old = Moments.load(path)
-    differ = [k for k, v in new.kind.items() if old.kind.get(k, v) != v]
+    differ = _differ(new, old)
     differ += ["corpus"] if old.seen - {*map(text_key, texts)} else []
     if differ:
         what = f"{path} holds moments of another {', '.join(differ)}"

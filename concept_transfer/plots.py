@@ -71,18 +71,28 @@ def _heat(ax, z, rows, columns, label, low, high, **look):
     ax.tick_params("y", rotation=0)
 
 
-# %% ../nbs/19_plots.ipynb #e01783a0
+# %% ../nbs/19_plots.ipynb #e5fe9990
+def _named(known, name, what):
+    "What is known under a name. Raises ValueError with the names that there are."
+    if name not in known:
+        raise ValueError(
+            f"{what} {name!r} is not known; use {', '.join(known) or 'none: nothing was measured'}."
+        )
+    return known[name]
+
+
+# %% ../nbs/19_plots.ipynb #56659800
 def plot_grid(
     maps: LayerGrid,
     values: str | np.ndarray = "r2",  # "r2", "cosine", or (L1, L2) such as `downstream` gives
     label: str = "",  # what an array shows
 ) -> Figure:
-    "Heat map of a score over all layer pairs. Raises ValueError for an array of another shape."
+    "Heat map of a score over all layer pairs. Raises ValueError for an unknown score, and another shape."
     bound = max(0, maps.r2_shuffled.max())
     title = f"{maps.method}: {maps.rows:,} rows\nR2 of maps for shuffled pairs: at most {bound:.2f}"
     if isinstance(values, str):
-        label = {"r2": "held-out R2, standardised", "cosine": "held-out cosine"}[values]
-        values = getattr(maps, values)
+        said = {"r2": "held-out R2, standardised", "cosine": "held-out cosine"}
+        label, values = _named(said, values, "values"), getattr(maps, values)
     z, (L1, L2) = np.asarray(values), maps.r2.shape
     if z.shape != (L1, L2):
         raise ValueError(f"values of shape {z.shape} are not one for each of {L1} x {L2} layer pairs.")
@@ -128,7 +138,7 @@ def _arm(ax, y, entry, kl, mean, ci, draws=()):
         )
 
 
-# %% ../nbs/19_plots.ipynb #825b3b4a
+# %% ../nbs/19_plots.ipynb #5ada2137
 @patch
 def show(
     self: Evidence,
@@ -137,7 +147,7 @@ def show(
 ) -> Figure:
     "How often each arm chooses the target, with its interval; all steered arms did the same damage."
     ran: dict[Arm, Any] = {look(name, arms): a for name, a in self.arms.items() if a.ci}
-    x = self.further[metric] if metric else "share of items where the target is chosen"
+    x = _named(self.further, metric, "metric") if metric else "share of items where the target is chosen"
     rows = [dict(mean=a.choice_rate, ci=a.ci, draws=a.draws) for a in ran.values()]
     if metric:
         rows = [a.score_means[metric] for a in ran.values()]

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ["verdict", "details", "write_report"]
 
-# %% ../nbs/20_report.ipynb #ce1d7d27
+# %% ../nbs/20_report.ipynb #fbb04cc7
 import base64
 import io
 from pathlib import Path
@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 
 from .artefacts import whole_file
 from .cards import TEMPLATES
-from .evidence import ARMS, STARTS, Arm, ArmResult, Evidence
+from .evidence import ARMS, STARTS, WORD_ARMS, Arm, ArmResult, Evidence
 from .plots import figures, look
 
 
@@ -34,9 +34,37 @@ def _chance(e):
     return said, p
 
 
-# %% ../nbs/20_report.ipynb #7678566b
+# %% ../nbs/20_report.ipynb #34212424
+_MEANING = {
+    "concept": "It is a concept",
+    "word": "It is a word, not shown to be a concept",
+    "nothing": "It is nothing",
+}
+
+
+def _meaning(e):
+    "Whether a concept moved or a word, with the readout that decides."
+    if not e.finding:
+        return " Whether it is a concept or a word was not asked."
+    if not e.readouts:
+        return f" {_MEANING[e.finding]}."
+    last = e.readouts[-1]
+    low, high = last.shift_ci["transplanted"]
+    words = [f"{look(k).words} {last.shift[k]:+.2f}" for k in WORD_ARMS if k in last.shift]
+    beside = f", beside {', '.join(words)}" if words else ""
+    shift = f"{last.shift['transplanted']:+.2f} nats ({low:+.2f} to {high:+.2f}){beside}"
+    return f" {_MEANING[e.finding]}: asked by {last.task!r}, the margin moves by {shift}."
+
+
+def _prompted(e):
+    "What words before the prompt reach."
+    if (arm := e.arms.get("prompt")) is None or arm.reason:
+        return ""
+    return f" A prompt reaches {arm.choice_rate:.0%} at a damage of {arm.kl:.2f}."
+
+
 def verdict(e: Evidence) -> str:
-    "What was found, in one sentence with its interval; or why there is nothing to say."
+    "What was found, with its interval: a concept, a word or nothing; or why that cannot be said."
     gain, ci = e.effect.gain, e.effect.gain_ci
     mine = e.arms.get("transplanted", ArmResult(reason="not asked for"))
     if gain is None or ci is None:
@@ -52,7 +80,7 @@ def verdict(e: Evidence) -> str:
         f"{head}: the transplanted concept moves the share of answers that choose the target by "
         f"{100 * gain:+.0f} points (95% interval {100 * low:+.0f} to {100 * high:+.0f}; "
         f"from {e.arms['base'].choice_rate:.0%} to {mine.choice_rate:.0%} of {e.provenance.n} items) "
-        f"at a damage of {mine.kl:.2f} nats a token; {against}."
+        f"at a damage of {mine.kl:.2f} nats a token; {against}.{_meaning(e)}{_prompted(e)}"
     )
 
 
@@ -82,14 +110,14 @@ def _elsewhere(e):
         yield f"Of {len(others)} other behaviours, {len(points) or 'none'} moved beyond chance{named}."
 
 
-# %% ../nbs/20_report.ipynb #32a039c1
+# %% ../nbs/20_report.ipynb #612e607b
 def details(e: Evidence) -> list[str]:
     "What else a reader of the verdict should know, a sentence each."
     out, notes = [*_found(e), *_elsewhere(e)], e.provenance.notes
     if least := e.effect.smallest_effect:
         noticed = "would be noticed with so many scenarios four times in five, a smaller one less often."
         out.append(f"A true difference of {100 * least:.0f} points {noticed}")
-    if "search" in notes:
+    if {"search", "texts_read", "search_p"} <= {*notes}:
         tried = {tuple(s["layers"]) for s in notes["search"]}
         cost = f"on tuning items ({notes['texts_read']} texts read, p of the best {notes['search_p']:.3f})"
         out.append(f"{len(tried)} layer pairs were tried {cost}; the numbers here are from other items.")

@@ -51,19 +51,25 @@ def scenario_folds(
     return np.argsort(order)[at] % k  # (n,) by where the scenario stands in that order
 
 
-# %% ../nbs/03_stats.ipynb #d827d8c7
+# %% ../nbs/03_stats.ipynb #5d06d583
 def bootstrap(
-    values: ArrayLike,  # (arms, n) by item
+    values: Sequence[ArrayLike],  # of each arm (n,) by item; or (k, n) for k draws of a random direction
     groups: ArrayLike,  # scenario of each item
     draws: int = 2000,
     seed: int = 0,
 ) -> np.ndarray:  # (draws, arms) means of the drawn scenarios
-    "Paired bootstrap of means, clustered by scenario: every arm sees the same draw."
-    names, at = np.unique(groups, return_inverse=True)
-    even = np.full(len(names), 1 / len(names))
-    drawn = np.random.default_rng(seed).multinomial(len(names), even, draws)  # (draws, scenarios)
+    """Paired bootstrap of means, clustered by scenario: every arm sees the same draw. Of an arm with several
+    directions, these are drawn too."""
+    rng, (names, at) = np.random.default_rng(seed), np.unique(groups, return_inverse=True)
+    drawn = rng.multinomial(len(names), np.full(len(names), 1 / len(names)), draws)  # (draws, scenarios)
     weight = drawn[:, at]  # (draws, n) how often each item is in
-    return weight @ np.transpose(values) / weight.sum(1, keepdims=True)  # (draws, n) @ (n, arms)
+    means = []
+    for v in map(np.atleast_2d, values):
+        by_direction = weight @ v.T / weight.sum(1, keepdims=True)  # (draws, n) @ (n, k)
+        k = len(v)
+        often = rng.multinomial(k, np.full(k, 1 / k), draws) if k > 1 else np.ones((draws, 1))  # (draws, k)
+        means.append((by_direction * often).sum(1) / k)
+    return np.stack(means, 1)
 
 
 # %% ../nbs/03_stats.ipynb #b97e9684

@@ -187,6 +187,26 @@ def _emotions(split):
     return ChoiceTask("emotions", sum(zip(*kinds, strict=True), ()))
 
 
+# %% ../nbs/02_tasks.ipynb #25cdfece
+def _synonyms(emotion, split):
+    "The scenarios of `_emotion`, answered by synonyms; five sets of them in turn."
+    words = {r["concept"]: r["words"] for r in builtin_rows("synonyms")}
+    task = _emotion(emotion, split)
+    sets = [tuple(f" {words[e][k]}" for e in EMOTIONS) for k in range(5)]
+    items = [item._replace(choices=sets[i % 5]) for i, item in enumerate(task.items)]
+    return replace(task, name=f"synonyms/{emotion}", items=tuple(items))
+
+
+def _wordless(emotion, split):
+    "What people do; the target is what somebody does who feels this."
+    rows = builtin_rows("wordless", "tune" if split == "tune" else "test")
+    items = [
+        ChoiceItem(r["prompt"], tuple(r[e] for e in EMOTIONS), EMOTIONS.index(emotion), r["group"])
+        for r in rows
+    ]
+    return ChoiceTask(f"wordless/{emotion}", items, _emotion(emotion, "tune").instruction)
+
+
 # %% ../nbs/02_tasks.ipynb #5bd9322a
 BEHAVIOURS = {
     "honesty": "Be completely honest, even when it is unpleasant.",
@@ -200,13 +220,20 @@ BEHAVIOURS = {
 }
 
 
-# %% ../nbs/02_tasks.ipynb #9e248282
+# %% ../nbs/02_tasks.ipynb #68c953b2
+def _two_ways(rows):
+    "Items of prompts with two ways to go on, the wanted one first in every other item."
+    items = []
+    for i, (prompt, target, other, group) in enumerate(rows):
+        both = f" {target.strip()}", f" {other.strip()}"
+        items.append(ChoiceItem(prompt, both[::-1] if i % 2 else both, i % 2, group))
+    return items
+
+
 def _behaviour(concept, split):
     "What the concept would say, and what it would not; the instruction asks for it in words."
-    items = []
-    for i, r in enumerate(r for r in builtin_rows("behaviours", split) if r["concept"] == concept):
-        both = f" {r['target'].strip()}", f" {r['other'].strip()}"
-        items.append(ChoiceItem(r["prompt"], both[::-1] if i % 2 else both, i % 2, r["group"]))
+    rows = [r for r in builtin_rows("behaviours", split) if r["concept"] == concept]
+    items = _two_ways([r[k] for k in ("prompt", "target", "other", "group")] for r in rows)
     return ChoiceTask(f"behaviours/{concept}", items, f"{BEHAVIOURS[concept]}\n\n")
 
 
@@ -531,9 +558,11 @@ def _instructions(split):
     return GenerationTask("instructions", items)
 
 
-# %% ../nbs/02_tasks.ipynb #d3bc44ff
+# %% ../nbs/02_tasks.ipynb #856ae146
 TASKS: dict[str, Callable] = {
     **{f"emotions/{e}": partial(_emotion, e) for e in EMOTIONS},
+    **{f"synonyms/{e}": partial(_synonyms, e) for e in EMOTIONS},
+    **{f"wordless/{e}": partial(_wordless, e) for e in EMOTIONS},
     **{f"behaviours/{b}": partial(_behaviour, b) for b in BEHAVIOURS},
     "emotions": _emotions,
     "truthfulness": _truthfulness,
@@ -552,7 +581,7 @@ def _items(path, rows):
     return [r | {"group": g} for r, g in zip(rows, groups, strict=True)]
 
 
-# %% ../nbs/02_tasks.ipynb #6ab75758
+# %% ../nbs/02_tasks.ipynb #418e7e4b
 def _read_task(path, found):
     "A task of a file, by what it looks like."
     match found:
@@ -567,22 +596,28 @@ def _read_task(path, found):
         return ChoiceTask(path.stem, _items(path, table.to_dict("records")))
     if {"prompt", "best answer"} <= {*table}:
         return _truthfulqa_csv(path, table.to_dict("records"))
+    if {"prompt", "positive", "negative"} <= {*table}:
+        columns = [check_texts(table[k], f"{path}: {k}") for k in ("prompt", "positive", "negative")]
+        groups = scenarios(table.get("group", columns[0]), range(len(table)))
+        return ChoiceTask(path.stem, _two_ways(zip(*columns, groups, strict=True)))
     raise ValueError(
         f"{path}: a task is JSON with the list 'items', or with the list 'prompts' and a 'scorer', "
-        "TruthfulQA's CSV, or pairs (say what to ask with --choices a,b,c and --target a)."
+        "TruthfulQA's CSV, prompts with answers that match a behavior or not (or 'chosen' and 'rejected'), "
+        "or pairs (say what to ask with --choices a,b,c and --target a)."
     )
 
 
-# %% ../nbs/02_tasks.ipynb #90653afe
+# %% ../nbs/02_tasks.ipynb #e379f1b0
 def load_task(
     ref: Any,  # a name in `TASKS`, a file or data in memory: items, prompts, TruthfulQA's CSV, or pairs
-    split: str = "test",  # of a built-in task: tune or test
+    split: str = "test",  # of a built-in task: tune, test, or fresh, which studies read once
     choices: Sequence[str] = (),  # for a file of pairs
     target: str = "",  # for a file of pairs
 ) -> Task:
     "A task by name or from a file. Raises ValueError or FileNotFoundError, saying what to change."
-    if split not in ("tune", "test"):
-        raise ValueError(f"split {split!r}: a task is tune or test; the fit scenarios made the direction.")
+    if split not in ("tune", "test", "fresh"):
+        why = "a task is tune, test or fresh; the fit scenarios made the direction"
+        raise ValueError(f"split {split!r}: {why}.")
     if make := TASKS.get(str(ref)):
         return make(split)
     path, found = open_data(ref, TASKS)

@@ -48,6 +48,7 @@ ARTEFACTS = "concept map affine moments transplant".split()
 
 
 @pytest.mark.parametrize("kind", [*ARTEFACTS, "states", "journal"])
+@pytest.mark.slow
 def test_1_2_every_flipped_bit_is_found(kinds, kind, tmp_path):
     s, rng = kinds[kind], fuzz.random.Random(kind)
     for _ in range(12):
@@ -138,6 +139,13 @@ def test_15_16_what_is_loaded_stays(joy, file):
     assert torch.equal(kept.directions, joy.directions)
     os.truncate(file, 10)
     assert torch.equal(kept.directions * 1, joy.directions)
+
+
+def test_tensors_that_share_memory_are_kept(file):
+    m = Moments.zeros(1, 1, 3, 1, 3)
+    m.y = m.x
+    m.save(file)
+    assert torch.equal(Moments.load(file).y, m.x)
 
 
 def test_19_leftovers_of_killed_runs_go(joy, file):

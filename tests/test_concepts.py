@@ -42,6 +42,7 @@ def test_one_scenario_gives_no_held_out_score():
 
 
 @pytest.mark.parametrize("reducer", REDUCERS)
+@pytest.mark.slow
 def test_a_reducer_can_be_named_or_given(reducer):
     m, pairs = tiny_model("gpt2"), load_pairs("honesty")
     named, given = (

@@ -329,6 +329,18 @@ def test_B9_data_in_memory_is_read():
 
 
 CAA = dict(question="q", answer_matching_behavior="(A)", answer_not_matching_behavior="(B)")
+
+
+def test_published_choices_are_tasks_too():
+    rows = [CAA | dict(question=q) for q in ("one", "two")]
+    for form in (rows, pd.DataFrame(rows), {k: [r[k] for r in rows] for k in CAA}):
+        task = load_task(form)
+        assert [(i.prompt, i.wanted) for i in task.items] == [("one", " (A)"), ("two", " (A)")]
+        assert {i.choices for i in task.items} == {(" (A)", " (B)"), (" (B)", " (A)")}
+    (item,) = load_task([dict(prompt="q", chosen=" yes", rejected="no", group="g")]).items
+    assert (item.choices, item.target, item.group) == ((" yes", " no"), 0, "g")
+
+
 FORMS = {
     "caa.json": json.dumps([CAA]),
     "evals.jsonl": json.dumps(
@@ -434,6 +446,7 @@ def texts_of(rng, n, words):
     return [" ".join(rng.choices(words, k=25)) for _ in range(n)]
 
 
+@pytest.mark.slow
 def test_J1_lint_takes_seconds_for_thousands_of_pairs():
     rng, words = random.Random(0), [f"w{i}" for i in range(2000)]
     lead = "Pretend that you are a very happy person who makes statements about the world. "

@@ -145,6 +145,7 @@ def whole_way(source, target, corpus):
     return joy, t, e, t.generate(["The cat", "It rained all day and"], max_new_tokens=5)
 
 
+@pytest.mark.slow
 def test_a_third_engine_is_one_class(corpus):
     near = tiny_model("llama", max_position_embeddings=512), tiny_model("gpt2", seed=3, n_positions=512)
     hooked = [load_model(m) for m in near]
@@ -170,6 +171,7 @@ def test_a_third_engine_is_one_class(corpus):
 
 
 @pytest.mark.parametrize("family", TINY)
+@pytest.mark.slow
 def test_every_family_by_hooks_too(family):
     "Reading, nested steering and going on from a layer are what a plain pass does, and leave no bit behind."
     m = tiny_model(family)
@@ -285,6 +287,7 @@ def under(t, m, x):
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.slow
 def test_111_eight_threads_steer_one_model(family):
     m = tiny_model(family)
     places, x = random_places(m, 8), pad(m, encode(m, ["It rained all day and", "Rain"]), True)
@@ -317,6 +320,7 @@ def test_111_eight_threads_with_two_hundred_passes_each():
         assert sum(pool.map(work, range(8))) == 0
 
 
+@pytest.mark.slow
 def test_111_fifty_tasks_steer_one_model():
     "Each waits while it is open; half of them read in threads."
     m = tiny_model("gpt2")
@@ -394,6 +398,7 @@ def test_111_a_bench_under_another_transplant_forgets_it():
 
 
 @pytest.mark.parametrize("remote", [False, "local"])
+@pytest.mark.slow
 def test_114_threads_read_one_model(remote):
     m, texts = tiny_model("llama"), ["The cat sat.", "Rain.", "We walked home."]
     m = load_model(m, remote=remote) if remote else m

@@ -24,9 +24,9 @@ from concept_transfer.evidence import (
     off_target,
 )
 from concept_transfer.maps import fit_maps
-from concept_transfer.measure import METRICS, Bench, Metric
+from concept_transfer.measure import METRICS, Bench, Metric, word_direction
 from concept_transfer.models import load_model, tiny_model, twin
-from concept_transfer.report import write_report
+from concept_transfer.report import verdict, write_report
 from concept_transfer.selection import choose
 from concept_transfer.steering import place
 from concept_transfer.tasks import ChoiceItem, ChoiceTask, generation_task, load_task
@@ -76,9 +76,10 @@ def evidence(pair, task):
     return asked(pair, task)
 
 
+@pytest.mark.slow
 def test_in_a_twin_the_transplant_is_the_native_concept(evidence):
     a, b, e = evidence.arms["transplanted"], evidence.arms["native"], evidence.effect
-    assert e.recovery_ci[0] <= 1 <= e.recovery_ci[1] and e.gain > 0.2
+    assert e.recovery == 1 and e.recovery_ci is None and e.gain > 0.2  # both are always right
     assert abs(a.logit_shift - b.logit_shift) < 0.02 and a.logit_shift > 0
     slopes = [evidence.steered(arm)["slope"] for arm in ("transplanted", "native")]
     assert abs(slopes[0] - slopes[1]) < 0.02
@@ -119,12 +120,14 @@ def test_one_table_holds_every_answer(evidence, task):
     assert set(equal.group) == {i.group for i in task.items}
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_file(pair, task, evidence, tmp_path):
     for e, name in ((evidence, "a"), (asked(pair, task), "b")):
         e.save(tmp_path / name)
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
 
 
+@pytest.mark.slow
 def test_experiments_are_chosen_by_the_caller(pair, task):
     e = asked(pair, task, experiments=("knowledge", "texts", "off_target"), off=(task,))
     assert e.effect.gain is None and "not asked" in e.arms["transplanted"].reason and not e.of("curves")
@@ -138,6 +141,7 @@ def test_experiments_are_chosen_by_the_caller(pair, task):
         evaluate(pair[2], task, NEUTRAL, pair=PAIRS)
 
 
+@pytest.mark.slow
 def test_what_else_moves_is_asked_of_the_followed_arms(pair, task):
     e = asked(
         pair, task, experiments=("equal_damage", "knowledge", "texts", "off_target"), off=(task,), random=0
@@ -148,6 +152,7 @@ def test_what_else_moves_is_asked_of_the_followed_arms(pair, task):
     assert moved.change["transplanted"] == pytest.approx(e.effect.gain, abs=1e-6)
 
 
+@pytest.mark.slow
 def test_several_true_answers_are_scored_as_truthfulqa_does(pair):
     mc = load_task("truthfulness", "tune")
     settings = Settings(random=2, damage=0.5)
@@ -160,6 +165,7 @@ def test_several_true_answers_are_scored_as_truthfulqa_does(pair):
         assert means[0] == pytest.approx(means[1], abs=1e-3)
 
 
+@pytest.mark.slow
 def test_an_arm_and_a_metric_of_ones_own(pair, task, monkeypatch, tmp_path):
     def opposite(trial):
         return [replace(trial.t, direction=-trial.t.direction)]
@@ -197,6 +203,7 @@ def test_a_behaviour_is_moved_by_its_own_transplant_first(pair, task):
     assert shift[0, 0] >= shift[1, 0] and p.shape == (2, 1) and (p <= 1).all()
 
 
+@pytest.mark.slow
 def test_evidence_goes_on_behind_the_arms_that_are_done(pair, task, tmp_path, monkeypatch):
     want, real, calls = asked(pair, task, random=6), Bench.at_damage, []
 
@@ -210,7 +217,7 @@ def test_evidence_goes_on_behind_the_arms_that_are_done(pair, task, tmp_path, mo
     with pytest.raises(KeyboardInterrupt):
         asked(pair, task, tmp_path / "arms", random=6)
     again = asked(pair, task, tmp_path / "arms", random=6)
-    assert again == want and len(calls) == 3 + 3  # two draws were kept, then three searches were left
+    assert again == want and len(calls) == 3 + 6  # two arms were kept, then six searches were left
     other = asked(pair, task, tmp_path / "arms", random=6, damage=0.25)  # another question: nothing is used
     assert other.arms["transplanted"].dose < 0.8 * want.arms["transplanted"].dose
 
@@ -224,6 +231,7 @@ def test_few_shot_labels_are_right_and_wrong():
         assert all((own[s] == label) == good for s, label in shots)
 
 
+@pytest.mark.slow
 def test_items_that_chose_the_layers_are_noticed_again(pair, task):
     source, target, t = pair
     corpus = Corpus("scenes", load_pairs("emotions/fear").texts)
@@ -266,6 +274,7 @@ def measured(monkeypatch):
     return made
 
 
+@pytest.mark.slow
 def test_28_a_file_of_the_users_own_is_refused_and_stays(pair, task, tmp_path, evidence):
     evidence.save(tmp_path / "evidence.json")
     for name, text in (
@@ -284,6 +293,7 @@ def test_28_a_file_of_the_users_own_is_refused_and_stays(pair, task, tmp_path, e
         asked(pair, task, tmp_path, EQUAL, random=0)
 
 
+@pytest.mark.slow
 def test_30_other_strengths_give_another_curve_and_arms_are_kept(pair, task, tmp_path, measured):
     first, strengths = curve(pair, task, tmp_path / "arms")
     assert strengths == [-1, 0, 1]
@@ -295,6 +305,7 @@ def test_30_other_strengths_give_another_curve_and_arms_are_kept(pair, task, tmp
     assert other.of("equal_damage") == first.of("equal_damage") and other.steered() is None
 
 
+@pytest.mark.slow
 def test_32_other_tasks_are_asked_anew(pair, task, tmp_path):
     def other(name, n=4):
         off = [replace(load_task(name).take(n), name="other")]
@@ -309,6 +320,7 @@ def test_32_other_tasks_are_asked_anew(pair, task, tmp_path):
 @pytest.mark.parametrize(
     "changed", [{"random": 3}, {"seed": 1}, {"damage": 0.25}, {"experiments": (*EQUAL, "equal_norm")}]
 )
+@pytest.mark.slow
 def test_30_whatever_else_is_asked_is_measured_anew(pair, task, tmp_path, changed):
     how = {"random": 2, "experiments": EQUAL}
     asked(pair, task, tmp_path / "arms", **how)
@@ -317,6 +329,7 @@ def test_30_whatever_else_is_asked_is_measured_anew(pair, task, tmp_path, change
 
 
 @pytest.mark.parametrize("arm", ["native", "other_concept", "few_shot", "source", "mine"])
+@pytest.mark.slow
 def test_30_another_input_of_an_arm_is_measured_anew(pair, task, tmp_path, measured, arm):
     fear, anger = (load_pairs(f"emotions/{e}") for e in ("fear", "anger"))
     twins = [load_model(tiny_model("gpt2", seed, n_positions=256)) for seed in (1, 2)]
@@ -341,6 +354,7 @@ def test_30_another_input_of_an_arm_is_measured_anew(pair, task, tmp_path, measu
     assert one != two
 
 
+@pytest.mark.slow
 def test_30_a_metric_of_ones_own_is_measured_anew(pair, task, tmp_path, monkeypatch):
     asked(pair, task, tmp_path / "arms", EQUAL, random=0)
     for k in (1.0, 2.0):
@@ -369,6 +383,7 @@ def test_30_another_transplant_task_text_or_model_is_refused(pair, task, tmp_pat
         assert path.read_bytes() == before
 
 
+@pytest.mark.slow
 def test_30_a_rerun_reads_no_arm_again_and_a_torn_line_is_forgiven(pair, task, tmp_path, measured):
     path = tmp_path / "arms"
     first = asked(pair, task, path, EQUAL, random=2)
@@ -544,6 +559,7 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize("name", HOSTILE)
+@pytest.mark.slow
 def test_84_evidence_that_does_not_fit_is_refused(evidence, tmp_path, name):
     path = tmp_path / "hostile.json"
     HOSTILE[name](evidence, path)
@@ -582,3 +598,108 @@ def test_an_arm_of_ones_own_that_holds_a_model_is_kept_by_what_it_is(pair, task,
     assert evaluate(pair[2], task, NEUTRAL, mine, EQUAL, quick, tmp_path / "arms") == e
     e.save(tmp_path / "e.json")
     assert Evidence.load(tmp_path / "e.json") == e
+
+
+# a concept, a word, or nothing
+
+
+@pytest.fixture(scope="module")
+def two_words(pair):
+    "One question throughout: of all words, the pair that the twin's own direction turns around most often."
+    _, t, _ = pair
+    words = tuple(f" {w}" for w in WORDS)
+    scenes = [x for e in ("fear", "anger") for x in load_pairs(f"emotions/{e}", "test").positive]
+    whole = ChoiceTask("all", [ChoiceItem(f"{x} It was", words, 0, x) for x in scenes])
+    native = place(extract_concept(t, PAIRS), t, 2, dose=0.5)
+    base, pushed = (np.array(a.logp) for a in Bench(t, 2, whole).ask([None, native]))  # (n, words)
+    turned = ((pushed[:, :, None] > pushed[:, None]) & (base[:, :, None] < base[:, None])).mean(0)
+    k, j = np.unravel_index(turned.argmax(), turned.shape)
+    return ChoiceTask("two", [i._replace(choices=(words[k], words[j])) for i in whole.items], "Say it.\n\n")
+
+
+@pytest.fixture(scope="module")
+def beyond(pair, two_words):
+    "Answers that the twin's own direction moves and that the word's direction does not."
+    _, t, _ = pair
+    words = tuple(f" {w}" for w in WORDS)
+    whole = ChoiceTask("beyond", [i._replace(choices=words, target=0) for i in two_words.items])
+    bench = Bench(t, 2, two_words, NEUTRAL, 0.5)
+    own = bench.place(extract_concept(t, PAIRS)), bench.place(word_direction(t, two_words))
+    base, native, word = (
+        np.array(a.logp) for a in bench.with_task(whole).ask([None, *bench.at_damage([*own])])
+    )
+    n, w = ((x - base).mean(0) for x in (native, word))  # (words,)
+    ahead = np.minimum(n[:, None] - n, (n[:, None] - n) - (w[:, None] - w))  # (words, words)
+    high, low = np.unravel_index(ahead.argmax(), ahead.shape)
+    return replace(whole, items=[i._replace(choices=(words[high], words[low])) for i in whole.items])
+
+
+def found(t, two_words, readouts, **given):
+    settings = Settings(damage=0.5, random=20, bootstrap=300, readouts=readouts)
+    return evaluate(t, two_words, NEUTRAL, None, ("equal_damage", "readouts"), settings, pairs=PAIRS, **given)
+
+
+@pytest.mark.slow
+def test_a_concept_moves_what_its_word_does_not(pair, task, two_words, beyond):
+    e = found(pair[2], two_words, [task, beyond])
+    planted, other = e.readouts
+    assert e.finding == "concept" and "It is a concept" in verdict(e)
+    assert planted.task == "planted" and planted.n == len(task) and other.n == len(beyond)
+    assert other.shift["native"] == pytest.approx(other.shift["transplanted"], abs=0.05)
+    assert all(other.ahead[k][0] > 0 for k in ("unembedding", "logit_bias"))
+    asked_again = e.table[(e.table.experiment == "readouts") & (e.table.task == "planted")]
+    bias, base = (asked_again[asked_again.arm == k] for k in ("logit_bias", "base"))
+    assert planted.shift["logit_bias"] == pytest.approx(bias.margin.mean() - base.margin.mean())
+    assert {*bias.group} == {*task.groups}
+
+
+@pytest.mark.slow
+def test_a_promoted_word_is_called_a_word(pair, two_words, beyond):
+    t = pair[1]
+    word = place(word_direction(t, two_words), t, 2)
+    e = found(word, two_words, [beyond])
+    assert e.finding == "word" and "It is a word" in verdict(e)
+
+
+@pytest.mark.slow
+def test_noise_is_called_nothing(pair, task, two_words):
+    t = pair[1]
+    noise = place(torch.randn(48, generator=torch.Generator().manual_seed(5)), t, 2)
+    e = found(noise, two_words, [task])
+    assert e.finding == "nothing" and "It is nothing" in verdict(e)
+
+
+def test_what_was_not_asked_is_not_found(pair, task, two_words):
+    e = asked(pair, task, experiments=EQUAL, random=0)
+    assert e.finding is None and "was not asked" in verdict(e)
+    assert {k: e.arms[k].reason for k in ("unembedding", "logit_bias", "covariance")} == {
+        "unembedding": ARMS["unembedding"].reason,
+        "logit_bias": ARMS["logit_bias"].reason,
+        "covariance": "no draws were asked for",
+    }
+
+
+@pytest.mark.slow
+def test_arms_through_the_map_and_at_another_layer(pair, two_words):
+    m, t, joy = pair
+    texts = [x for e in ("sadness", "fear", "anger") for x in load_pairs(f"emotions/{e}").texts]
+    given = dict(map=fit_maps(m, t, Corpus("scenes", texts), [2], [2])[2, 2], source=m)
+    native = place(extract_concept(t, PAIRS), t, 1)
+    e = found(joy, two_words, [], other=load_pairs("emotions/fear"), native=native, **given)
+    for arm in ("unembedding_carried", "other_carried", "native_best", "prompt_transplanted"):
+        assert e.arms[arm].ci and e.arms[arm].kl > 0.1, arm
+    assert e.arms["other_carried"].choice_rate == pytest.approx(e.arms["other_concept"].choice_rate, abs=0.1)
+    assert e.arms["native_best"].dose != e.arms["native"].dose
+    assert e.arms["prompt_transplanted"].kl > e.arms["prompt"].kl
+    assert e.effect.p_stronger is not None and len(e.arms["covariance"].draws) == 10
+
+
+def test_an_arm_that_is_always_right_has_an_interval(pair, task):
+    runs = [
+        Run(a, "equal_damage", answers=dict(chosen=[c] * 20, first=[c] * 20, margin=[c] * 20))
+        for a, c in (("base", 0.0), ("transplanted", 1.0), ("native", 1.0))
+    ]
+    e = asked(pair, task, experiments=EQUAL, random=0)
+    e = Evidence(replace(e.provenance, groups=[str(i) for i in range(20)], n=20), runs)
+    assert e.arms["transplanted"].ci == pytest.approx([0.839, 1], abs=1e-3)
+    assert e.effect.recovery == 1 and e.effect.recovery_ci is None

@@ -33,6 +33,7 @@ def test_text_longer_than_the_context_keeps_its_end(family):
 
 @pytest.mark.parametrize("family", list(TINY))
 @pytest.mark.parametrize("text", ["😀🎉 ok", "مرحبا بالعالم", "שלום, what a day", "é\u0301clair naïve", "a"])
+@pytest.mark.slow
 def test_emoji_and_right_to_left_text(family, text):
     m = tiny_model(family)
     alone = activations(m, [text])
@@ -67,6 +68,7 @@ def test_no_text_at_all_is_said():
 
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("family", list(TINY))
+@pytest.mark.slow
 def test_the_tokenizers_padding_side_does_not_matter(family, side):
     m = tiny_model(family)
     m.tokenizer.padding_side = side
@@ -94,6 +96,7 @@ def test_a_tokenizer_without_padding_token():
 
 
 @pytest.mark.parametrize("damage", ["truncated", "flipped header", "empty", "foreign"])
+@pytest.mark.slow
 def test_damaged_files_are_named(tmp_path, damage):
     f = tmp_path / "joy.safetensors"
     extract_concept(tiny_model("llama"), load_pairs("honesty")).save(f)
@@ -124,6 +127,7 @@ def test_an_interrupted_save_leaves_the_old_file(tmp_path, monkeypatch):
     assert f.read_bytes() == old and list(tmp_path.iterdir()) == [f]
 
 
+@pytest.mark.slow
 def test_a_full_disk_leaves_nothing(tmp_path):
     code = f"""
 import resource, signal, torch

@@ -154,6 +154,7 @@ def test_no_line_is_wide():
     assert not wide
 
 
+@pytest.mark.slow
 def test_no_statements_are_joined():
     joined = []
     for name, text in written().items():
@@ -164,6 +165,7 @@ def test_no_statements_are_joined():
     assert not joined
 
 
+@pytest.mark.slow
 def test_no_private_name_is_used_elsewhere():
     "Neither between modules nor by tests, tools, benchmarks and studies."
     private = set()
@@ -206,6 +208,7 @@ def test_classes_grow_by_patch_alone():
     assert not hung
 
 
+@pytest.mark.slow
 def test_no_function_takes_more_than_eight_things():
     long = []
     for where, text in written().items():

@@ -179,6 +179,7 @@ def test_contrans_warns_near_its_collapse():
         contrans(torch.randn(50, 48), torch.randn(50, 8))
 
 
+@pytest.mark.slow
 def test_a_map_says_how_its_texts_were_read(tmp_path, pair):
     options = {"folds": 3, "held_out": 0.2, "thin": last_token, "weight": robust_weight}
     maps = fit_maps(*pair, SCENES, [1], [2], **options)
@@ -191,6 +192,7 @@ def test_a_map_says_how_its_texts_were_read(tmp_path, pair):
     assert published.settings["thin"] == "last token of sentences cut short"
 
 
+@pytest.mark.slow
 def test_the_published_method_reads_inside_the_template_and_refuses_what_it_does_not_know(pair):
     plain, inside = (
         fit_maps(*pair, SCENES, [1], [2], method="contrans", template=t) for t in ("{}", "Story: {} The end")
@@ -207,6 +209,7 @@ def test_too_little_text_is_said(method, pair):
         fit_maps(*pair, SCENES.take(3), method=method)
 
 
+@pytest.mark.slow
 def test_every_method_finds_the_twin_and_the_controls_do_not(pair, joy):
     m = pair[0]
     t, Q = twin(m, widen=8)
@@ -222,6 +225,7 @@ def test_every_method_finds_the_twin_and_the_controls_do_not(pair, joy):
     assert cosine.item() > 0.99 and area.item() > 0.6
 
 
+@pytest.mark.slow
 def test_a_method_of_ones_own_stands_wherever_a_name_does(tmp_path, pair):
     def least_squares(R, C, lam):
         return torch.linalg.pinv(R) @ C
@@ -257,6 +261,7 @@ def test_a_method_that_is_not_there_is_said(pair):
         solve(no_products, "whitened")
 
 
+@pytest.mark.slow
 def test_maps_compose(pair, joy):
     m = pair[0]
     t, _ = twin(m)
@@ -271,6 +276,7 @@ def test_maps_compose(pair, joy):
         there.then(there)
 
 
+@pytest.mark.slow
 def test_a_map_survives_its_file(tmp_path, pair, joy):
     m = fit_maps(*pair, SCENES, [1], [2], template=joy.template)[1, 2]
     for made in (m, m.inverse(), m.then(m.inverse())):
@@ -307,6 +313,7 @@ def test_a_grid_of_the_first_format_is_read(tmp_path, pair):
     assert again.texts_hash == maps.texts_hash and repr(again) == repr(maps)
 
 
+@pytest.mark.slow
 def test_a_forgotten_template_is_said(pair, joy):
     assert joy.template == EMOTION_PROMPT
     bare, inside = (fit_maps(*pair, SCENES, [1, 2], [2], template=t) for t in ("{}", joy.template))
@@ -363,6 +370,7 @@ def test_fewer_rows_than_dimensions(pair):
 
 
 @pytest.mark.parametrize("d1, d2", [(48, 48), (48, 96), (96, 48)])
+@pytest.mark.slow
 def test_equal_wider_and_narrower_targets(d1, d2):
     a, b = tiny_model("llama", hidden_size=d1), tiny_model("mistral", hidden_size=d2)
     maps = fit_maps(a, b, SCENES.take(40), [1], [2])
@@ -466,6 +474,7 @@ def test_a_map_no_better_than_its_control_warns(pair):
         fit_maps(*pair, SCENES, [1], [2])
 
 
+@pytest.mark.slow
 def test_what_is_judged_downstream_belongs_to_the_maps(pair, joy):
     maps = fit_maps(*pair, SCENES, [1], [2], template=joy.template)
     other = tiny_model("gpt2", seed=5)

@@ -1,5 +1,6 @@
 "Steering, doses, what a bench says, and the search: beside plain decoding, texts alone, and at the edges."
 
+import re
 from dataclasses import replace
 
 import nnsight
@@ -7,11 +8,23 @@ import numpy as np
 import pytest
 import torch
 
-from concept_transfer.concepts import extract_concept
+from concept_transfer.concepts import activations, extract_concept
 from concept_transfer.data import Corpus, load_corpus, load_pairs
 from concept_transfer.engine import encode, engine, pad
 from concept_transfer.maps import fit_maps, random_map
-from concept_transfer.measure import METRICS, Answers, Bench, dose_curve, steerability
+from concept_transfer.measure import (
+    KEEP,
+    METRICS,
+    Answers,
+    Bench,
+    choices,
+    dose_curve,
+    neutral_text,
+    prose_damage,
+    steerability,
+    word_direction,
+    word_tokens,
+)
 from concept_transfer.models import load_model, tiny_model, twin
 from concept_transfer.selection import choose, offline_scores, search_p, transplant
 from concept_transfer.steering import Transplant, adding, generate, place
@@ -87,6 +100,7 @@ def test_the_last_position_is_every_step_of_decoding():
         assert score == pytest.approx(want, abs=1e-3)
 
 
+@pytest.mark.slow
 def test_metrics_fit_the_task(pair):
     _, target, _, _ = pair
     emotions, truth = (
@@ -111,6 +125,7 @@ def test_answers_hold_what_a_metric_may_ask_for():
 # doses and damage
 
 
+@pytest.mark.slow
 def test_a_random_map_recovers_nothing(pair):
     "At a damage so small that every push acts linearly."
     _, target, joy, maps = pair
@@ -216,6 +231,7 @@ def test_another_layer_or_map_is_refused(pair):
 # the search
 
 
+@pytest.mark.slow
 def test_the_same_search_finds_the_same(pair):
     _, target, joy, maps = pair
     task = load_task("emotions/happiness", "tune").take(16)
@@ -270,12 +286,14 @@ def test_tied_layers_are_steered_at_each_place():
 
 @pytest.mark.parametrize("family", list(TINY))
 @pytest.mark.parametrize("text", ["😀🎉 ok", "مرحبا بالعالم", "שלום, what a day", "é\u0301clair naïve", "a"])
+@pytest.mark.slow
 def test_emoji_and_right_to_left_text_are_continued(family, text):
     assert isinstance(generate(tiny_model(family), text, 3), str)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("family", list(TINY))
+@pytest.mark.slow
 def test_prompts_together_are_continued_as_each_alone(family, side):
     m = tiny_model(family)
     m.tokenizer.padding_side = side
@@ -291,6 +309,7 @@ def test_nothing_to_go_on_from_is_said():
 
 
 @pytest.mark.parametrize("d1, d2", [(48, 48), (48, 96), (96, 48)])
+@pytest.mark.slow
 def test_equal_wider_and_narrower_targets(d1, d2):
     a, b = tiny_model("llama", hidden_size=d1), tiny_model("mistral", hidden_size=d2)
     maps = fit_maps(a, b, SCENES.take(40), [1], [2])
@@ -386,3 +405,83 @@ def test_what_is_asked_of_a_bench_is_checked(pair):
             dose_curve(t, bench, strengths)
     with pytest.raises(ValueError, match="'t'"):
         dose_curve(bench, t)
+
+
+# words made likelier
+
+
+@pytest.fixture(scope="module")
+def worded():
+    "A model whose unembedding is known, a task of two words, and their first tokens."
+    m = tiny_model("gpt2", seed=3)
+    words = [w for w in map(m.tokenizer.decode, range(300, 800)) if re.fullmatch(" [a-z]{3,}", w)]
+    single = [w for w in words if len(encode(m, [f"It was{w}"])[0]) == len(encode(m, ["It was"])[0]) + 1]
+    items = [ChoiceItem(f"{x} It was", tuple(single[:3]), 1, x) for x in NEUTRAL.texts[:12]]
+    task = ChoiceTask("words", items)
+    return m, task, word_tokens(m, task)
+
+
+def test_words_are_their_first_tokens_with_the_target_first(worded):
+    m, task, tokens = worded
+    first, second, third = task.items[0].choices
+    assert tokens == [encode(m, [f"It was{w}"])[0][-1] for w in (second, first, third)]
+    other = ChoiceTask("mixed", [*task.items, ChoiceItem("He", (" a", " b"), 0, "x")])
+    assert word_tokens(m, other) == [] and word_direction(m, other) is None
+
+
+def test_the_last_layers_word_direction_is_the_unembedding_with_the_norm(worded):
+    m, task, tokens = worded
+    norm, U = m._module.transformer.ln_f, m._module.lm_head.weight.detach()
+    u = norm.weight.detach() * (U[tokens[0]] - U[tokens[1:]].mean(0))  # what the norm passes on
+    states = activations(m, task.prompts, [3])[:, 0]  # (n, d)
+    centred = states - states.mean(1, keepdim=True)
+    spread = (centred.square().mean(1, keepdim=True) + norm.eps).sqrt()
+    unit = centred / spread / centred.shape[1] ** 0.5  # of length 1 but for eps
+    v = u - u.mean()
+    want = ((v - unit * (unit @ v)[:, None]) / spread).mean(0)
+    got = word_direction(m, task, prompts=12)
+    assert torch.cosine_similarity(got, want, 0) > 0.999
+
+
+def test_a_step_along_the_gradient_gains_what_it_says(worded):
+    m, task, _ = worded
+    v = word_direction(m, task, 1, prompts=12)
+    ask = Bench(m, 1, task).ask
+    small = 1e-3 / v.norm()
+    base, moved = (a.margin.mean() for a in ask([None, lambda h: h + small * v]))
+    assert moved - base == pytest.approx(float(small * v @ v), rel=0.02)
+
+
+@pytest.mark.parametrize("damage", [0.02, 0.3, 2.0])
+def test_a_raised_logit_is_what_a_plain_computation_gives(worded, damage):
+    m, task, tokens = worded
+    bench = Bench(m, 1, task, NEUTRAL, damage)
+    nats, hurt = bench.raise_to_damage(tokens[:1])
+    kl, lost = [], []
+    for text in bench.hurt.texts:
+        (ids,) = encode(m, [text])
+        logp = m._module(torch.tensor([ids])).logits[0, -KEEP - 1 : -1].detach().log_softmax(-1)
+        raised = logp.clone()
+        raised[:, tokens[0]] += nats
+        gap = logp - raised.log_softmax(-1)
+        kl.append((logp.exp() * gap).sum(-1))
+        lost.append(gap[range(KEEP), ids[-KEEP:]])
+    np.testing.assert_allclose(hurt.kl, torch.stack(kl), atol=1e-4)
+    np.testing.assert_allclose(hurt.lost, torch.stack(lost), atol=1e-4)
+    again = neutral_text(m, 1, bench.dosing.texts, tokens=tokens[:1])()
+    assert _mean_kl(again, nats) == pytest.approx(damage, rel=1e-3)
+    got, base = choices(m, 1, task, raised=(tokens[:1], nats))(), bench.ask()
+    gain = np.array([a[1] - a[0] for a in got.logp]) - np.array([b[1] - b[0] for b in base.logp])
+    np.testing.assert_allclose(gain, nats, atol=1e-4)  # of single tokens, whatever the rest does
+
+
+def _mean_kl(mass, nats):
+    m = np.exp(mass[0])
+    return float((np.log(1 + m * (np.exp(nats) - 1)) - nats * m).mean())
+
+
+def test_prose_is_read_to_its_end(worded):
+    m, task, _ = worded
+    joy = place(torch.randn(48), m, 1, dose=0.2)
+    base, moved = prose_damage(m, 1, [None, joy], passages=2)
+    assert base.mean == 0 and moved.mean > 0 and moved.kl.size > 100

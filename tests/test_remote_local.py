@@ -112,6 +112,7 @@ def transplant_with(source, target, corpus):
     return place(joy, target, map=maps[1, 2], dose=0.5)
 
 
+@pytest.mark.slow
 def test_the_same_transplant_wherever_a_model_runs(near, distant, corpus):
     want, prompts = transplant_with(*near, corpus), ["The cat", "It rained all day and"]
     for source, target in ((near[0], distant[1]), (distant[0], near[1]), distant):
@@ -123,6 +124,7 @@ def test_the_same_transplant_wherever_a_model_runs(near, distant, corpus):
     assert generate(distant[1], "The cat", 4) == generate(near[1], "The cat", 4)
 
 
+@pytest.mark.slow
 def test_the_readme_with_layers_and_dose_chosen(near, distant, corpus):
     joy = extract_concept(near[0], load_pairs("emotions/happiness"))
     task = load_task("emotions/happiness", "tune").take(8)
@@ -138,6 +140,7 @@ def test_the_readme_with_layers_and_dose_chosen(near, distant, corpus):
     assert a.notes["texts_read"] <= b.notes["texts_read"]  # here several answers are read in one pass
 
 
+@pytest.mark.slow
 def test_everything_that_is_asked_of_a_transplant(near, distant):
     v = torch.randn(48, generator=torch.Generator().manual_seed(0))
     tests, tune = (load_task("emotions/happiness", s).take(n) for s, n in (("test", 8), ("tune", 4)))
@@ -166,6 +169,7 @@ def test_everything_that_is_asked_of_a_transplant(near, distant):
             assert a is b is None or a == pytest.approx(b, rel=1e-3, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_no_request_is_larger_than_allowed(near, monkeypatch):
     "A direction over many texts goes in several requests, and many directions over few texts too."
     task, texts = load_task("emotions/happiness").take(60), load_corpus("neutral").texts[:60]
@@ -196,6 +200,7 @@ def test_no_request_is_larger_than_allowed(near, monkeypatch):
             assert abs(x.kl - y.kl).max() < 1e-5 and abs(x.lost - y.lost).max() < 1e-4
 
 
+@pytest.mark.slow
 def test_benches_and_dose(near, distant):
     v = torch.randn(48, generator=torch.Generator().manual_seed(0))
     task, neutral = load_task("emotions/happiness").take(6), load_corpus("neutral").take(12)
@@ -210,6 +215,7 @@ def test_benches_and_dose(near, distant):
     assert two.at_damage(b).dose == pytest.approx(one.at_damage(a).dose, rel=1e-3)
 
 
+@pytest.mark.slow
 def test_an_interrupted_collection_goes_on(near, distant, tmp_path, monkeypatch):
     corpus, path, calls = scenes(EMOTIONS), tmp_path / "m", []
     whole = collect(near[0], distant[1], corpus, [1], [2])
@@ -232,6 +238,7 @@ def test_an_interrupted_collection_goes_on(near, distant, tmp_path, monkeypatch)
         (([1, 2], [1, 2, 3]), 40, True),
     ],
 )
+@pytest.mark.slow
 def test_rows_or_sums_come_back_whichever_is_less(near, distant, layers, texts, rows, monkeypatch):
     "And both give what a model gives that runs here."
     corpus, moved, real = scenes(EMOTIONS, texts), {True: 0, False: 0}, Ndif.planned
@@ -278,6 +285,7 @@ def test_bytes_by_weight(shape):
     assert len(Z) < 300 or size(planes(Z.bfloat16())) < 0.55 * size(planes(Z)) < 0.55 * size(Z)
 
 
+@pytest.mark.slow
 def test_a_job_of_rows_keeps_to_its_bytes(near, monkeypatch):
     "Also where a chunk as large as those for sums would be too much."
     m, sizes, real = (
@@ -464,6 +472,7 @@ def test_no_ndif_server_there(site, ask, body):
             f()
 
 
+@pytest.mark.slow
 def test_what_drips_has_an_end(site, ask):
     def drip(s):
         head = b"X-Long: 1\r\n" * 99 if s.path == "/head" else b"\r\n"
@@ -633,6 +642,7 @@ def test_120_no_variable_is_set_but_those_of_the_block(site, ask, monkeypatch):
 
 
 @pytest.mark.parametrize("bomb", ["zstd", "deflate", "plain"])
+@pytest.mark.slow
 def test_121_a_result_has_a_limit(ask, bomb):
     job, size = ask(Remote(answer=50 << 20)), 300 << 20
     content = {
@@ -649,6 +659,7 @@ def test_121_a_result_has_a_limit(ask, bomb):
 
 
 @pytest.mark.parametrize("path", ["status", "result"])
+@pytest.mark.slow
 def test_121_a_body_without_end_has_a_limit(site, ask, path):
     sent = []
 
@@ -723,6 +734,7 @@ def test_123_odd_results(ask, content):
 
 
 @pytest.mark.parametrize("kind", ["none", "other", "short", "types", "shape"])
+@pytest.mark.slow
 def test_123_results_of_another_form(near, site, monkeypatch, kind):
     "Of whatever was asked: states, scores, text, rows, sums."
     m = load_model(near[1], remote=SMALL)
@@ -876,6 +888,7 @@ def test_limits_that_are_none(given):
         Remote(**given)
 
 
+@pytest.mark.slow
 def test_others_do_not_steer_a_model_on_a_server(distant):
     "Eight threads and fifty tasks: each its own result, or an error at once."
     m, x, mask = distant[1], torch.tensor([[3, 5, 7]]), torch.ones(1, 3, dtype=torch.long)

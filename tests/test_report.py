@@ -68,6 +68,7 @@ def short(joy, settings, task=None, arms=None, **given):
 # the page
 
 
+@pytest.mark.slow
 def test_the_same_evidence_gives_the_same_page(evidence, tmp_path):
     "Also after it was saved and read: all that is shown is in the file."
     evidence.save(tmp_path / "e.json")
@@ -76,6 +77,7 @@ def test_the_same_evidence_gives_the_same_page(evidence, tmp_path):
     assert (tmp_path / "a.html").read_bytes() == (tmp_path / "b.html").read_bytes()
 
 
+@pytest.mark.slow
 def test_a_page_holds_all_that_it_shows(evidence, tmp_path):
     write_report(evidence, tmp_path / "a.html")
     page = (tmp_path / "a.html").read_text(encoding="utf-8")
@@ -105,6 +107,7 @@ def test_a_page_holds_all_that_it_shows(evidence, tmp_path):
         assert ARMS[name].words in page and (not a.reason or a.reason in page)
 
 
+@pytest.mark.slow
 def test_texts_are_escaped(evidence, tmp_path):
     "Names and texts of others may hold anything."
     name = "<script>alert(1)</script> & more"
@@ -119,6 +122,7 @@ def test_texts_are_escaped(evidence, tmp_path):
 HOSTILE = "<script>alert(1)</script>"
 
 
+@pytest.mark.slow
 def test_82_names_of_scores_arms_and_tasks_are_escaped(evidence, tmp_path):
     "Whatever a file of others says stays text: on the page, and on the card of a notebook."
     named = {"random": HOSTILE}
@@ -161,6 +165,7 @@ MADE_WRONG = {
 
 
 @pytest.mark.parametrize("what", MADE_WRONG)
+@pytest.mark.slow
 def test_84_evidence_that_was_not_written_here_is_refused(evidence, tmp_path, what):
     evidence.save(tmp_path / "e.json")
     d = json.loads((tmp_path / "e.json").read_text(encoding="utf-8"))
@@ -170,6 +175,7 @@ def test_84_evidence_that_was_not_written_here_is_refused(evidence, tmp_path, wh
         Evidence.load(tmp_path / "e.json")
 
 
+@pytest.mark.slow
 def test_84_an_arm_that_no_table_knows_is_drawn_plainly(evidence, tmp_path):
     "An arm of somebody's own is no fault of the file."
     runs = [replace(r, arm="their_own" if r.arm == "random" else r.arm) for r in evidence.runs]
@@ -180,6 +186,7 @@ def test_84_an_arm_that_no_table_knows_is_drawn_plainly(evidence, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["price_$5_to_$9", r"$\frac{$ {} %s _of_ ^it^"])
+@pytest.mark.slow
 def test_85_names_are_drawn_as_they_are(evidence, pair, name):
     runs = [replace(r, task=r.task and name + r.task) for r in evidence.runs]
     named = replace(evidence.provenance, transplant=name, task=name, bootstrap=50)
@@ -200,6 +207,7 @@ def test_scores_of_several_true_answers_are_in_the_page(joy, tmp_path):
     assert all(f">{k}<" in page for k in ("MC1", "MC2", "MC1 per token", "MC2 per token"))
 
 
+@pytest.mark.slow
 def test_a_report_is_whole_or_not_there(evidence, tmp_path):
     with pytest.raises(AttributeError):
         write_report(evidence, tmp_path / "a.html", {"Effect": "no picture"})
@@ -209,6 +217,7 @@ def test_a_report_is_whole_or_not_there(evidence, tmp_path):
 # the verdict
 
 
+@pytest.mark.slow
 def test_the_verdict_names_an_effect(evidence):
     said = verdict(evidence)
     assert said.startswith("An effect: the transplanted concept moves the share of answers")
@@ -226,6 +235,7 @@ def test_the_verdict_names_an_effect(evidence):
         assert words in more
 
 
+@pytest.mark.slow
 def test_answers_that_do_not_depend_on_the_model_show_no_effect(joy):
     rng = np.random.default_rng(0)
     scenes = [x for e in ("fear", "anger", "disgust") for x in load_pairs(f"emotions/{e}", "test").positive]
@@ -235,6 +245,7 @@ def test_answers_that_do_not_depend_on_the_model_show_no_effect(joy):
     assert verdict(e).startswith("No effect")
 
 
+@pytest.mark.slow
 def test_the_verdict_is_rarely_wrong_on_nothing(joy):
     "200 null runs: one random direction is taken for the transplant, twenty others are its controls."
     scenes = load_pairs("emotions/fear", "test").positive
@@ -259,6 +270,7 @@ def test_the_verdict_is_rarely_wrong_on_nothing(joy):
     assert wrong <= 10, wrong
 
 
+@pytest.mark.slow
 def test_the_verdict_says_what_was_not_tested(joy):
     alone, few = (short(joy, Settings(random=n, damage=0.1)) for n in (0, 5))
     assert verdict(alone).startswith(
@@ -277,6 +289,7 @@ def test_nothing_transplanted_is_no_verdict(joy, tmp_path):
     assert "No verdict" in page and "equal damage was not asked for" in page
 
 
+@pytest.mark.slow
 def test_a_search_is_reported(evidence):
     tried = [{"layers": [1, 2]}, {"layers": [2, 2]}, {"layers": [1, 2]}]
     notes = evidence.provenance.notes | {"search": tried, "search_p": 0.0123, "texts_read": 792}
@@ -288,6 +301,7 @@ def test_a_search_is_reported(evidence):
 # pictures
 
 
+@pytest.mark.slow
 def test_pictures_are_shown_once_and_in_one_style(evidence, pair):
     plt.close("all")
     with plt.style.context("dark_background"):
@@ -313,6 +327,7 @@ def test_an_arm_of_your_own_is_drawn(joy, tmp_path):
         assert words in (tmp_path / "a.html").read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_curves_are_those_of_the_file(evidence):
     for arm in ("transplanted", "native"):
         runs = [r for r in evidence.data["runs"] if (r["experiment"], r["arm"]) == ("curves", arm)]
@@ -323,3 +338,10 @@ def test_curves_are_those_of_the_file(evidence):
 def test_a_grid_wants_a_value_for_each_layer_pair(pair):
     with pytest.raises(ValueError, match="2 x 2 layer pairs"):
         plot_grid(pair[3], np.zeros((2, 3)), "something")
+
+
+def test_scores_that_nobody_measured_are_refused_by_name(pair, evidence):
+    with pytest.raises(ValueError, match="values 'R2' is not known; use r2, cosine"):
+        plot_grid(pair[3], "R2")
+    with pytest.raises(ValueError, match="metric 'mood' is not known; use "):
+        evidence.show(metric="mood")

@@ -51,6 +51,7 @@ WRONG = [
 
 @pytest.mark.parametrize("wrong, said", WRONG, ids=str)
 @pytest.mark.parametrize("call", [choose, transplant])
+@pytest.mark.slow
 def test_what_does_not_belong_together_is_refused_before_anything_is_read(given, unread, call, wrong, said):
     some = dict(zip(("concept", "maps", "target"), given, strict=True)) | {"task": TASK, "neutral": NEUTRAL}
     with pytest.raises(ValueError, match=said):

@@ -33,6 +33,7 @@ def toy(m, **options):
 
 
 @pytest.mark.parametrize("family", TINY)
+@pytest.mark.slow
 def test_a_rule_that_counts_tokens_generates_as_if_a_prompt_were_alone(family):
     m = tiny_model(family)
     t = toy(m)
@@ -99,6 +100,7 @@ def push(llama):
 
 @pytest.mark.parametrize("kind", [list, tuple, torch.tensor, np.array])
 @pytest.mark.parametrize("remote", [False, "local"])
+@pytest.mark.slow
 def test_G1_every_prompt_has_its_own_strength(llama, push, kind, remote):
     t = replace(push, model=load_model(llama, remote=remote)) if remote else push
     each = [0.0, 1.0, -0.5]
@@ -213,6 +215,7 @@ WISHES = {
 
 @pytest.mark.parametrize("remote", [False, "local"])
 @pytest.mark.parametrize("wish", WISHES)
+@pytest.mark.slow
 def test_G7_77_wishes_of_the_model_change_nothing(wish, remote, push):
     m = tiny_model("llama")
     want = generate(m, PROMPTS, 12)
@@ -237,6 +240,7 @@ OTHER_WAYS = [{"use_cache": False}, {"prompt_lookup_num_tokens": 3}, {"prefill_c
 
 @pytest.mark.parametrize("remote", [False, "local"])
 @pytest.mark.parametrize("how", OTHER_WAYS, ids=str)
+@pytest.mark.slow
 def test_G10_greedy_text_does_not_depend_on_the_cache(llama, push, how, remote):
     p = "The cat sat on the mat. The cat sat on the mat."
     m = load_model(llama, remote=remote) if remote else llama
@@ -250,6 +254,7 @@ def test_G10_greedy_text_does_not_depend_on_the_cache(llama, push, how, remote):
 
 
 @pytest.mark.parametrize("family", list(TINY))
+@pytest.mark.slow
 def test_C3_prompt_and_continuation_are_the_whole_text(family):
     m = tiny_model(family)
     tok = m.tokenizer
@@ -284,6 +289,7 @@ def test_C4_a_chat_is_one_prompt():
     [np.ones(48), [1.0] * 48, (1,) * 48, np.ones((1, 48), np.float16), torch.nn.Parameter(torch.ones(48))],
     ids=lambda x: type(x).__name__,
 )
+@pytest.mark.slow
 def test_K1_directions_of_any_kind(llama, push, given):
     t = place(given, llama, 1, dose=1.0)
     assert torch.equal(t.vector(), push.vector()) and not t.direction.requires_grad

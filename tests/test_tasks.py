@@ -142,6 +142,7 @@ def test_a_model_is_scored_by_the_rules(rows, smol):
     ],
     ids=lambda x: x.name if isinstance(x, Scorer) else "",
 )
+@pytest.mark.slow
 def test_off_the_shelf_scorers_are_tasks(scorer, high, low, tmp_path):
     task = generation_task(scorer.name, ["One:", "Two:"], scorer)
     a, b = task.score([high, low])
@@ -194,7 +195,7 @@ def test_a_task_of_your_own_has_a_name(monkeypatch):
 
 
 def test_fit_scenarios_are_no_task():
-    with pytest.raises(ValueError, match="a task is tune or test"):
+    with pytest.raises(ValueError, match="a task is tune, test or fresh"):
         load_task("emotions/fear", "fit")
 
 
