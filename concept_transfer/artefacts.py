@@ -278,7 +278,7 @@ def load_artefact(
     return tensors, head
 
 
-# %% ../nbs/04_artefacts.ipynb #5239ec1c
+# %% ../nbs/04_artefacts.ipynb #8ed6f952
 def _unmeasured(x):
     "NaN for None, which stands for it in files."
     if x in (math.inf, -math.inf):
@@ -301,7 +301,8 @@ Notes = Annotated[dict, BeforeValidator(_told)]  # where something comes from
 _FLOATS = dict.fromkeys(("kl", "lam", "damage_budget", "held_out", "search_p"), float)
 _COUNTS = dict.fromkeys(("n_pairs", "seed", "rows", "texts", "texts_read", "folds"), Count)
 _WORDS = dict.fromkeys("reducer position method texts_hash tuning map thin weight".split(), str)
-_TRIED: Any = with_config({"extra": "allow"})(TypedDict("tried", {"layers": list[Count]}))  # type: ignore[operator]
+_Tried: Any = TypedDict("_Tried", {"layers": list[Count]})
+_TRIED: Any = with_config({"extra": "allow"})(_Tried)
 _LISTS = {"precision": list[str], "tuning_items": list[str], "search": list[_TRIED]}
 _SAID = _FLOATS | _COUNTS | _WORDS | _LISTS | {"template": Template, "r2": Score, "auc": Score}
 _NOTES = schema("allow", *_SAID.items(), total=False)
@@ -572,14 +573,18 @@ def _refuse(self: Journal, why):
     raise ValueError(f"{self.path} {why}. It is left as it is: move it away, or give another path.")
 
 
-# %% ../nbs/04_artefacts.ipynb #709c7116
+# %% ../nbs/04_artefacts.ipynb #78029024
 @patch
 def keep(self: Journal, values: dict):
     "Add values by name."
     values = values if self.tensors else plain(values)
     if self.path and self.tensors:
         self.path.mkdir(parents=True, exist_ok=True)
-        _write(self.path / f"{uuid4().hex}.safetensors", self.what, values, {})
+        try:
+            _write(self.path / f"{uuid4().hex}.safetensors", self.what, values, {})
+        finally:
+            with suppress(OSError):  # goes only while nothing is in it
+                self.path.rmdir()
     elif self.path:
         self._append([{"name": k, "value": v} for k, v in values.items()])
     self.done |= values

@@ -411,7 +411,7 @@ _DIRECTIONS = (
     ),
 )
 
-# %% ../nbs/17_evidence.ipynb #ba14a808
+# %% ../nbs/17_evidence.ipynb #3eabd64b
 _NO_WORD = "the choices differ from item to item, or the model is not on this machine"
 _WORDS = (
     Arm(
@@ -422,7 +422,6 @@ _WORDS = (
         "#aa3377",
         "*",
         _NO_WORD,
-        followed=True,
     ),
     Arm("gradient", "gradient of the word", lambda x: _word(x, x.t.layer), "", "#cc6699", "h", _NO_WORD),
     Arm(
@@ -1111,7 +1110,7 @@ def _check_asked(t, task, experiments, given, arms):
         warnings.warn(say, stacklevel=3)
 
 
-# %% ../nbs/17_evidence.ipynb #93e0bf8d
+# %% ../nbs/17_evidence.ipynb #9cfff57e
 def _run_arms(trial, arms):
     "Runs of all arms, then of the experiments on those that are followed, and why others are missing."
     runs: list = []
@@ -1125,7 +1124,7 @@ def _run_arms(trial, arms):
         doses = [r.dose for r in new if r.experiment == "equal_damage"]
         dosed[arm.name] = [
             (replace(t, dose=dose) if isinstance(t, Transplant) else t, dose)
-            for t, dose in zip(draws[:4], doses, strict=False)
+            for t, dose in zip(draws[:2], doses, strict=False)
             if isinstance(t, Transplant) or hasattr(t, "again")
         ]
         if not draws and not arm.optional:

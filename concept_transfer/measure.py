@@ -23,7 +23,7 @@ __all__ = [
     "steerability",
 ]
 
-# %% ../nbs/16_measure.ipynb #cd23c063
+# %% ../nbs/16_measure.ipynb #c8e99a99
 import re
 import warnings
 from collections.abc import Callable, Sequence
@@ -45,7 +45,7 @@ from tqdm import tqdm
 from .cards import card
 from .concepts import Concept, position_rule
 from .data import Corpus, checked, load_corpus
-from .engine import context_length, encode, engine, layer_numbers, left_batches, pad
+from .engine import bundled, context_length, encode, engine, layer_numbers, left_batches, pad
 from .maps import AffineMap
 from .models import ModelInfo, model_info
 from .moments import Listed, Strict, strict
@@ -341,29 +341,30 @@ def _in_order(rows, parts):  # (2, texts, keep)
     return torch.cat(parts, 1).double().cpu().numpy()[:, np.argsort(rows)]
 
 
-# %% ../nbs/16_measure.ipynb #a6021523
+# %% ../nbs/16_measure.ipynb #f6463519
 def neutral_text(
     model: TransformersModel,
     layer: int,
     texts: Sequence[str],
     words: str = "",  # before every text
     tokens: Sequence[int] = (),  # ask for the probability of these instead, see `_mass`
+    keep: int = KEEP,  # last tokens of a text that are asked about
 ) -> Probe:
     "Neutral texts made ready; those that are too short are left out. Raises ValueError where all are."
-    read = [(t, x) for t, x in zip(texts, encode(model, texts), strict=True) if len(x) > KEEP]
+    read = [(t, x) for t, x in zip(texts, encode(model, texts), strict=True) if len(x) > keep]
     if not read:
-        raise ValueError(f"no neutral text has more than {KEEP} tokens; give whole sentences.")
+        raise ValueError(f"no neutral text has more than {keep} tokens; give whole sentences.")
     texts, plain = zip(*read, strict=True)
     led = encode(model, [words + t for t in texts])
     for k, x in enumerate(plain):
-        if led[k][-KEEP - 1 :] != x[-KEEP - 1 :]:
+        if led[k][-keep - 1 :] != x[-keep - 1 :]:
             (head,) = encode(model, [words])
             led[k] = head + x[len(commonprefix([head, x])) :]
     led = [x[:-1] for x in led]  # nothing follows the last token
-    batches = left_batches(model, led, [range(len(x) - KEEP, len(x)) for x in led])
+    batches = left_batches(model, led, [range(len(x) - keep, len(x)) for x in led])
     for k, b in enumerate(batches):
         alone = pad(model, [plain[i][:-1] for i in b.rows], left=True) if words else (b.ids, b.mask)
-        last = torch.tensor([plain[i][-KEEP:] for i in b.rows])
+        last = torch.tensor([plain[i][-keep:] for i in b.rows])
         extra = (last, torch.tensor(tokens)) if tokens else last
         batches[k] = replace(b, asked=b.mask, extra=extra, plain=alone)  # decoding stands at every token
     scores = engine(model).scores(layer, batches, _mass if tokens else _drift)
@@ -371,9 +372,9 @@ def neutral_text(
     return Probe(model_info(model), layer, scores, judge, texts)
 
 
-# %% ../nbs/16_measure.ipynb #0ae967fd
-def _prefixes(model, text, words=3):
-    "The beginnings of a passage, each a few words longer, as far as the model has room for them."
+# %% ../nbs/16_measure.ipynb #e329c10f
+def _prefixes(model, text, words=10):
+    "The beginnings of a passage, each some words longer, as far as the model has room for them."
     ends = [m.end() for m in re.finditer(r"\S+", text)]
     found = [text[:end] for end in ends[words::words]]
     return [x for x in found if len(model.tokenizer(x).input_ids) < context_length(model)]
@@ -386,10 +387,12 @@ def prose_damage(
     passages: int = 12,  # of the built-in prose, one of each register
 ) -> list[Damage]:
     "Damage on built-in prose, for each change."
-    parts = [
-        neutral_text(model, layer, _prefixes(model, text))(changes)
-        for text in tqdm(load_corpus("prose").texts[:passages], desc="prose", disable=None, leave=False)
-    ]
+    parts = []
+    for some in tqdm(
+        bundled(load_corpus("prose").texts[:passages], len, 2000), "prose", disable=None, leave=False
+    ):
+        texts = [x for text in some for x in _prefixes(model, text)]
+        parts.append(neutral_text(model, layer, texts, keep=12)(changes))
     return [
         Damage(*(np.concatenate([getattr(d, k) for d in found]) for k in ("kl", "lost")))
         for found in zip(*parts, strict=True)

@@ -27,8 +27,9 @@ from safetensors.torch import load, save
 from concept_transfer.artefacts import Journal, load_artefact, save_fields
 from concept_transfer.concepts import Concept, activations, extract_concept
 from concept_transfer.data import ContrastPairs, Corpus, load_corpus, load_pairs
+from concept_transfer.evidence import Settings, evaluate
 from concept_transfer.maps import fit_maps
-from concept_transfer.models import tiny_model
+from concept_transfer.models import tiny_model, twin
 from concept_transfer.moments import collect
 from concept_transfer.steering import Transplant, place
 from concept_transfer.tasks import load_task
@@ -313,14 +314,32 @@ def run(folder, n=12):
         files.artefact(folder / f"{i}.safetensors", str(i), partial(Step, i), Concept.load)
 
 
-def kills(count, folder, say=print):
+def evaluation():
+    "A run that evaluates a transplant on tiny models, and keeps the arms that are done."
+    source = tiny_model("qwen2", max_position_embeddings=256)
+    target, pairs = twin(source)[0], load_pairs("emotions/happiness")
+    scenes, neutral = (Corpus(k, load_corpus(k).texts[:48]) for k in ("general", "neutral"))
+    maps = fit_maps(source, target, scenes, [2], [2], template=pairs.template)
+    joy = place(extract_concept(source, pairs), target, map=maps[2, 2])
+    task, beside = (load_task(f"{k}/happiness").take(6) for k in ("emotions", "wordless"))
+    settings = Settings(random=5, damage=0.3, bootstrap=50, readouts=[beside], off=[beside])
+
+    def run(folder):
+        journal = folder / "arms.jsonl"
+        e = evaluate(joy, task, neutral, settings=settings, path=journal, pairs=pairs)
+        e.save(folder / "evidence.json")
+
+    return run
+
+
+def kills(count, folder, say=print, run=run):
     "Number of runs, killed at a random moment and begun again, whose results differ from one left alone."
     global INFO
     from concept_transfer.models import ModelInfo
 
     INFO, wrong = ModelInfo("toy", "toy", 2, 400, "aa", "bb"), 0
     whole, rng = folder / "whole", random.Random(0)
-    whole.mkdir()
+    whole.mkdir(parents=True)
     start = time.perf_counter()
     run(whole)
     took = time.perf_counter() - start
@@ -351,8 +370,9 @@ def main(argv):
     with tempfile.TemporaryDirectory() as d:
         some = subjects(Path(d))
         found = {"mutations": fuzz(count, Path(d), some=some), "flips": flips(300, Path(d), some=some)}
-        found["kills"] = kills(20, Path(d))
-    print(f"{count} mutations, 300 flips, 20 kills; wrong: {found}")
+        found["kills"] = kills(20, Path(d) / "files")
+        found["kills of evaluations"] = kills(20, Path(d) / "evaluations", run=evaluation())
+    print(f"{count} mutations, 300 flips, 20 kills of each kind; wrong: {found}")
     return bool(sum(found.values()))
 
 

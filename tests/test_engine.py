@@ -156,7 +156,9 @@ def test_a_third_engine_is_one_class(corpus):
     close(t2.direction, t.direction)
     close(t2.vector(), t.vector())
     assert texts == texts2
-    for a, b in zip(e.runs, e2.runs, strict=True):
+    gradients = {"unembedding", "gradient"}  # which only `Local` gives
+    assert gradients <= {*e2.missing} | {*e.missing}
+    for a, b in zip((r for r in e.runs if r.arm not in gradients), e2.runs, strict=True):
         assert (a.arm, a.experiment, a.draw, a.answers["chosen"]) == (
             b.arm,
             b.experiment,

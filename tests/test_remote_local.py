@@ -156,11 +156,14 @@ def test_everything_that_is_asked_of_a_transplant(near, distant):
     ((shift, p), text, e), ((shift2, p2), text2, e2) = found
     assert (shift == shift2).all() and (p == p2).all() and text.equals(text2)
     assert e.capability == e2.capability
-    ran = {k for k, a in e.arms.items() if not a.reason}
-    assert set(e.arms) == set(e2.arms) and ran == {k for k, a in e2.arms.items() if not a.reason}
+    ran = {k for k, a in e2.arms.items() if not a.reason}
+    here_alone = {"unembedding", "gradient"}  # a server gives no gradients
+    assert set(e.arms) == set(e2.arms) and ran | here_alone == {k for k, a in e.arms.items() if not a.reason}
+    assert "logit_bias" in ran and all("not on this machine" in e2.arms[k].reason for k in here_alone)
     assert {"few_shot", "few_shot_rotated", "source", "native", "other_concept", "prompt"} <= ran
     chosen = [
-        {(r.arm, r.experiment, r.draw): r.answers["chosen"] for r in x.runs if r.answers} for x in (e, e2)
+        {(r.arm, r.experiment, r.draw): r.answers["chosen"] for r in x.runs if r.answers and r.arm in ran}
+        for x in (e, e2)
     ]
     assert chosen[0] == chosen[1]
     for k in ran:
