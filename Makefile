@@ -20,7 +20,7 @@ demo: .venv/.runtime ## the whole flow on two small embedded models, result in d
 	$(BIN)/concept-transfer demo --out demo
 
 test: .venv/.dev ## notebooks, then pytest; with COVERAGE=1 also which lines pytest ran
-	$(NOTEBOOKS) --skip_folder_re '^([_.]|studies$$)'
+	$(NOTEBOOKS) --skip_folder_re '^([_.]|studies$$)' --skip_file_re '^(_|\.|index)'
 	@echo "notebook cells skipped: $$(cat nbs/*.ipynb | grep -cE '#\| *(eval: *false|notest)|skip_exec: *true')"
 	$(PYTEST) $(if $(COVERAGE),--cov --cov-report=term)
 

@@ -10,6 +10,7 @@ __all__ = [
     "Layers",
     "Template",
     "Notes",
+    "KEPT",
     "disk_space",
     "whole_file",
     "file_hash",
@@ -22,9 +23,10 @@ __all__ = [
     "load_fields",
     "fingerprint",
     "Journal",
+    "keeping",
 ]
 
-# %% ../nbs/04_artefacts.ipynb #43f40ae9
+# %% ../nbs/04_artefacts.ipynb #2dd3b661
 import errno
 import glob
 import hashlib
@@ -38,6 +40,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from contextvars import ContextVar
 from dataclasses import fields, is_dataclass
 from functools import cache, partial
 from importlib.metadata import version
@@ -606,6 +609,21 @@ def clear(self: Journal):
     self.done = {}
     if self.path:
         self.path.unlink(missing_ok=True)
+
+
+# %% ../nbs/04_artefacts.ipynb #e9cc456a
+KEPT: ContextVar[Path | None] = ContextVar("kept", default=None)
+
+
+@contextmanager
+def keeping(path: str | Path) -> Iterator[Path]:
+    "Within: `choose` keeps its trials at this path; the file goes when all went well."
+    file, token = Path(path).expanduser(), KEPT.set(Path(path).expanduser())
+    try:
+        yield file
+    finally:
+        KEPT.reset(token)
+    file.unlink(missing_ok=True)
 
 
 # %% ../nbs/04_artefacts.ipynb #22e5adf5

@@ -17,7 +17,7 @@ __all__ = [
     "cmd_demo",
 ]
 
-# %% ../nbs/21_cli.ipynb #1679022b
+# %% ../nbs/21_cli.ipynb #f5554460
 import json
 import math
 import os
@@ -38,7 +38,7 @@ import numpy as np
 from fastcore.docments import docments
 from typer import Argument, BadParameter, Exit, Option, Typer
 
-from .artefacts import Journal, file_hash, load_artefact, plain, versions
+from .artefacts import Journal, file_hash, keeping, load_artefact, plain, versions
 from .concepts import Concept, extract_concept
 from .data import data_hash, lint, load_corpus, load_pairs
 from .evidence import Evidence, Settings, evaluate
@@ -287,7 +287,7 @@ def cmd_align(
     return said
 
 
-# %% ../nbs/21_cli.ipynb #38e9344a
+# %% ../nbs/21_cli.ipynb #3f4596c1
 @command
 def cmd_transplant(
     concept: str,  # file
@@ -305,7 +305,7 @@ def cmd_transplant(
         raise BadParameter(f"--layers {layers!r} is neither auto nor LS:LT, such as 20:12.")
     if damage <= 0:
         raise BadParameter(f"--damage {damage}: give nats a token above 0, such as 0.1.")
-    _writable(out)
+    file = _writable(out)
     read, maps = Concept.load(concept), LayerGrid.load(map)
     maps.source.require(read.model, "this map (source side)")
     items, own = task and task("tune"), load_pairs(pairs) if pairs else None
@@ -314,10 +314,11 @@ def cmd_transplant(
     if task and layers != "auto":
         _warn(f"--task is not used: --layers {layers} leaves nothing to choose.")
     target = load_model(model) if model else maps.target.load()
-    t = transplant(read, maps, target, items, where, damage, pairs=own)
-    notes = {k: t.notes[k] for k in ("kl", "damage_budget")}
-    names = dict(concept=t.name, source=maps.source.name, target=t.target.name)
-    return _made(t, out, dose=t.dose, layers=[t.source_layer, t.layer], **names, **notes)
+    with keeping(f"{file}.search.part"):
+        t = transplant(read, maps, target, items, where, damage, pairs=own)
+        notes = {k: t.notes[k] for k in ("kl", "damage_budget")}
+        names = dict(concept=t.name, source=maps.source.name, target=t.target.name)
+        return _made(t, out, dose=t.dose, layers=[t.source_layer, t.layer], **names, **notes)
 
 
 # %% ../nbs/21_cli.ipynb #91733f43

@@ -816,15 +816,14 @@ def _shares_prompts(here, n):
     )
 
 
-# %% ../nbs/06_engine.ipynb #8f513175
+# %% ../nbs/06_engine.ipynb #b789305e
 @patch
 def gradient(
     self: Local,
-    ids: Tensor,  # (b, t) token ids, padded on the left
-    mask: Tensor,  # (b, t)
+    ids: Sequence[int],  # t token ids of one text
     layer: int,
-    score: Callable[[Tensor], Tensor],  # logits after the last token (b, vocabulary) float32 -> a number
-) -> Tensor:  # (b, t, d)
+    score: Callable[[Tensor], Tensor],  # logits after the last token (vocabulary,) float32 -> a number
+) -> Tensor:  # (t, d)
     "Gradient of a score with respect to the residual stream after a layer."
     states: list = []
 
@@ -833,8 +832,8 @@ def gradient(
         return states[0]
 
     with passing(self.model), torch.enable_grad(), self.steer(layer, leaf):
-        out = self.model._module(**_inputs(self.model, ids, mask), logits_to_keep=1)
-    return torch.autograd.grad(score(out.logits[:, -1].float()), states)[0]
+        out = self.model._module(**_inputs(self.model, *pad(self.model, [ids])), logits_to_keep=1)
+    return torch.autograd.grad(score(out.logits[0, -1].float()), states)[0][0]
 
 
 # %% ../nbs/06_engine.ipynb #4d175824

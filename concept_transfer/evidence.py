@@ -8,6 +8,7 @@ __all__ = [
     "Interval",
     "EXPERIMENTS",
     "STARTS",
+    "NULLS",
     "WORD_ARMS",
     "ARMS",
     "FOLLOWED",
@@ -80,7 +81,7 @@ from .stats import bootstrap, holm, interval, mcnemar, permutation_p, smallest_e
 from .steering import Transplant, generate
 from .tasks import BEHAVIOURS, TASKS, ChoiceTask, GenerationTask, Task, load_task, repetition
 
-# %% ../nbs/17_evidence.ipynb #1f29ff3f
+# %% ../nbs/17_evidence.ipynb #9f425f01
 Number = float | None  # None: was not asked, or cannot be said
 Interval = list[float] | None  # lower and upper end
 _Line = Annotated[str, StringConstraints(pattern=r"^\P{Cc}*$")]  # without control characters
@@ -97,7 +98,7 @@ class Run(Strict):
     strength: Number = None  # of a point of a dose curve
     task: _Line = ""  # where it is not the task of the evidence
     answers: dict[_Line, list[float]] = field(default_factory=dict)  # (n,) for each metric
-    groups: list[_Line] | None = None  # scenario of each item, where it is not the task of the evidence
+    groups: list[str] | None = None  # scenario of each item or text, where it is not the task of the evidence
     kl: list[list[float]] | None = None  # (texts, keep) in nats
     lost: list[list[float]] | None = None  # (texts, keep) log-probability that the tokens lost
     texts: list[str] | None = None  # what was generated
@@ -156,7 +157,7 @@ STARTS = (
 )
 
 
-# %% ../nbs/17_evidence.ipynb #33481d0d
+# %% ../nbs/17_evidence.ipynb #f48fb014
 @dataclass(frozen=True)
 class Settings(Strict):
     "How an evaluation is done. Raises ValueError for what cannot be."
@@ -174,8 +175,8 @@ class Settings(Strict):
         if self.random < 0:
             raise ValueError(f"random={self.random}: give the number of random directions, 0 for none.")
         for tasks in (self.off, self.readouts):
-            if tasks and len({t.name for t in tasks}) < len(tasks):
-                raise ValueError("two tasks of `off` or `readouts` have one name; give each its own.")
+            if tasks and ("" in (names := {t.name for t in tasks}) or len(names) < len(tasks)):
+                raise ValueError("every task of `off` and `readouts` needs a name of its own.")
 
 
 # %% ../nbs/17_evidence.ipynb #2804bbf0
@@ -283,10 +284,9 @@ class Arm:
     followed: bool = False  # dose curves, knowledge, texts and other behaviours are asked too
 
 
-# %% ../nbs/17_evidence.ipynb #f2bb3ec4
-def native_direction(trial: Trial, pairs: ContrastPairs) -> list[Transplant]:
-    """The direction that `pairs` show in the target, at the place of the transplant. Raises ValueError where
-    the concept was read in a way that cannot be repeated."""
+# %% ../nbs/17_evidence.ipynb #773efed2
+def _as_read(trial, pairs):
+    "Pairs, position and reducer as of the concept. Raises ValueError where that cannot be repeated."
     t, notes = trial.t, trial.t.notes
     position = notes.get("position", "last")
     if position not in POSITIONS:
@@ -296,9 +296,19 @@ def native_direction(trial: Trial, pairs: ContrastPairs) -> list[Transplant]:
         )
     if pairs.template == "{}":
         pairs = replace(pairs, template=notes.get("template", "{}"))
-    reducer = REDUCERS.get(notes.get("reducer", ""), REDUCERS["mean_difference"])
-    concept = extract_concept(trial.bench.model, pairs, [t.layer], position, reducer)
-    return [trial.bench.place(concept, dose=t.dose, positions=t.positions)]
+    return pairs, position, REDUCERS.get(notes.get("reducer", ""), REDUCERS["mean_difference"])
+
+
+def _placed(trial, v, name=None, map=None):
+    "A direction or a concept where the transplant stands."
+    return trial.bench.place(v, map, dose=trial.t.dose, positions=trial.t.positions, name=name)
+
+
+def native_direction(trial: Trial, pairs: ContrastPairs) -> list[Transplant]:
+    """The direction that `pairs` show in the target, at the place of the transplant. Raises ValueError where
+    the concept was read in a way that cannot be repeated."""
+    pairs, position, reducer = _as_read(trial, pairs)
+    return [_placed(trial, extract_concept(trial.bench.model, pairs, [trial.t.layer], position, reducer))]
 
 
 # %% ../nbs/17_evidence.ipynb #e3d789e5
@@ -311,56 +321,56 @@ def _random_directions(trial):
     ]
 
 
-# %% ../nbs/17_evidence.ipynb #ff5b5cd3
+# %% ../nbs/17_evidence.ipynb #8aff0f60
 def _fewer(trial):
     "Generator and number of draws of a stronger control: half as many."
-    return torch.Generator().manual_seed(trial.settings.seed), (trial.settings.random + 1) // 2
+    return np.random.default_rng(trial.settings.seed), (trial.settings.random + 1) // 2
 
 
 def _like_states(trial):
     "Directions distributed as the states of neutral text are, without the first token, which is a sink."
-    g, n = _fewer(trial)
-    texts = activations(trial.bench.model, trial.bench.texts[0], [trial.bench.layer], "all")  # (t, 1, d) each
-    X = torch.cat([x[1:, 0] for x in texts])  # (tokens, d)
-    X = X - X.mean(0)
-    return [
-        trial.bench.place(torch.randn(len(X), generator=g) @ X, dose=trial.t.dose, name=f"like states {i}")
-        for i in range(n)
-    ]
+    (rng, n), bench = _fewer(trial), trial.bench
+    texts = activations(bench.model, bench.texts[0], [bench.layer], "all")  # (t, 1, d) each
+    X = torch.cat([x[1:, 0] for x in texts]).numpy()  # (tokens, d)
+    drawn = rng.normal(size=(n, len(X))) @ (X - X.mean(0))  # (n, d)
+    return [_placed(trial, v, f"like states {i}") for i, v in enumerate(drawn)]
 
 
 def _permuted(trial):
-    "What the pairs give in the target when their labels are permuted."
-    (g, n), pairs = _fewer(trial), trial.given["pairs"]
+    "What the pairs give in the target when their labels are permuted: within pairs where they are paired."
+    (rng, n), bench = _fewer(trial), trial.bench
+    pairs, position, reducer = _as_read(trial, trial.given["pairs"])
     texts = [pairs.template.replace("{}", x) for x in pairs.texts]
-    H = torch.stack([*activations(trial.bench.model, texts, [trial.bench.layer])])[:, 0]  # (n, d)
-    sizes = [len(pairs.positive), len(pairs.negative)]
-    drawn = [H[torch.randperm(len(H), generator=g)].split(sizes) for _ in range(n)]
-    return [
-        trial.bench.place(p.mean(0) - q.mean(0), dose=trial.t.dose, name=f"permuted {i}")
-        for i, (p, q) in enumerate(drawn)
-    ]
+    H = torch.stack([*activations(bench.model, texts, [bench.layer], position)])[:, 0]  # (texts, d)
+    k, out = len(pairs.positive), []
+    for i in range(n):
+        order = rng.permutation(len(H))
+        if pairs.groups[:k] == pairs.groups[k:]:
+            swap = rng.random(k) < 0.5
+            order = np.concatenate([np.arange(k) + k * swap, np.arange(k) + k * ~swap])
+        out.append(_placed(trial, reducer(H[order[:k]], H[order[k:]]), f"permuted {i}"))
+    return out
 
 
-# %% ../nbs/17_evidence.ipynb #34d2872f
+# %% ../nbs/17_evidence.ipynb #4c9ec118
 def _word(trial, layer):
     "The direction that promotes the asked word, taken after some layer of the target."
     v = word_direction(trial.bench.model, trial.bench.task, layer)
-    return [] if v is None else [trial.bench.place(v, dose=trial.t.dose, name="the word")]
+    return [] if v is None else [_placed(trial, v, "the word")]
 
 
 def _word_carried(trial):
     "The direction that promotes the asked word in the source, through the map."
     source, map = trial.given["source"], trial.given["map"]
     v = word_direction(source, trial.bench.task)
-    return [] if v is None else [trial.bench.place(v @ map.W, dose=trial.t.dose, name="the word, carried")]
+    return [] if v is None else [_placed(trial, v @ map.W, "the word, carried")]
 
 
 def _other_carried(trial):
     "The other concept, read in the source, through the map."
     pairs, map = trial.given["other"], trial.given["map"]
     concept = extract_concept(trial.given["source"], pairs, [map.layers[0]])
-    return [trial.bench.place(concept, map, dose=trial.t.dose, name=pairs.name)]
+    return [_placed(trial, concept, pairs.name, map)]
 
 
 # %% ../nbs/17_evidence.ipynb #20f598de
@@ -476,7 +486,7 @@ _STRONGER = (
     ),
 )
 
-# %% ../nbs/17_evidence.ipynb #1fc0bf17
+# %% ../nbs/17_evidence.ipynb #93e18ce7
 _OTHERS = (
     Arm(
         "prompt",
@@ -524,6 +534,7 @@ _OTHERS = (
         optional=True,
     ),
 )
+NULLS = ("covariance", "permuted")
 WORD_ARMS = ("unembedding", "logit_bias", "unembedding_carried")
 ARMS = {a.name: a for a in (*_DIRECTIONS, *_WORDS, *_STRONGER, *_OTHERS)}
 
@@ -561,7 +572,7 @@ def _made_of(draw):
     return draw
 
 
-# %% ../nbs/17_evidence.ipynb #a420fb99
+# %% ../nbs/17_evidence.ipynb #47252003
 def _measure_arm(trial, arm):
     "The draws of an arm, and what was measured of them; none where they cannot be made."
     if any(trial.given.get(x) is None for x in arm.input.split()):
@@ -570,7 +581,7 @@ def _measure_arm(trial, arm):
     runs: list[Run] = []
     for first in range(0, len(draws), 4):
         some = draws[first : first + 4]
-        if runs and runs[-1].dose:
+        if runs and isinstance(some[0], Transplant):
             some = [replace(t, dose=runs[-1].dose) for t in some]
         of = [*map(_made_of, some)], "equal_norm" in trial.experiments
         runs += trial.keep(f"{arm.name} {first}", partial(_measured, trial, arm.name, some, first), of)
@@ -616,34 +627,43 @@ def _texts(trial, placed):
     return [Run(arm, "texts", texts=_written(t, trial.bench.model, STARTS)) for arm, t in placed.items()]
 
 
-# %% ../nbs/17_evidence.ipynb #735bf788
+# %% ../nbs/17_evidence.ipynb #852d1a06
 def readouts_of(task: ChoiceTask) -> list[Task]:
-    "The built-in tasks in which the concept of a built-in task should show too."
+    "The built-in tasks in which the concept of a built-in task should show too. Their tests are for studies."
     concept = task.name.removeprefix("emotions/")
     return [
         load_task(f"{kind}/{concept}") for kind in ("synonyms", "wordless") if f"{kind}/{concept}" in TASKS
     ]
 
 
-def _readouts(trial, dosed):
-    "Answers of every arm's first draws to other tasks."
-    given, runs = trial.settings.readouts, []
-    for task in readouts_of(trial.bench.task) if given is None else given:
+# %% ../nbs/17_evidence.ipynb #fc11929e
+def _asked_again(trial):
+    "The tasks that are readouts here."
+    given = trial.settings.readouts
+    return readouts_of(trial.bench.task) if given is None else given
+
+
+def _readouts(trial, tasks, dosed):
+    "Answers of arms to other tasks; of arms with many draws two, but all of `NULLS` to the last task."
+    runs = []
+    for task in tasks:
         bench = trial.bench.with_task(task)
         for arm, draws in dosed.items():
-            for i, (draw, dose) in enumerate(draws):
+            some = draws if arm in NULLS and task is tasks[-1] else draws[:2]
+            for i, (draw, dose) in enumerate(some):
                 answers = bench.ask(draw) if isinstance(draw, Transplant) else draw.again(bench, dose)
                 runs.append(recorded(arm, "readouts", answers, dose=dose, draw=i, task=task.name))
     return runs
 
 
 def _prose(trial, placed):
-    "Damage on prose."
-    found = prose_damage(trial.bench.model, trial.bench.layer, [*placed.values()])
-    return [
-        Run(arm, "prose", dose=t and t.dose, **{k: v.round(5).tolist() for k, v in vars(damage).items()})
-        for (arm, t), damage in zip(placed.items(), found, strict=True)
-    ]
+    "Damage on prose, of the arms that are followed and of the word's own direction."
+    found, groups = prose_damage(trial.bench.model, trial.bench.layer, [*placed.values()])
+    runs = []
+    for (arm, t), damage in zip(placed.items(), found, strict=True):
+        hurt = {k: v.round(5).tolist() for k, v in vars(damage).items()}
+        runs.append(Run(arm, "prose", dose=t and t.dose, groups=groups, **hurt))
+    return runs
 
 
 # %% ../nbs/17_evidence.ipynb #ae0bc2e2
@@ -775,14 +795,14 @@ def of(self: Evidence, experiment: str) -> dict[str, list[Run]]:
     return found
 
 
-# %% ../nbs/17_evidence.ipynb #38950903
+# %% ../nbs/17_evidence.ipynb #08508442
 def _damage_of(of, runs):
     "Damage of an arm with an interval over texts; nothing where none was asked."
     hurt = [r.damage for r in runs if r.damage]
     if not hurt:
         return {}
-    by_text = np.mean([d.kl for d in hurt], (0, 2))  # (draws, texts, keep) -> (texts,)
-    ci = interval(bootstrap([by_text], range(len(by_text)), of.bootstrap, of.seed))
+    by_text = np.mean([d.kl for d in hurt], 2)  # (draws, texts, keep) -> (draws, texts)
+    ci = interval(bootstrap([by_text], runs[0].groups or range(by_text.shape[1]), of.bootstrap, of.seed))
     kl, p95, ratio = np.mean([(d.mean, d.p95, d.perplexity_ratio) for d in hurt], 0).tolist()
     return dict(kl=kl, kl_ci=ci, kl_p95=p95, perplexity_ratio=ratio)
 
@@ -896,7 +916,7 @@ def off_target(self: Evidence) -> list[OffTarget]:
     ]
 
 
-# %% ../nbs/17_evidence.ipynb #47bb54a2
+# %% ../nbs/17_evidence.ipynb #543b2579
 @dataclass(frozen=True)
 class Readout:
     "How another way of asking moved, by arm, at equal damage."
@@ -907,6 +927,8 @@ class Readout:
     shift: dict[str, float]  # mean change of the margin from the base model, in nats
     shift_ci: dict[str, list[float]]
     ahead: dict[str, list[float]]  # interval of the transplanted arm's shift minus that of another arm
+    p: Number  # of the transplanted arm's shift against `NULLS`, None for fewer than 19 draws
+    scenarios: int
 
 
 def _readout(of, task, runs):
@@ -917,6 +939,8 @@ def _readout(of, task, runs):
     }
     boot = pd.DataFrame(bootstrap([*shift.values()], base.groups, of.bootstrap, of.seed), columns=[*shift])
     others = [k for k in shift if k not in ("base", "transplanted") and "transplanted" in shift]
+    null = np.concatenate([[], *(shift[k].mean(1) for k in NULLS if k in shift)])
+    tested = len(null) >= 19 and "transplanted" in shift
     return Readout(
         task,
         n,
@@ -924,6 +948,8 @@ def _readout(of, task, runs):
         {k: float(v.mean()) for k, v in shift.items()},
         {k: interval(boot[k]) for k in shift},
         {k: interval(boot.transplanted - boot[k]) for k in others},
+        permutation_p(shift["transplanted"].mean(), null) if tested else None,
+        len({*base.groups}),
     )
 
 
@@ -932,27 +958,39 @@ def readouts(self: Evidence) -> list[Readout]:
     "How every other way of asking moved."
     by_arm, found = self.of("readouts"), []
     for task in dict.fromkeys(r.task for rs in by_arm.values() for r in rs):
-        runs = {k: [r for r in rs if r.task == task] for k, rs in by_arm.items()}
-        found.append(_readout(self.provenance, task, {k: rs for k, rs in runs.items() if rs}))
+        runs = {k: some for k, rs in by_arm.items() if (some := [r for r in rs if r.task == task])}
+        found += [_readout(self.provenance, task, runs)] if "base" in runs else []
     return found
+
+
+# %% ../nbs/17_evidence.ipynb #c475ec4d
+@patch(as_prop=True)
+def tests(self: Evidence) -> dict[str, float]:
+    "P values of the effect, by what it is tested against; only those that enough draws or items can give."
+    e, random = self.effect, self.arms.get("random", ArmResult())
+    found = {"the base model": e.p_mcnemar, "directions like the states and permuted labels": e.p_stronger}
+    found["random directions"] = e.p_value if len(random.draws or ()) >= 19 else None
+    return {k: p for k, p in found.items() if p is not None}
 
 
 @patch(as_prop=True)
 def finding(self: Evidence) -> str | None:
-    "concept, word or nothing, see above; None where not all was asked that this needs."
-    e = self.effect
-    if e.gain_ci is None or e.p_value is None:
+    "concept, word or nothing, see above; None where that cannot be said."
+    e, arms, tests = self.effect, self.arms, self.tests
+    if e.gain_ci is None or len(tests) < 3 or len({*self.provenance.groups}) < 10:
         return None
-    if e.gain_ci[0] <= 0 or max(e.p_value, e.p_stronger or 0) > 0.05:
+    if e.gain_ci[0] <= 0 or max(tests.values()) > 0.05:
         return "nothing"
-    if not self.readouts or not (asked := [k for k in WORD_ARMS if k in self.readouts[-1].ahead]):
+    last, mine = self.readouts[-1] if self.readouts else None, arms["transplanted"]
+    if last is None or last.p is None or last.scenarios < 10 or not {*WORD_ARMS[:2]} <= {*last.ahead}:
         return None
-    last = self.readouts[-1]
-    return (
-        "concept"
-        if min([last.shift_ci["transplanted"][0], *(last.ahead[k][0] for k in asked)]) > 0
-        else "word"
-    )
+    words = [k for k in WORD_ARMS if k in last.ahead]
+    if any(abs(np.log(arms[k].kl / mine.kl)) > 0.3 for k in words):
+        return None
+    least = min(last.shift_ci["transplanted"][0], *(last.ahead[k][0] for k in words))
+    if least > 0 and last.p <= 0.05:
+        return "concept"
+    return "word" if max(arms[k].logit_shift for k in words) >= mine.logit_shift_ci[0] else None
 
 
 # %% ../nbs/17_evidence.ipynb #c2bb2ea2
@@ -1083,7 +1121,7 @@ def load(cls: Evidence, path: str | Path) -> Evidence:
     return found
 
 
-# %% ../nbs/17_evidence.ipynb #7cb79f22
+# %% ../nbs/17_evidence.ipynb #1ddf1e17
 _GIVEN = {
     **dict.fromkeys(("pairs", "other"), ContrastPairs),
     "examples": ChoiceTask,
@@ -1091,6 +1129,17 @@ _GIVEN = {
     "map": AffineMap,
     "native": Transplant,
 }
+
+
+def _check_map(t, map=None, source=None, native=None):
+    "Raise ValueError for a map or a native transplant that does not belong to a transplant."
+    for what, info in (("map= (target side)", map and map.target), ("native=", native and native.target)):
+        if info:
+            info.require(t.target, what)
+    if map and source is not None:
+        map.source.require(model_info(source), "map= (source side)")
+    if map and map.layers[1] != t.layer:
+        raise ValueError(f"map= ends at layer {map.layers[1]}, the transplant stands at layer {t.layer}.")
 
 
 def _check_asked(t, task, experiments, given, arms):
@@ -1104,13 +1153,15 @@ def _check_asked(t, task, experiments, given, arms):
     known = sorted({x for a in arms.values() for x in a.input.split()})
     if strange := [k for k in given if k not in known]:
         raise TypeError(f"evaluate: no arm needs {strange[0]!r}; arms need {', '.join(known)}.")
-    fits({k: v for k, v in given.items() if v is not None}, _GIVEN, "evaluate")
+    given = {k: v for k, v in given.items() if v is not None}
+    fits(given, _GIVEN, "evaluate")
+    _check_map(t, **{k: given[k] for k in ("map", "source", "native") if k in given})
     if seen := {data_hash([x]) for x in task.prompts} & {*t.notes.get("tuning_items", ())}:
         say = f"{len(seen)} of these items chose layers and dose; the result will be too good. Use others."
         warnings.warn(say, stacklevel=3)
 
 
-# %% ../nbs/17_evidence.ipynb #9cfff57e
+# %% ../nbs/17_evidence.ipynb #657978a1
 def _run_arms(trial, arms):
     "Runs of all arms, then of the experiments on those that are followed, and why others are missing."
     runs: list = []
@@ -1119,25 +1170,27 @@ def _run_arms(trial, arms):
         asked = arm.name == "base" or "equal_damage" in trial.experiments
         draws, new = _measure_arm(trial, arm) if asked else ([], [])
         runs += new
-        if draws and arm.followed:
-            placed[arm.name] = replace(draws[0], dose=new[-1].dose)
         doses = [r.dose for r in new if r.experiment == "equal_damage"]
+        if draws and arm.followed:
+            placed[arm.name] = replace(draws[0], dose=doses[0])
         dosed[arm.name] = [
             (replace(t, dose=dose) if isinstance(t, Transplant) else t, dose)
-            for t, dose in zip(draws[:2], doses, strict=False)
+            for t, dose in zip(draws, doses, strict=True)
             if isinstance(t, Transplant) or hasattr(t, "again")
         ]
         if not draws and not arm.optional:
             why = arm.reason or f"needs {arm.input}="
             missing[arm.name] = why if asked else "equal damage was not asked for"
-    of = [(k, t and _made_of(t)) for k, t in placed.items()], trial.settings.strengths, trial.settings.off
+    read = [load_task("knowledge"), load_corpus("prose"), *_behaviours(trial)]
+    of = [(k, t and _made_of(t)) for k, t in placed.items()], trial.settings.strengths, [x.hash for x in read]
     for name, follow in FOLLOWED.items():
         if name in trial.experiments:
             runs += trial.keep(name, partial(follow, trial, placed), of)
     if "readouts" in trial.experiments:
         asked_of = [(k, _made_of(t), dose) for k, draws in dosed.items() for t, dose in draws]
-        readouts = partial(_readouts, trial, dosed)
-        runs += trial.keep("readouts", readouts, asked_of, trial.settings.readouts)
+        tasks = _asked_again(trial)
+        readouts = partial(_readouts, trial, tasks, dosed)
+        runs += trial.keep("readouts", readouts, asked_of, [x.hash for x in tasks])
     return runs, missing
 
 

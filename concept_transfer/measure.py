@@ -372,11 +372,11 @@ def neutral_text(
     return Probe(model_info(model), layer, scores, judge, texts)
 
 
-# %% ../nbs/16_measure.ipynb #e329c10f
+# %% ../nbs/16_measure.ipynb #c5c02053
 def _prefixes(model, text, words=10):
-    "The beginnings of a passage, each some words longer, as far as the model has room for them."
+    "The beginnings of a passage, each some words longer, and all of it, as far as the model has room."
     ends = [m.end() for m in re.finditer(r"\S+", text)]
-    found = [text[:end] for end in ends[words::words]]
+    found = [text[:end] for end in ends[words:-words:words]] + [text]
     return [x for x in found if len(model.tokenizer(x).input_ids) < context_length(model)]
 
 
@@ -385,18 +385,17 @@ def prose_damage(
     layer: int,
     changes: list[Steered],
     passages: int = 12,  # of the built-in prose, one of each register
-) -> list[Damage]:
-    "Damage on built-in prose, for each change."
+) -> tuple[list[Damage], list[str]]:  # for each change; number of the passage of each text
+    "Damage on built-in prose, at the last twelve tokens of each beginning."
+    texts = {str(i): _prefixes(model, x) for i, x in enumerate(load_corpus("prose").texts[:passages])}
     parts = []
-    for some in tqdm(
-        bundled(load_corpus("prose").texts[:passages], len, 2000), "prose", disable=None, leave=False
-    ):
-        texts = [x for text in some for x in _prefixes(model, text)]
-        parts.append(neutral_text(model, layer, texts, keep=12)(changes))
-    return [
-        Damage(*(np.concatenate([getattr(d, k) for d in found]) for k in ("kl", "lost")))
-        for found in zip(*parts, strict=True)
+    for some in tqdm(bundled([*texts.values()], len, 40), "prose", disable=None, leave=False):
+        parts.append(neutral_text(model, layer, sum(some, []), keep=12)(changes))
+    found = [
+        Damage(*(np.concatenate([getattr(d, k) for d in each]) for k in ("kl", "lost")))
+        for each in zip(*parts, strict=True)
     ]
+    return found, [i for i, some in texts.items() for _ in some]
 
 
 # %% ../nbs/16_measure.ipynb #d3b320be
@@ -540,15 +539,17 @@ def words(self: Bench, text: str, t: Transplant | None = None) -> tuple[Answers,
     return self.behind(text)(t), neutral_text(self.model, self.layer, self.hurt.texts, text)(t)
 
 
-# %% ../nbs/16_measure.ipynb #67c1a055
+# %% ../nbs/16_measure.ipynb #78a15b9b
 def word_tokens(model: TransformersModel, task: ChoiceTask) -> list[int]:
-    "First token of each choice, the target's first; nothing where choices differ from item to item."
+    """First token of each choice, the target's first. Nothing where choices differ from item to item, or
+    where another choice begins with the target's token: then there is no word to promote."""
     item, *rest = task.items
     if any((i.choices, i.target) != (item.choices, item.target) for i in rest):
         return []
     whole = encode(model, [item.prompt + c for c in ("", *item.choices)])
     first = [ids[len(commonprefix(whole))] for ids in whole[1:]]
-    return [first.pop(item.target), *first]
+    target = first.pop(item.target)
+    return [] if target in first else [target, *first]
 
 
 def word_direction(
@@ -561,13 +562,12 @@ def word_direction(
     tokens, here, (layer,) = word_tokens(model, task), engine(model), layer_numbers(model, [layer])
     if not tokens or not hasattr(here, "gradient"):
         return None
-    ids, mask = pad(model, encode(model, task.prompts[:prompts]), left=True)
-    return (
-        here.gradient(ids, mask, layer, lambda z: (z[:, tokens[0]] - z[:, tokens[1:]].mean(1)).mean())
-        .float()
-        .sum((0, 1))
-        .cpu()
-    )  # (b, t, d) -> (d,)
+
+    def margin(z):  # (vocabulary,)
+        return z[tokens[0]] - z[tokens[1:]].mean()
+
+    read = encode(model, task.prompts[:prompts])
+    return sum(here.gradient(ids, layer, margin).float().sum(0).cpu() for ids in read) / len(read)
 
 
 # %% ../nbs/16_measure.ipynb #bf24acd4

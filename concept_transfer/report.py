@@ -19,22 +19,19 @@ from .evidence import ARMS, STARTS, WORD_ARMS, Arm, ArmResult, Evidence
 from .plots import figures, look
 
 
-# %% ../nbs/20_report.ipynb #bda9398f
+# %% ../nbs/20_report.ipynb #f4097113
 def _chance(e):
-    "What random directions of the same damage do, and the p value, None where they are too few for a test."
+    "What random directions of the same damage do, and the tests against controls that could be made."
     draws = e.arms.get("random", ArmResult()).draws
+    tests = [f"p = {p:.3f} against {k}" for k, p in e.tests.items() if k != "the base model"]
+    tested = "; ".join(tests) or "too few for a test"
     if not draws:
-        return "no random directions were asked", None
-    p = e.effect.p_value if len(draws) >= 19 else None
-    test = f" (p = {p:.3f})" if p else ", too few for a test"
-    said = (
-        f"random directions of equal damage reach {np.mean(draws):.0%} on average "
-        f"and {max(draws):.0%} at most{test}"
-    )
-    return said, p
+        return f"no random directions were asked{', ' + tested if tests else ''}"
+    reached = f"{np.mean(draws):.0%} on average and {max(draws):.0%} at most"
+    return f"random directions of equal damage reach {reached} ({tested})"
 
 
-# %% ../nbs/20_report.ipynb #34212424
+# %% ../nbs/20_report.ipynb #49d2ee59
 _MEANING = {
     "concept": "It is a concept",
     "word": "It is a word, not shown to be a concept",
@@ -44,16 +41,15 @@ _MEANING = {
 
 def _meaning(e):
     "Whether a concept moved or a word, with the readout that decides."
-    if not e.finding:
-        return " Whether it is a concept or a word was not asked."
-    if not e.readouts:
-        return f" {_MEANING[e.finding]}."
+    said = f" {_MEANING[e.finding]}." if e.finding else " Whether it is a concept or a word cannot be said."
+    if e.finding == "nothing" or not e.readouts or "transplanted" not in e.readouts[-1].shift:
+        return said
     last = e.readouts[-1]
     low, high = last.shift_ci["transplanted"]
     words = [f"{look(k).words} {last.shift[k]:+.2f}" for k in WORD_ARMS if k in last.shift]
     beside = f", beside {', '.join(words)}" if words else ""
     shift = f"{last.shift['transplanted']:+.2f} nats ({low:+.2f} to {high:+.2f}){beside}"
-    return f" {_MEANING[e.finding]}: asked by {last.task!r}, the margin moves by {shift}."
+    return f"{said} Asked by {last.task!r}, the margin moves by {shift}."
 
 
 def _prompted(e):
@@ -70,17 +66,17 @@ def verdict(e: Evidence) -> str:
     if gain is None or ci is None:
         return f"No verdict: the transplanted arm was not run ({mine.reason})."
     low, high = ci
-    against, p = _chance(e)
-    head = "An effect" if p else "An effect, not tested against chance"
+    against = [p for k, p in e.tests.items() if k != "the base model"]
+    head = "An effect" if against else "An effect, not tested against chance"
     if high < 0:
         head = "The opposite of what was wanted"
-    elif low <= 0 or (p or 0) > 0.05:
+    elif low <= 0 or max(e.tests.values()) > 0.05:
         head = "No effect beyond the controls"
     return (
         f"{head}: the transplanted concept moves the share of answers that choose the target by "
         f"{100 * gain:+.0f} points (95% interval {100 * low:+.0f} to {100 * high:+.0f}; "
         f"from {e.arms['base'].choice_rate:.0%} to {mine.choice_rate:.0%} of {e.provenance.n} items) "
-        f"at a damage of {mine.kl:.2f} nats a token; {against}.{_meaning(e)}{_prompted(e)}"
+        f"at a damage of {mine.kl:.2f} nats a token; {_chance(e)}.{_meaning(e)}{_prompted(e)}"
     )
 
 

@@ -187,7 +187,7 @@ def _emotions(split):
     return ChoiceTask("emotions", sum(zip(*kinds, strict=True), ()))
 
 
-# %% ../nbs/02_tasks.ipynb #25cdfece
+# %% ../nbs/02_tasks.ipynb #62edd02d
 def _synonyms(emotion, split):
     "The scenarios of `_emotion`, answered by synonyms; five sets of them in turn."
     words = {r["concept"]: r["words"] for r in builtin_rows("synonyms")}
@@ -205,6 +205,12 @@ def _wordless(emotion, split):
         for r in rows
     ]
     return ChoiceTask(f"wordless/{emotion}", items, _emotion(emotion, "tune").instruction)
+
+
+def _cloze(split):
+    "Open beginnings; no answer is right, they show what a change does to all of them."
+    rows = builtin_rows("cloze")
+    return ChoiceTask("cloze", [ChoiceItem(r["prompt"], tuple(r["answers"]), 0, r["prompt"]) for r in rows])
 
 
 # %% ../nbs/02_tasks.ipynb #5bd9322a
@@ -558,13 +564,14 @@ def _instructions(split):
     return GenerationTask("instructions", items)
 
 
-# %% ../nbs/02_tasks.ipynb #856ae146
+# %% ../nbs/02_tasks.ipynb #0e96b4c5
 TASKS: dict[str, Callable] = {
     **{f"emotions/{e}": partial(_emotion, e) for e in EMOTIONS},
     **{f"synonyms/{e}": partial(_synonyms, e) for e in EMOTIONS},
     **{f"wordless/{e}": partial(_wordless, e) for e in EMOTIONS},
     **{f"behaviours/{b}": partial(_behaviour, b) for b in BEHAVIOURS},
     "emotions": _emotions,
+    "cloze": _cloze,
     "truthfulness": _truthfulness,
     "knowledge": _knowledge,
     "instructions": _instructions,

@@ -10,6 +10,9 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if REAL & set(getattr(item, "fixturenames", ())):
             item.add_marker("real")
+    items.sort(
+        key=lambda item: "study" not in item.keywords
+    )  # the longest first, so that no worker waits for one
 
 
 @pytest.fixture(scope="session")

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from concept_transfer import cli, moments
+from concept_transfer.artefacts import KEPT
 from concept_transfer.concepts import Concept
 from concept_transfer.data import EMOTIONS, Corpus, load_corpus, load_pairs, text_key, texts_hash
 from concept_transfer.maps import MAP_METHODS, LayerGrid, fit_maps
@@ -474,8 +475,9 @@ def test_so_is_the_name_of_a_task(here, made, task, meant, capsys):
     assert f"Did you mean {meant!r}" in capsys.readouterr().err
 
 
-def test_who_interrupts_is_told_what_is_kept(here, graft, monkeypatch, capsys):
+def test_who_interrupts_is_told_what_is_kept(here, graft, made, monkeypatch, capsys):
     def stopped(*args, path=None, **given):
+        path = path or KEPT.get()
         if path:
             Path(path).write_text("half")
         raise KeyboardInterrupt
@@ -486,6 +488,7 @@ def test_who_interrupts_is_told_what_is_kept(here, graft, monkeypatch, capsys):
         ("fit_maps", align, "stopped.safetensors."),
         ("evaluate", judge, "stopped/arms.jsonl"),
         ("extract_concept", [*EXTRACT, "honesty", "--out", "stopped.joy"], "stopped.joy.states.part"),
+        ("transplant", [*made, "--out", "stopped.put"], "stopped.put.search.part"),
     ):
         monkeypatch.setattr(cli, name, stopped)
         capsys.readouterr()

@@ -669,14 +669,112 @@ def test_noise_is_called_nothing(pair, task, two_words):
     assert e.finding == "nothing" and "It is nothing" in verdict(e)
 
 
+def planted(rng, mine, word, null, n=40):
+    "Evidence whose margins are noise around given means, on the task and on a readout."
+    groups = [str(i) for i in range(n)]
+    hurt = dict(kl=[[0.1]] * n, lost=[[0.0]] * n)
+    base = rng.normal(0, 1, n)
+
+    def run(arm, mean, draw=0, **where):
+        margin = (base + mean + rng.normal(0, 0.5, n)).tolist()
+        answers = dict(chosen=[float(x > 0) for x in margin], first=[0.0] * n, margin=margin)
+        return Run(
+            arm,
+            draw=draw,
+            dose=0.1,
+            answers=answers,
+            **where,
+        )
+
+    runs = []
+    for where in (dict(experiment="equal_damage"), dict(experiment="readouts", task="other", groups=groups)):
+        on = "task" if "task" not in where else "readout"
+        more = hurt if on == "task" else {}
+        runs += [run("base", 0, **where, **more), run("transplanted", mine[on], **where, **more)]
+        runs += [run(k, word[on], **where, **more) for k in ("unembedding", "logit_bias")]
+        for arm, k in (("random", 20), ("covariance", 10), ("permuted", 10)):
+            runs += [run(arm, rng.normal(0, null), i, **where, **more) for i in range(k)]
+    e = Evidence(PLAIN, runs)
+    return replace(e, provenance=replace(PLAIN, n=n, groups=groups, bootstrap=200))
+
+
+@pytest.fixture(scope="module")
+def plain(pair, task):
+    global PLAIN
+    PLAIN = asked(pair, task, experiments=EQUAL, random=0).provenance
+
+
+def test_findings_of_planted_numbers(plain):
+    rng = np.random.default_rng(0)
+    big, none = dict(task=2, readout=2), dict(task=0, readout=0)
+    word = dict(task=2, readout=0)
+    assert planted(rng, big, word, 0.3).finding == "concept"
+    assert planted(rng, word, word, 0.3).finding == "word"
+    assert planted(rng, none, word, 0.3).finding == "nothing"
+    assert planted(rng, big, word, 3).finding == "nothing"  # any push of this size does as much
+    assert planted(rng, word, none, 0.3).finding is None  # neither explains it
+    assert planted(rng, big, word, 0.3, n=9).finding is None
+    e = planted(rng, big, word, 0.3)
+    for less in (
+        [r for r in e.runs if r.arm != "logit_bias"],
+        [r for r in e.runs if r.arm != "permuted"],
+        [r for r in e.runs if r.experiment != "readouts"],
+        [replace(r, kl=[[0.01]] * 40) if r.arm == "unembedding" and r.kl else r for r in e.runs],
+    ):
+        assert replace(e, runs=less).finding is None
+
+
+@pytest.mark.slow
+def test_a_word_and_noise_is_rarely_called_a_concept(plain):
+    "Directions that move the word as the word's own does, and the readout by chance as controls do."
+    rng = np.random.default_rng(1)
+    said = [
+        planted(rng, dict(task=2, readout=rng.normal(0, 0.5)), dict(task=2, readout=0), 0.5).finding
+        for _ in range(200)
+    ]
+    assert said.count("concept") <= 18  # 5 % of 200, and what chance adds (p .01)
+
+
 def test_what_was_not_asked_is_not_found(pair, task, two_words):
     e = asked(pair, task, experiments=EQUAL, random=0)
-    assert e.finding is None and "was not asked" in verdict(e)
+    assert e.finding is None and "cannot be said" in verdict(e)
     assert {k: e.arms[k].reason for k in ("unembedding", "logit_bias", "covariance")} == {
         "unembedding": ARMS["unembedding"].reason,
         "logit_bias": ARMS["logit_bias"].reason,
         "covariance": "no draws were asked for",
     }
+
+
+@pytest.mark.slow
+def test_controls_stand_where_the_transplant_stands(pair, two_words, monkeypatch):
+    seen, real = [], Bench.at_damage
+    monkeypatch.setattr(Bench, "at_damage", lambda self, ts, *a: [seen.extend(ts), real(self, ts, *a)][1])
+    found(replace(pair[2], positions="last"), two_words, [])
+    assert len(seen) > 40 and {t.positions for t in seen} == {"last"}
+
+
+@pytest.mark.slow
+def test_what_does_not_belong_to_the_transplant_is_refused_first(pair, two_words):
+    m, t, joy = pair
+    texts = Corpus("scenes", load_pairs("emotions/fear").texts)
+    maps = fit_maps(m, t, texts, [2], [1, 2])
+    for given, said in (
+        (dict(map=maps[2, 1], source=m), "ends at layer 1"),
+        (dict(map=maps[2, 2], source=t), "source side"),
+        (dict(map=fit_maps(t, m, texts, [2], [2])[2, 2], source=t), "target side"),
+        (dict(native=place(torch.ones(48), m, 1)), "native="),
+    ):
+        with pytest.raises(ValueError, match=said):
+            found(joy, two_words, [], **given)
+
+
+@pytest.mark.slow
+def test_readouts_are_measured_anew_when_they_change(pair, task, two_words, beyond, tmp_path):
+    for readout in (task, beyond):
+        settings = Settings(damage=0.5, random=0, bootstrap=50, readouts=[replace(readout, name="same")])
+        asked_again = [pair[2], two_words, NEUTRAL, None, ("equal_damage", "readouts"), settings]
+        e = evaluate(*asked_again, tmp_path / "arms")
+        assert e.readouts[0].n == len(readout) and e == evaluate(*asked_again)
 
 
 @pytest.mark.slow

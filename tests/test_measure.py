@@ -1,5 +1,6 @@
 "Steering, doses, what a bench says, and the search: beside plain decoding, texts alone, and at the edges."
 
+import os
 import re
 from dataclasses import replace
 
@@ -483,5 +484,30 @@ def _mean_kl(mass, nats):
 def test_prose_is_read_to_its_end(worded):
     m, task, _ = worded
     joy = place(torch.randn(48), m, 1, dose=0.2)
-    base, moved = prose_damage(m, 1, [None, joy], passages=2)
+    (base, moved), passage = prose_damage(m, 1, [None, joy], passages=2)
     assert base.mean == 0 and moved.mean > 0 and moved.kl.size > 100
+    assert len(passage) == len(moved.kl) and {*passage} == {"0", "1"}
+
+
+@pytest.mark.parametrize("family", TINY)
+def test_a_gradient_is_that_of_the_text_alone(family):
+    "In every family, by finite differences, whatever stands beside it in a batch."
+    m = tiny_model(family)
+    for ids in encode(m, ["It rained.", "The old cat sat on the mat and slept."]):
+        found = engine(m).gradient(ids, 1, lambda z: z[7] - z[11])
+        x = pad(m, [ids])
+        (state,) = engine(m).read(*x, [1])
+        small = 1e-2 / found.norm()
+        up, down = (engine(m).logits(*x, 1, 1, state + a * found)[0, -1] for a in (small, -small))
+        gain = (up[7] - up[11]) - (down[7] - down[11])
+        assert float(gain) == pytest.approx(float(2 * small * found.square().sum()), rel=0.02)
+
+
+@pytest.mark.parametrize("choices_, target", [((" unhappy", " unkind"), 0), ((" rest", " reach", " go"), 1)])
+def test_choices_that_begin_alike_have_no_word_to_promote(choices_, target):
+    m = tiny_model("gpt2")
+    task = ChoiceTask("alike", [ChoiceItem(x, choices_, target, x) for x in NEUTRAL.texts[:10]])
+    whole = encode(m, [task.items[0].prompt + c for c in ("", *choices_)])
+    k = len(os.path.commonprefix(whole))
+    alike = whole[1 + target][k] in [ids[k] for i, ids in enumerate(whole[1:]) if i != target]
+    assert (word_tokens(m, task) == []) == alike == (word_direction(m, task) is None)

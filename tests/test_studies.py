@@ -1,11 +1,19 @@
-"Every study runs from top to bottom, with parameters that make it quick."
+"The index runs, and every study from top to bottom with parameters that make it quick."
 
 from pathlib import Path
 
 import papermill as pm
 import pytest
 
-STUDIES = sorted((Path(__file__).parents[1] / "nbs" / "studies").glob("*.ipynb"))
+NBS = Path(__file__).parents[1] / "nbs"
+INDEX, STUDIES = NBS / "index.ipynb", sorted((NBS / "studies").glob("*.ipynb"))
+
+
+@pytest.mark.study
+def test_the_index_runs(tmp_path):
+    pm.execute_notebook(
+        INDEX, tmp_path / "index.ipynb", kernel_name="python3", cwd=tmp_path, progress_bar=False
+    )
 
 
 @pytest.mark.study
