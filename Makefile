@@ -8,6 +8,7 @@ COUNT ?= 10000
 PACKAGE := settings.ini setup.py pyproject.toml constraints.txt
 WRITTEN := nbs tests tools benchmarks setup.py
 NOTEBOOKS := OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2 --do_print
+QUICK := not real and not study and not slow and not remote
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadgroup
 
 .DEFAULT_GOAL := help
@@ -19,14 +20,15 @@ help: ## this list
 demo: .venv/.runtime ## the whole flow on two small embedded models, result in demo/
 	$(BIN)/concept-transfer demo --out demo
 
-test: .venv/.dev ## notebooks, then pytest; with COVERAGE=1 also which lines pytest ran
+test: .venv/.dev ## notebooks, then pytest; with COVERAGE=1 also which lines the quick half of it ran
 	$(NOTEBOOKS) --skip_folder_re '^([_.]|studies$$)' --skip_file_re '^(_|\.|index)'
 	@echo "notebook cells skipped: $$(cat nbs/*.ipynb | grep -cE '#\| *(eval: *false|notest)|skip_exec: *true')"
-	$(PYTEST) $(if $(COVERAGE),--cov --cov-report=term)
+	$(PYTEST) -m "$(QUICK)" $(if $(COVERAGE),--cov --cov-report=term)
+	$(PYTEST) -m "not ($(QUICK))"
 
 test-fast: .venv/.dev ## what needs no real weights, study, browser or server: at most two minutes
 	$(NOTEBOOKS) --file_re '^[0-9]+_' --skip_folder_re '^([_.]|studies$$)'
-	$(PYTEST) -m "not real and not study and not slow and not remote"
+	$(PYTEST) -m "$(QUICK)"
 
 fuzz: .venv/.dev ## mutated artefacts, journals and inputs (COUNT=10000), 300 flipped bits, 20 killed runs: nothing bare, nothing silent
 	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz.py $(COUNT)

@@ -388,7 +388,7 @@ def _steps(folder):
     return keep
 
 
-# %% ../nbs/21_cli.ipynb #1979f9ac
+# %% ../nbs/21_cli.ipynb #b07d0880
 @command
 def cmd_demo(
     out: str = "demo",  # folder of the report
@@ -422,8 +422,10 @@ def cmd_demo(
     t = keep("transplant.safetensors", select, load, tune.hash, neutral.hash)
 
     _say(f"     {t!r}\n5/6  evidence, on scenarios that made and chose nothing here")
-    given = dict(settings=Settings(seed=seed), path=folder / "arms.jsonl", pairs=pairs, other=other)
-    judge = partial(evaluate, t, test, neutral, **given)
+    given: dict = dict(pairs=pairs, other=other, source=source, map=maps[t.source_layer, t.layer])
+    judge = partial(
+        evaluate, t, test, neutral, settings=Settings(seed=seed), path=folder / "arms.jsonl", **given
+    )
     e = keep("evidence.json", judge, Evidence.load, test.hash, other.hash, seed)
     _say("6/6  report")
     where = {"Where the concept is found": plot_separation(joy), "Where it can be carried": plot_grid(maps)}

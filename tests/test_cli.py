@@ -7,15 +7,17 @@ import os
 import re
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 
-from concept_transfer import cli, moments
+from concept_transfer import cli, evidence, moments
 from concept_transfer.artefacts import KEPT
 from concept_transfer.concepts import Concept
 from concept_transfer.data import EMOTIONS, Corpus, load_corpus, load_pairs, text_key, texts_hash
 from concept_transfer.maps import MAP_METHODS, LayerGrid, fit_maps
+from concept_transfer.measure import prose_damage
 from concept_transfer.models import model_info, tiny_model
 from concept_transfer.steering import Transplant
 from concept_transfer.tasks import TASKS, choice_task, load_task
@@ -540,7 +542,8 @@ def demo(tmp_path, monkeypatch):
     monkeypatch.setattr(cli, "load_model", tiny.__getitem__)
     monkeypatch.setattr(cli, "load_corpus", lambda name: load_corpus(name).take(60))
     monkeypatch.setattr(cli, "load_task", lambda *a: load_task(*a).take(8))
-    quick = dict(random=1, off=(), bootstrap=50, strengths=(0.0, 1.0))
+    quick = dict(random=1, off=(), readouts=(), bootstrap=50, strengths=(0.0, 1.0))
+    monkeypatch.setattr(evidence, "prose_damage", partial(prose_damage, passages=1))
     monkeypatch.setattr(cli, "Settings", lambda **given: small(**quick | given))
 
     def counted(name, real):

@@ -98,6 +98,7 @@ def test_a_page_holds_all_that_it_shows(evidence, tmp_path):
         "Cost",
         "Off target",
         "All arms at equal damage",
+        "Asked in other words, and in none",
         "What else breaks",
         "Side by side, greedy, at strength 1",
         "What this does not show",
