@@ -26,7 +26,7 @@ test: .venv/.dev ## notebooks, then pytest; with COVERAGE=1 also which lines the
 	$(PYTEST) -m "$(QUICK)" $(if $(COVERAGE),--cov --cov-report=term)
 	$(PYTEST) -m "not ($(QUICK))"
 
-test-fast: .venv/.dev ## what needs no real weights, study, browser or server: at most two minutes
+test-fast: .venv/.dev ## what needs no real weights, study, browser or server: under three minutes
 	$(NOTEBOOKS) --file_re '^[0-9]+_' --skip_folder_re '^([_.]|studies$$)'
 	$(PYTEST) -m "$(QUICK)"
 
