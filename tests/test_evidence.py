@@ -49,16 +49,24 @@ def pair():
 
 
 @pytest.fixture(scope="module")
-def task(pair):
-    "Two answers a scenario: the base model prefers one, the twin's own direction makes it prefer the other."
+def pushed(pair):
+    "Every word asked of every scene, its log-probability (n, words) before and after the twin's own push."
     _, t, _ = pair
     words = tuple(f" {w}" for w in WORDS)
     scenes = [x for e in ("fear", "anger") for x in load_pairs(f"emotions/{e}", "test").positive]
     whole = ChoiceTask("all", [ChoiceItem(f"{x} It was", words, 0, x) for x in scenes])
     native = place(extract_concept(t, PAIRS), t, 2, dose=0.5)
-    base, pushed = (np.array(a.logp) for a in Bench(t, 2, whole).ask([None, native]))  # (n, words)
+    before, after = (np.array(a.logp) for a in Bench(t, 2, whole).ask([None, native]))  # (n, words)
+    return whole, before, after
+
+
+@pytest.fixture(scope="module")
+def task(pushed):
+    "Two answers a scenario: the base model prefers one, the twin's own direction makes it prefer the other."
+    whole, before, after = pushed
+    words = whole.items[0].choices
     items = []
-    for item, b, p in zip(whole.items, base, pushed, strict=True):
+    for item, b, p in zip(whole.items, before, after, strict=True):
         gain = (p[:, None] - p) * ((b[:, None] - b) < 0)
         k, j = np.unravel_index(gain.argmax(), gain.shape)  # k overtakes j by most
         if gain[k, j] > 0:
@@ -604,15 +612,11 @@ def test_an_arm_of_ones_own_that_holds_a_model_is_kept_by_what_it_is(pair, task,
 
 
 @pytest.fixture(scope="module")
-def two_words(pair):
+def two_words(pushed):
     "One question throughout: of all words, the pair that the twin's own direction turns around most often."
-    _, t, _ = pair
-    words = tuple(f" {w}" for w in WORDS)
-    scenes = [x for e in ("fear", "anger") for x in load_pairs(f"emotions/{e}", "test").positive]
-    whole = ChoiceTask("all", [ChoiceItem(f"{x} It was", words, 0, x) for x in scenes])
-    native = place(extract_concept(t, PAIRS), t, 2, dose=0.5)
-    base, pushed = (np.array(a.logp) for a in Bench(t, 2, whole).ask([None, native]))  # (n, words)
-    turned = ((pushed[:, :, None] > pushed[:, None]) & (base[:, :, None] < base[:, None])).mean(0)
+    whole, before, after = pushed
+    words = whole.items[0].choices
+    turned = ((after[:, :, None] > after[:, None]) & (before[:, :, None] < before[:, None])).mean(0)
     k, j = np.unravel_index(turned.argmax(), turned.shape)
     return ChoiceTask("two", [i._replace(choices=(words[k], words[j])) for i in whole.items], "Say it.\n\n")
 
@@ -669,7 +673,7 @@ def test_noise_is_called_nothing(pair, task, two_words):
     assert e.finding == "nothing" and "It is nothing" in verdict(e)
 
 
-def planted(rng, mine, word, null, n=40):
+def planted(of, rng, mine, word, null, n=40):
     "Evidence whose margins are noise around given means, on the task and on a readout."
     groups = [str(i) for i in range(n)]
     hurt = dict(kl=[[0.1]] * n, lost=[[0.0]] * n)
@@ -694,27 +698,25 @@ def planted(rng, mine, word, null, n=40):
         runs += [run(k, word[on], **where, **more) for k in ("unembedding", "logit_bias")]
         for arm, k in (("random", 20), ("covariance", 10), ("permuted", 10)):
             runs += [run(arm, rng.normal(0, null), i, **where, **more) for i in range(k)]
-    e = Evidence(PLAIN, runs)
-    return replace(e, provenance=replace(PLAIN, n=n, groups=groups, bootstrap=200))
+    return Evidence(replace(of, n=n, groups=groups, bootstrap=200), runs)
 
 
 @pytest.fixture(scope="module")
 def plain(pair, task):
-    global PLAIN
-    PLAIN = asked(pair, task, experiments=EQUAL, random=0).provenance
+    return asked(pair, task, experiments=EQUAL, random=0).provenance
 
 
 def test_findings_of_planted_numbers(plain):
     rng = np.random.default_rng(0)
     big, none = dict(task=2, readout=2), dict(task=0, readout=0)
     word = dict(task=2, readout=0)
-    assert planted(rng, big, word, 0.3).finding == "concept"
-    assert planted(rng, word, word, 0.3).finding == "word"
-    assert planted(rng, none, word, 0.3).finding == "nothing"
-    assert planted(rng, big, word, 3).finding == "nothing"  # any push of this size does as much
-    assert planted(rng, word, none, 0.3).finding is None  # neither explains it
-    assert planted(rng, big, word, 0.3, n=9).finding is None
-    e = planted(rng, big, word, 0.3)
+    assert planted(plain, rng, big, word, 0.3).finding == "concept"
+    assert planted(plain, rng, word, word, 0.3).finding == "word"
+    assert planted(plain, rng, none, word, 0.3).finding == "nothing"
+    assert planted(plain, rng, big, word, 3).finding == "nothing"  # any push of this size does as much
+    assert planted(plain, rng, word, none, 0.3).finding is None  # neither explains it
+    assert planted(plain, rng, big, word, 0.3, n=9).finding is None
+    e = planted(plain, rng, big, word, 0.3)
     for less in (
         [r for r in e.runs if r.arm != "logit_bias"],
         [r for r in e.runs if r.arm != "permuted"],
@@ -729,7 +731,7 @@ def test_a_word_and_noise_is_rarely_called_a_concept(plain):
     "Directions that move the word as the word's own does, and the readout by chance as controls do."
     rng = np.random.default_rng(1)
     said = [
-        planted(rng, dict(task=2, readout=rng.normal(0, 0.5)), dict(task=2, readout=0), 0.5).finding
+        planted(plain, rng, dict(task=2, readout=rng.normal(0, 0.5)), dict(task=2, readout=0), 0.5).finding
         for _ in range(200)
     ]
     assert said.count("concept") <= 18  # 5 % of 200, and what chance adds (p .01)
