@@ -219,13 +219,15 @@ def _rows(model, task, words):
     return rows
 
 
-# %% ../nbs/16_measure.ipynb #184bf2c8
+# %% ../nbs/16_measure.ipynb #6266997f
 def _asked(logits, base, extra):
     "Of each token that is asked for: its log-probability (r,), and whether it is the likeliest of all (r,)."
     extra = extra.to(logits.device)  # (r, 3): row, position from the end, token
     spots, which = extra[:, :2].unique(dim=0, return_inverse=True)  # (u, 2), (r,)
-    z, token = logits[tuple(spots.T)], extra[:, 2]  # (u, vocabulary), (r,)
-    return z[which, token] - z.logsumexp(-1)[which], z.argmax(-1)[which] == token
+    each = (logits[row, at] for row, at in spots.tolist())  # (vocabulary,): one at a time fits a cache
+    total, best = map(torch.stack, zip(*((z.logsumexp(0), z.argmax()) for z in each), strict=True))  # (u,)
+    row, at, token = extra.T
+    return logits[row, at, token] - total[which], best[which] == token
 
 
 def _asked_raised(logits, base, extra):
@@ -309,17 +311,17 @@ class Damage(_Shown):
         }
 
 
-# %% ../nbs/16_measure.ipynb #aaf924ce
+# %% ../nbs/16_measure.ipynb #bb0c4ac5
 def _drift(logits, base, tokens):
     "KL from the base and log-probability lost (2, b, keep); of the base itself its log-probabilities."
     if base is None:
         return logits.log_softmax(-1)  # (b, keep, vocabulary)
     out = []
-    for z, p, token in zip(logits, base, tokens.to(logits.device), strict=True):
-        gap = p - z.log_softmax(-1)  # (keep, vocabulary)
-        kl = (p.exp() * gap).sum(-1).clamp_min(0)
-        out.append(torch.stack([kl, gap[range(len(gap)), token]]))  # (2, keep)
-    return torch.stack(out, 1)
+    flat = (x.flatten(0, 1) for x in (logits, base, tokens.to(logits.device)))
+    for z, p, token in zip(*flat, strict=True):  # (vocabulary,): one at a time fits a cache
+        gap = p - z.log_softmax(-1)
+        out.append(torch.stack([(p.exp() * gap).sum().clamp_min(0), gap[token]]))
+    return torch.stack(out, 1).view(2, *tokens.shape)
 
 
 # %% ../nbs/16_measure.ipynb #8e0c2b24
