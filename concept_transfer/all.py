@@ -6,6 +6,7 @@
 __all__ = []
 
 # %% ../nbs/index.ipynb #ac8b99cc
+from .arms import *
 from .concepts import *
 from .data import *
 from .evidence import *

@@ -219,15 +219,15 @@ def _rows(model, task, words):
     return rows
 
 
-# %% ../nbs/16_measure.ipynb #6266997f
+# %% ../nbs/16_measure.ipynb #f40060f3
 def _asked(logits, base, extra):
     "Of each token that is asked for: its log-probability (r,), and whether it is the likeliest of all (r,)."
     extra = extra.to(logits.device)  # (r, 3): row, position from the end, token
     spots, which = extra[:, :2].unique(dim=0, return_inverse=True)  # (u, 2), (r,)
     each = (logits[row, at] for row, at in spots.tolist())  # (vocabulary,): one at a time fits a cache
-    total, best = map(torch.stack, zip(*((z.logsumexp(0), z.argmax()) for z in each), strict=True))  # (u,)
-    row, at, token = extra.T
-    return logits[row, at, token] - total[which], best[which] == token
+    total, most = map(torch.stack, zip(*((z.logsumexp(0), z.amax()) for z in each), strict=True))  # (u,)
+    asked = logits[tuple(extra.T)]
+    return asked - total[which], asked == most[which]
 
 
 def _asked_raised(logits, base, extra):
@@ -572,7 +572,7 @@ def word_direction(
     return sum(here.gradient(ids, layer, margin).float().sum(0).cpu() for ids in read) / len(read)
 
 
-# %% ../nbs/16_measure.ipynb #bf24acd4
+# %% ../nbs/16_measure.ipynb #71824ceb
 def _after_raise(nats, mass):
     "Damage where tokens are raised; `mass` (2, texts, keep) as of `_mass`."
     logp, hit = mass
@@ -583,10 +583,9 @@ def _after_raise(nats, mass):
 @patch
 def raise_to_damage(self: Bench, tokens: Sequence[int]) -> tuple[float, Damage]:
     "By how many nats the logits of some tokens can be raised at the damage of the bench, and that damage."
-    ask = partial(neutral_text, self.model, self.layer, tokens=tokens)
-    dosing, report = (ask(probe.texts)() for probe in (self.dosing, self.hurt))
-    nats = brentq(lambda b: _after_raise(b, dosing).mean - self.damage, 0, 100)
-    return nats, _after_raise(nats, report)
+    mass = neutral_text(self.model, self.layer, self.hurt.texts, tokens=tokens)()  # (2, texts, keep)
+    nats = brentq(lambda b: _after_raise(b, mass).mean - self.damage, 0, 100)
+    return nats, _after_raise(nats, mass)
 
 
 # %% ../nbs/16_measure.ipynb #750b7d54

@@ -35,7 +35,8 @@ from concept_transfer.engine import (
     with_hidden,
     wrapped,
 )
-from concept_transfer.evidence import Settings, evaluate
+from concept_transfer.arms import Settings
+from concept_transfer.evidence import evaluate
 from concept_transfer.maps import fit_maps
 from concept_transfer.measure import Bench
 from concept_transfer.models import load_model, model_info, tiny_model

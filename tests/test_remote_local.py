@@ -24,7 +24,8 @@ from concept_transfer import ndif, remote
 from concept_transfer.concepts import activations, extract_concept
 from concept_transfer.data import EMOTIONS, Corpus, load_corpus, load_pairs
 from concept_transfer.engine import engine, wrapped
-from concept_transfer.evidence import Settings, evaluate, evaluate_text, off_target
+from concept_transfer.arms import Settings
+from concept_transfer.evidence import evaluate, evaluate_text, off_target
 from concept_transfer.maps import fit_maps
 from concept_transfer.measure import Bench, choices, neutral_text
 from concept_transfer.models import load_model, model_info, tiny_model
