@@ -469,7 +469,7 @@ def test_a_raised_logit_is_what_a_plain_computation_gives(worded, damage):
         lost.append(gap[range(KEEP), ids[-KEEP:]])
     np.testing.assert_allclose(hurt.kl, torch.stack(kl), atol=1e-4)
     np.testing.assert_allclose(hurt.lost, torch.stack(lost), atol=1e-4)
-    again = neutral_text(m, 1, bench.dosing.texts, tokens=tokens[:1])()
+    again = neutral_text(m, 1, bench.hurt.texts, tokens=tokens[:1])()
     assert _mean_kl(again, nats) == pytest.approx(damage, rel=1e-3)
     got, base = choices(m, 1, task, raised=(tokens[:1], nats))(), bench.ask()
     gain = np.array([a[1] - a[0] for a in got.logp]) - np.array([b[1] - b[0] for b in base.logp])
