@@ -613,10 +613,10 @@ def _texts(trial, placed):
     return [Run(arm, "texts", texts=written(t, trial.bench.model, STARTS)) for arm, t in placed.items()]
 
 
-# %% ../nbs/17_arms.ipynb #3d4c7b19
+# %% ../nbs/17_arms.ipynb #889e9efb
 def readouts_of(task: ChoiceTask) -> list[Task]:
-    """The built-in tasks in which the concept of a built-in task should show too. Of wordless endings the half
-    that is for tuning; the other is for studies, which read it once."""
+    """The built-in tasks in which the concept of a built-in task should show too. Of wordless endings
+    the half for tuning: the other is for studies, which read it once."""
     concept = task.name.removeprefix("emotions/")
     found = {f"synonyms/{concept}": "test", f"wordless/{concept}": "tune"}
     return [load_task(name, split) for name, split in found.items() if name in TASKS]

@@ -262,3 +262,32 @@ def test_the_type_checker_sees_patched_methods_in_their_class():
     scope = {}
     exec(compile(text, "gathered", "exec"), scope)
     assert scope["Sum"].of(3).half == 1.5
+
+
+TRIPLE = r"([+-]?\d*\.\d+)\s*\[\s*([+-]?\d*\.\d+),\s*([+-]?\d*\.\d+)\]"  # a number and its interval
+
+
+def triples_of(study):
+    "Every number with an interval that a study has printed, or written to its results."
+    printed = json.dumps([c.get("outputs") for c in json.loads(study.read_text())["cells"]])
+    found = [[float(x) for x in t] for t in re.findall(TRIPLE, printed.replace("\\n", " "))]
+    results = study.with_suffix(".json")
+    if results.exists():
+        flat = re.findall(r"\[([-\d.e]+), ([-\d.e]+), ([-\d.e]+)\]", json.dumps(json.loads(results.read_text())))
+        found += [[float(x) for x in t] for t in flat]
+    return found
+
+
+def test_numbers_in_the_readme_are_those_of_the_studies():
+    "In every paragraph that links to a study, each number that has an interval is one of that study."
+    checked = 0
+    for paragraph in re.split(r"\n(?=- |\n)", (ROOT / "README.md").read_text(encoding="utf-8")):
+        for study in re.findall(r"\(nbs/(studies/\w+\.ipynb)\)", paragraph)[:1]:
+            known = triples_of(ROOT / "nbs" / study)
+            for said in re.findall(TRIPLE, paragraph):
+                digits = min(len(x.split(".")[1]) for x in said)
+                near = 0.5 * 10**-digits + 1e-9
+                hits = [t for t in known if all(abs(float(a) - b) <= near for a, b in zip(said, t, strict=True))]
+                assert hits, (study, said)
+                checked += 1
+    assert checked > 5
