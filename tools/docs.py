@@ -99,7 +99,7 @@ def unlink_signatures(path):
 
 def preview(proc):
     "Render with smalldocs: page names as Quarto gives them (01_data -> data), links into the docs relative."
-    renamed = {p.name: re.sub(r"^\d+_", "", p.name) for p in proc.glob("[0-9]*_*.ipynb")}
+    renamed = {p.name: re.sub(r"^\d+[a-z]?_", "", p.name) for p in proc.glob("[0-9]*_*.ipynb")}
     for old, new in renamed.items():
         (proc / old).rename(proc / new)
     for p in [*proc.rglob("*.ipynb"), *proc.glob("*.yml")]:
