@@ -13,11 +13,12 @@ __all__ = [
     "cmd_align",
     "cmd_transplant",
     "cmd_generate",
+    "cmd_check",
     "cmd_evaluate",
     "cmd_demo",
 ]
 
-# %% ../nbs/22_cli.ipynb #268caa3d
+# %% ../nbs/22_cli.ipynb #cf84905f
 import json
 import math
 import os
@@ -38,10 +39,19 @@ import numpy as np
 from fastcore.docments import docments
 from typer import Argument, BadParameter, Exit, Option, Typer
 
-from .artefacts import Journal, file_hash, keeping, load_artefact, plain, versions
+from .arms import Settings
+from concept_transfer.artefacts import (
+    Journal,
+    file_hash,
+    keeping,
+    load_artefact,
+    load_fields,
+    plain,
+    versions,
+)
 from .concepts import Concept, extract_concept
 from .data import data_hash, lint, load_corpus, load_pairs
-from .arms import Settings
+from .drift import check
 from .evidence import Evidence, evaluate
 from .maps import MAP_METHODS, AffineMap, LayerGrid, fit_maps
 from .models import load_model, model_info
@@ -164,7 +174,7 @@ def _declared(p, words):
     return p.replace(annotation=Annotated[kind, Argument(help=words) if p.name == "file" else option])
 
 
-# %% ../nbs/22_cli.ipynb #3af5e2fb
+# %% ../nbs/22_cli.ipynb #600449c0
 def _placed(file, model):
     "A transplant in its target, which is named by hand or by the file."
     return Transplant.load(file, load_model(model) if model else None)
@@ -173,7 +183,8 @@ def _placed(file, model):
 def command(run: Callable) -> Callable:
     "Decorator: the function `cmd_name` becomes the command `name`."
     name, own = run.__name__.removeprefix("cmd_"), signature(run).parameters
-    parts: list = [run, *(f for k, f in _BESIDE.items() if k in own), _everywhere]
+    opened = [k for k in _BESIDE if k in own and own[k].annotation is not str]
+    parts: list = [run, *map(_BESIDE.get, opened), _everywhere]
     options = [_declared(p, docments(f)[k]) for f in parts for k, p in signature(f).parameters.items()]
 
     def call(**given):
@@ -181,7 +192,7 @@ def command(run: Callable) -> Callable:
         if mine.get("task"):
             choices = given["choices"] and [c.strip() for c in given["choices"].split(",")]
             mine["task"] = partial(load_task, mine["task"], choices=choices, target=given["target"])
-        if mine.get("transplant"):
+        if "transplant" in opened:
             mine["transplant"] = partial(_placed, mine["transplant"], given["model"])
         _answer(partial(run, **mine), name, given)
 
@@ -339,6 +350,25 @@ def cmd_generate(
         return facts, f"{prompt}{text}"
     base = generate(t.model, prompt, max_new_tokens)
     return facts | dict(base=base), f"base:    {prompt}{base}\n\nsteered: {prompt}{text}"
+
+
+# %% ../nbs/22_cli.ipynb #b2b52894
+@command
+def cmd_check(
+    transplant: str,  # file
+    target: str,  # what the target has become
+    old: str | None = None,  # the target that the transplant was made for, if it is still there
+    map: str | None = None,  # file of the maps, or of one that was refitted
+    source: str | None = None,  # the map's: name it where it comes from a hub, or lies elsewhere now
+) -> Said:
+    "whether a transplant holds in a target that was trained on"
+    t, own = load_fields(Transplant, transplant), None
+    if map:
+        single = load_artefact(map)[1]["kind"] == AffineMap.artefact
+        own = AffineMap.load(map) if single else LayerGrid.load(map)[t.source_layer, t.layer]
+    read = load_model(source) if source else own and own.source.load()
+    found = check(t, load_model(target), old and load_model(old), own, read)
+    return vars(found), "\n".join((found.verdict, *found.reasons))
 
 
 # %% ../nbs/22_cli.ipynb #957e0254
