@@ -9,6 +9,7 @@ __all__ = []
 from .arms import *
 from .concepts import *
 from .data import *
+from .drift import *
 from .evidence import *
 from .maps import *
 from .measure import *

@@ -15,10 +15,10 @@ import pytest
 ROOT = Path(__file__).parents[1]
 LIB = ROOT / "concept_transfer"
 ORDER = """cards data tasks stats artefacts toys engine remote ndif zoo models concepts pairing moments maps
-    steering measure arms evidence suites selection plots report cli all""".split()
+    steering measure arms evidence suites selection drift plots report cli all""".split()
 MODULES = sorted(p.stem for p in LIB.glob("[!_]*.py"))
 ROOMS = sorted((ROOT / "nbs").glob("[0-9]*.ipynb"))
-TOKENS = 68_600  # rises with a feature, by what that needs; 48,000 was the goal for what 0.1.0 did
+TOKENS = 70_900  # rises with a feature, by what that needs; 48,000 was the goal for what 0.1.0 did
 WIDTH = 110
 LAYOUT = {
     tokenize.NL,
@@ -111,7 +111,7 @@ def tree(module):
 
 
 def test_every_room_has_its_place():
-    assert [re.sub(r"^\d+[a-z]?_", "", p.stem) for p in ROOMS] == ORDER[:-1]
+    assert [re.sub(r"^\d+_", "", p.stem) for p in ROOMS] == ORDER[:-1]
     assert set(MODULES) == set(ORDER)
 
 
