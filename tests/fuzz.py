@@ -24,10 +24,10 @@ from pathlib import Path
 import torch
 from safetensors.torch import load, save
 
+from concept_transfer.arms import Settings
 from concept_transfer.artefacts import Journal, load_artefact, save_fields
 from concept_transfer.concepts import Concept, activations, extract_concept
 from concept_transfer.data import ContrastPairs, Corpus, load_corpus, load_pairs
-from concept_transfer.arms import Settings
 from concept_transfer.evidence import evaluate
 from concept_transfer.maps import fit_maps
 from concept_transfer.models import tiny_model, twin

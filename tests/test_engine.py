@@ -14,6 +14,7 @@ import torch
 from tokenizers import processors
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from concept_transfer.arms import Settings
 from concept_transfer.concepts import activations, extract_concept
 from concept_transfer.data import Corpus, load_corpus, load_pairs
 from concept_transfer.engine import (
@@ -35,7 +36,6 @@ from concept_transfer.engine import (
     with_hidden,
     wrapped,
 )
-from concept_transfer.arms import Settings
 from concept_transfer.evidence import evaluate
 from concept_transfer.maps import fit_maps
 from concept_transfer.measure import Bench

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from concept_transfer import arms as module
+from concept_transfer.arms import ARMS, Arm, Run, Settings, Unsteered, Words, few_shot
 from concept_transfer.concepts import extract_concept
 from concept_transfer.data import EMOTION_PROMPT, EMOTIONS, Corpus, data_hash, load_corpus, load_pairs
-from concept_transfer.arms import ARMS, Arm, Run, Settings, Unsteered, Words, few_shot
 from concept_transfer.evidence import Evidence, evaluate, evaluate_text, off_target
 from concept_transfer.maps import fit_maps
 from concept_transfer.measure import METRICS, Bench, Metric, word_direction

@@ -273,7 +273,8 @@ def triples_of(study):
     found = [[float(x) for x in t] for t in re.findall(TRIPLE, printed.replace("\\n", " "))]
     results = study.with_suffix(".json")
     if results.exists():
-        flat = re.findall(r"\[([-\d.e]+), ([-\d.e]+), ([-\d.e]+)\]", json.dumps(json.loads(results.read_text())))
+        dense = json.dumps(json.loads(results.read_text()))
+        flat = re.findall(r"\[([-\d.e]+), ([-\d.e]+), ([-\d.e]+)\]", dense)
         found += [[float(x) for x in t] for t in flat]
     return found
 
@@ -287,7 +288,7 @@ def test_numbers_in_the_readme_are_those_of_the_studies():
             for said in re.findall(TRIPLE, paragraph):
                 digits = min(len(x.split(".")[1]) for x in said)
                 near = 0.5 * 10**-digits + 1e-9
-                hits = [t for t in known if all(abs(float(a) - b) <= near for a, b in zip(said, t, strict=True))]
-                assert hits, (study, said)
+                gaps = [[abs(float(a) - b) for a, b in zip(said, t, strict=True)] for t in known]
+                assert any(max(gap) <= near for gap in gaps), (study, said)
                 checked += 1
     assert checked > 5

@@ -21,10 +21,10 @@ import zstandard
 from nnsight.schema.request import RequestModel
 
 from concept_transfer import ndif, remote
+from concept_transfer.arms import Settings
 from concept_transfer.concepts import activations, extract_concept
 from concept_transfer.data import EMOTIONS, Corpus, load_corpus, load_pairs
 from concept_transfer.engine import engine, wrapped
-from concept_transfer.arms import Settings
 from concept_transfer.evidence import evaluate, evaluate_text, off_target
 from concept_transfer.maps import fit_maps
 from concept_transfer.measure import Bench, choices, neutral_text

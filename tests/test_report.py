@@ -14,9 +14,9 @@ import pytest
 import torch
 from matplotlib.text import Text
 
+from concept_transfer.arms import ARMS, Arm, Settings, recorded
 from concept_transfer.concepts import extract_concept
 from concept_transfer.data import EMOTIONS, Corpus, load_corpus, load_pairs
-from concept_transfer.arms import ARMS, Arm, Settings, recorded
 from concept_transfer.evidence import Evidence, evaluate
 from concept_transfer.maps import fit_maps
 from concept_transfer.measure import Bench

@@ -13,10 +13,10 @@ from proxy import Fault
 from stack import model_key
 
 from concept_transfer import cli, remote
+from concept_transfer.arms import Settings
 from concept_transfer.concepts import activations, extract_concept
 from concept_transfer.data import EMOTIONS, Corpus, load_corpus, load_pairs
 from concept_transfer.engine import encode, engine
-from concept_transfer.arms import Settings
 from concept_transfer.evidence import evaluate
 from concept_transfer.maps import fit_maps
 from concept_transfer.models import load_model
