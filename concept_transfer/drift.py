@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ["SHARED", "SAME", "KEPT", "FACTOR", "PRIORS", "Drift", "check", "refit", "adopt"]
 
-# %% ../nbs/21_drift.ipynb #fa772929
+# %% ../nbs/21_drift.ipynb #761a426d
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -69,11 +69,12 @@ def _kept(f, sums):  # (k, n)
     return f(*sums.mean(1)).item(), *interval(f(*bootstrap(sums, range(len(sums.T))).T))
 
 
-# %% ../nbs/21_drift.ipynb #123f8571
+# %% ../nbs/21_drift.ipynb #1589e397
 def _states(map, source, model, texts):  # -> (r, d1), (r, d2), (r,)
     "Paired states at the layers of a map, inside the words that it was fitted with, and the text of each."
     texts = [map.notes.get("template", "{}").replace("{}", t) for t in texts]
-    X, Y, of = paired_states(source, model, texts, *([k] for k in map.layers))
+    here, there = map.layers
+    X, Y, of = paired_states(source, model, texts, [here], [there])
     return X[:, 0], Y[:, 0], of
 
 
@@ -84,16 +85,17 @@ def _explained(Y, P, of):  # states and predictions (r, d2), (r,) -> (3, texts)
     return _sums(*(((A - A.mean(0)) / sd).split(of.bincount().tolist()) for A in (Y, P)))
 
 
-# %% ../nbs/21_drift.ipynb #c99e3bb4
+# %% ../nbs/21_drift.ipynb #0a845884
 def _measured(t, model, map, source, neutral):
     "What a transplant does in a model, by name; answers and effect are lists of arrays, by question."
-    bench = Bench(model, t.layer, load_task("cloze"), neutral)
+    cloze: Any = load_task("cloze")
+    bench = Bench(model, t.layer, cloze, neutral)
     here = replace(t, target=model_info(model), model=model)
     base, moved = ([x - x.mean() for x in a.logp] for a in bench.ask([None, here]))
     found = {"norm": bench.norm, "kl": bench.dosing(here).mean, "answers": base}
     found["effect"] = [b - a for a, b in zip(base, moved, strict=True)]
     if map:
-        X, Y, of = _states(map, source, model, sum(bench.texts, ()))
+        X, Y, of = _states(map, source, model, [x for half in bench.texts for x in half])
         found["r2"] = _explained(Y, map(X), of)  # (3, texts)
     return found
 

@@ -30,8 +30,8 @@ from fastcore.basics import patch
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
-from .concepts import Concept
 from .arms import ARMS, Arm
+from .concepts import Concept
 from .evidence import Evidence
 from .maps import AffineMap, LayerGrid
 

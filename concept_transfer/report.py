@@ -13,9 +13,9 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
+from .arms import ARMS, STARTS, WORD_ARMS, Arm
 from .artefacts import whole_file
 from .cards import TEMPLATES
-from .arms import ARMS, STARTS, WORD_ARMS, Arm
 from .evidence import ArmResult, Evidence
 from .plots import figures, look
 

@@ -340,7 +340,7 @@ def save(self: SuiteResult, path: str | Path):
         part.write_text(json.dumps(self.data, allow_nan=False), encoding="utf-8")
 
 
-# %% ../nbs/19_suites.ipynb #ec1d9e94
+# %% ../nbs/19_suites.ipynb #4f739267
 def _scored(bench, task, arms, tokens, metric="chosen"):
     "Score of every item (n,) by arm; `arms` are words and what is done to the stream."
     if isinstance(task, GenerationTask):
@@ -349,7 +349,8 @@ def _scored(bench, task, arms, tokens, metric="chosen"):
             read = [[words + p for p in task.prompts[i : i + 8]] for i in starts]
             texts[k] = [x for some in read for x in written(t, bench.model, some, tokens)]
         return {k: task.score(said) for k, said in texts.items()}
-    scores, here = {}, bench.with_task(task)
+    scores: dict = {}
+    here = bench.with_task(task)
     for words in dict.fromkeys(w for w, _ in arms.values()):
         mine = {k: t for k, (w, t) in arms.items() if w == words}
         answers = zip(mine, here.behind(words)([*mine.values()]), strict=True)
