@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from concept_transfer import cli, evidence, moments
+from concept_transfer import arms, cli, moments
 from concept_transfer.artefacts import KEPT
 from concept_transfer.concepts import Concept
 from concept_transfer.data import EMOTIONS, Corpus, load_corpus, load_pairs, text_key, texts_hash
@@ -543,7 +543,7 @@ def demo(tmp_path, monkeypatch):
     monkeypatch.setattr(cli, "load_corpus", lambda name: load_corpus(name).take(60))
     monkeypatch.setattr(cli, "load_task", lambda *a: load_task(*a).take(8))
     quick = dict(random=1, off=(), readouts=(), bootstrap=50, strengths=(0.0, 1.0))
-    monkeypatch.setattr(evidence, "prose_damage", partial(prose_damage, passages=1))
+    monkeypatch.setattr(arms, "prose_damage", partial(prose_damage, passages=1))
     monkeypatch.setattr(cli, "Settings", lambda **given: small(**quick | given))
 
     def counted(name, real):
