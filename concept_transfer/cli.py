@@ -341,7 +341,7 @@ def cmd_generate(
     return facts | dict(base=base), f"base:    {prompt}{base}\n\nsteered: {prompt}{text}"
 
 
-# %% ../nbs/22_cli.ipynb #957e0254
+# %% ../nbs/22_cli.ipynb #71ec6ff1
 @command
 def cmd_evaluate(
     transplant: Callable,  # file
@@ -357,8 +357,6 @@ def cmd_evaluate(
     settings, folder = Settings(random=random, seed=seed), _writable(out, folder=True)
     own, foreign = (load_pairs(p) if p else None for p in (pairs, other))
     items, texts = task("test"), load_corpus(neutral)
-    for problem in lint(own, items) if own else ():
-        _warn(problem)
     t = transplant()
     e = evaluate(t, items, texts, settings=settings, path=folder / "arms.jsonl", pairs=own, other=foreign)
     e.save(folder / "evidence.json")
