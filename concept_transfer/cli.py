@@ -384,7 +384,7 @@ def cmd_check(
     return vars(found), "\n".join((found.verdict, *found.reasons))
 
 
-# %% ../nbs/24_cli.ipynb #535a855a
+# %% ../nbs/24_cli.ipynb #7dc396d2
 @command
 def cmd_evaluate(
     transplant: Callable,  # file
@@ -400,8 +400,6 @@ def cmd_evaluate(
     chosen, folder = settings(), _writable(out, folder=True)
     own, foreign = (load_pairs(p) if p else None for p in (pairs, other))
     items, texts = task("test"), load_corpus(neutral)
-    for problem in lint(own, items) if own else ():
-        _warn(problem)
     names = [
         x for part in (suite or "").split(",") for x in (MEASURES if part == "standard" else [part]) if x
     ]

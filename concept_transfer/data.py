@@ -30,6 +30,7 @@ __all__ = [
     "split_words",
     "overlap",
     "alike",
+    "leak",
     "lint",
     "Corpus",
     "load_corpus",
@@ -257,7 +258,7 @@ def texts_hash(keys: Iterable[int]) -> str:  # 16 hex digits
     return sha256(np.unique([*keys]).tobytes()).hexdigest()[:16]
 
 
-# %% ../nbs/01_data.ipynb #f92de9d9
+# %% ../nbs/01_data.ipynb #b19966c3
 _CONTROL = re.compile(r"[\0-\x08\x0b\x0e-\x1f\x7f-\x84\x86-\x9f\ud800-\udfff]")  # and halves of pairs
 
 
@@ -269,8 +270,11 @@ def check_texts(
     texts = as_tuple(texts, what)
     for i, t in enumerate(texts):
         if not (isinstance(t, str) and t.strip()) or _CONTROL.search(t):
-            fix = "Remove it, or write a text there; control characters mean that a file is not UTF-8."
-            raise ValueError(f"{what}, item {i} is {short_repr(t)}. {fix}")
+            raise ValueError(
+                f"{what}, item {i} is {short_repr(t)}. Remove it, or write a text there; control characters "
+                "mean that a file is not UTF-8. A chat becomes a text by the model's own template: "
+                "tokenizer.apply_chat_template(chat, tokenize=False)."
+            )
     if not texts:
         raise ValueError(f"{what} is empty. Give at least one text.")
     return texts
@@ -477,17 +481,23 @@ def _repetition(pairs, side, near):
             return f"{side} texts repeat: {both}; held-out scores will be too high."
 
 
-# %% ../nbs/01_data.ipynb #58930444
-def _leak(pairs, task, near):
+# %% ../nbs/01_data.ipynb #f1566900
+def leak(
+    pairs: ContrastPairs,
+    task: Any,  # a `ChoiceTask`
+    near: float = 0.5,  # trigram overlap that counts as the same
+) -> str | None:
     "A sentence where a task asks about scenarios of the pairs."
     named = {g for g in pairs.groups if not re.fullmatch(r"(row )?\d+", g)}  # the others are only rows
     asked = {i for i, _ in alike(task.prompts, pairs.texts, near)}
     for i, item in enumerate(task.items):
-        if i in asked or item.group in named or any(t in item.prompt for t in pairs.texts):
+        said = "\n".join([item.prompt, *item.choices])
+        if i in asked or item.group in named or any(t in said for t in pairs.texts):
             return f"task and pairs share scenarios, e.g. {item.prompt[:60]!r}: its result would be leakage."
+    return None
 
 
-# %% ../nbs/01_data.ipynb #c081e442
+# %% ../nbs/01_data.ipynb #44441ec5
 def lint(
     pairs: ContrastPairs,
     task: Any = None,  # a `ChoiceTask`: also look for scenarios that it asks about
@@ -501,7 +511,7 @@ def lint(
         _length_tells(pairs),
         both and f"{len(both)} texts stand on both sides, e.g. {min(both)[:60]!r}: they only add noise.",
         *(_repetition(pairs, side, near) for side in _SIDES),
-        task and _leak(pairs, task, near),
+        task and leak(pairs, task, near),
         len(pairs) < 10 and f"only {len(pairs)} pairs: held-out scores will be very uncertain; 20 are usual.",
     ]
     return list(filter(None, problems))
@@ -544,14 +554,14 @@ def _repr_html_(self: Corpus):
     return card(f"Corpus {self.name}", facts, table(["the first texts"], rows))
 
 
-# %% ../nbs/01_data.ipynb #72427e7d
+# %% ../nbs/01_data.ipynb #f8dc87ad
 def load_corpus(
     ref: Any,  # "general" (to fit maps), "neutral" or "prose" (damage), a file, a DataFrame, rows, texts
 ) -> Corpus:
     "A corpus by name, from a file or from memory: texts, or rows with `text`. Blank ones are skipped."
     path, found = open_data(ref, ("general", "neutral", "prose"))
     table = as_table(found, path)
-    texts = table.get("text", table.get("0"))  # a list of texts is a table with the column 0
+    texts = table.get("text", table["0"] if [*table] == ["0"] else None)  # a list of texts is one column
     if texts is None:
         raise ValueError(
             f"{path}: a corpus is one text a line, a list of texts, or rows with the column 'text'; "

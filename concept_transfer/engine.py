@@ -37,7 +37,6 @@ __all__ = [
     "stream",
     "rows_of",
     "steered",
-    "continued",
     "text_tokens",
     "checked",
 ]
@@ -355,7 +354,7 @@ def tokenized(
     return got.input_ids, spans
 
 
-# %% ../nbs/06_engine.ipynb #91152621
+# %% ../nbs/06_engine.ipynb #23e26f8c
 def _rendered(model, i, chat):
     "A chat as a text; a text as it is."
     if not isinstance(chat, list | tuple):
@@ -363,13 +362,16 @@ def _rendered(model, i, chat):
     try:
         if not all(isinstance(message[k], str) for message in chat for k in ("role", "content")):
             raise ValueError("a message needs a role and a content")
-        return model.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+        begun = chat[-1]["role"] == "assistant"  # an answer, which goes on
+        return model.tokenizer.apply_chat_template(
+            chat, tokenize=False, add_generation_prompt=not begun, continue_final_message=begun
+        )
     except Exception as e:
         say = f"text {i} is a chat that the template of this tokenizer does not take: {e}."
         raise ValueError(f"{say} Give messages {{'role': ..., 'content': ...}}, or the text itself.") from e
 
 
-# %% ../nbs/06_engine.ipynb #bec46218
+# %% ../nbs/06_engine.ipynb #8066c15e
 def encode(
     model: TransformersModel,
     texts: Sequence,  # or a chat, or a list of chats: messages {"role": ..., "content": ...}
@@ -387,8 +389,9 @@ def encode(
     size = context_length(model)
     limit = size - room
     if limit < 2:
-        say = f"{room} new tokens leave no room for a prompt in a context of {size}; ask for fewer."
-        raise ValueError(say)
+        raise ValueError(
+            f"{room} new tokens leave no room for a prompt in a context of {size}; ask for fewer."
+        )
     refuse_empty(texts, ids)
     if long := [i for i, x in enumerate(ids) if len(x) > limit]:
         what = f"context of {size} tokens has room for ({limit}; first: text {long[0]})"
@@ -611,10 +614,11 @@ def fast_matmul(device: torch.device):
             torch.set_float32_matmul_precision(old)
 
 
-# %% ../nbs/06_engine.ipynb #932b7ade
+# %% ../nbs/06_engine.ipynb #c4fcbca5
 @contextmanager
 def passing(model: TransformersModel) -> Iterator[None]:
-    "Within: passes of this thread alone, without gradients, in evaluation mode."
+    """Within: passes of this thread alone, without gradients, in evaluation mode. Raises MemoryError, saying
+    what needs less, where memory runs out."""
     inner = model._module
     with fast_matmul(_device(model)), torch.no_grad():
         trained, returns = [m for m in inner.modules() if m.training], inner.config.return_dict
@@ -623,6 +627,12 @@ def passing(model: TransformersModel) -> Iterator[None]:
             for part in trained:
                 part.training = False
             yield
+        except RuntimeError as e:
+            if not out_of_memory(e):
+                raise
+            raise MemoryError(
+                f"Load the model in bfloat16, give shorter texts, or take another device: {e}"
+            ) from None
         finally:
             inner.config.return_dict = returns
             for part in trained:
@@ -731,7 +741,7 @@ def steered(model: TransformersModel, layer: int, change: Change, masked: bool =
         OPEN.set(tuple(x for x in OPEN.get() if x is not mine))
 
 
-# %% ../nbs/06_engine.ipynb #84595219
+# %% ../nbs/06_engine.ipynb #0828c64a
 @patch
 def steer(self: Local, layer, change, masked=False):
     "As of `Engine.steer`."
@@ -740,22 +750,16 @@ def steer(self: Local, layer, change, masked=False):
 
 @patch
 def generate(self: Local, ids, mask, **options):
-    "As of `Engine.generate`."
+    "As of `Engine.generate`. Raises ValueError for logits that are not finite."
+
+    def finite(ids, z):  # (b, vocabulary)
+        if not (z < torch.inf).all():
+            raise ValueError("logits are not finite. Load the model in float32, or change it less.")
+        return z
+
+    options["logits_processor"] = [*options.get("logits_processor", ()), finite]
     with passing(self.model):
         return self.model.generate(input_ids=ids, attention_mask=mask, **options)
-
-
-# %% ../nbs/06_engine.ipynb #65db97da
-def continued(model: TransformersModel, ids: Tensor, mask: Tensor, **options) -> Tensor:  # (b, t + new)
-    "As of `Engine.generate`, in halves where memory does not suffice."
-    try:
-        return engine(model).generate(ids, mask, **options)
-    except Exception as e:
-        if not out_of_memory(e) or len(ids) == 1:
-            raise
-    halves = zip(ids.tensor_split(2), mask.tensor_split(2), strict=True)
-    rows = [x for half in halves for x in continued(model, *half, **options)]
-    return pad_sequence(rows, True, options.get("pad_token_id") or 0)
 
 
 # %% ../nbs/06_engine.ipynb #164fee08
@@ -856,17 +860,20 @@ class _Scores:
         return kept
 
 
-# %% ../nbs/06_engine.ipynb #59b0723b
+# %% ../nbs/06_engine.ipynb #0a6f39b3
 @patch
 def after(self: _Scores, batch, base, ids, mask, *start):
     "What `reduce` makes of a batch; `start`: the layer, and the state from which to go on."
     self.read += len(batch.rows)
-    z = self.here.logits(ids, mask, batch.keep, *start)  # (b, keep, vocabulary)
-    real = mask[:, -batch.keep :] > 0 if mask.ndim == 2 else ...  # not the padding
-    if not z.sum(-1)[real].isfinite().all():
-        say = f"logits that are not finite from layer {self.layer} on"
-        raise ValueError(f"{self.here.name} gives {say}. Load it in float32, or change it less there.")
-    return self.reduce(z, base, batch.extra)
+    with passing(self.here.model):
+        z = self.here.logits(ids, mask, batch.keep, *start)  # (b, keep, vocabulary)
+        real = mask[:, -batch.keep :] > 0 if mask.ndim == 2 else ...  # not the padding
+        if not z.sum(-1)[real].isfinite().all():
+            raise ValueError(
+                f"{self.here.name} gives logits that are not finite from layer {self.layer} on. Load it in "
+                "float32, or change it less there."
+            )
+        return self.reduce(z, base, batch.extra)
 
 
 @patch

@@ -16,7 +16,7 @@ __all__ = [
     "off_target",
 ]
 
-# %% ../nbs/18_evidence.ipynb #713252a6
+# %% ../nbs/18_evidence.ipynb #20eaf9d7
 import json
 import warnings
 from collections.abc import Sequence
@@ -52,7 +52,7 @@ from concept_transfer.arms import (
 from .artefacts import Journal, plain, versions, whole_file
 from .cards import bar, card
 from .cards import table as html_table
-from .data import ContrastPairs, Corpus, data_hash, parse_json
+from .data import ContrastPairs, Corpus, data_hash, leak, parse_json
 from .maps import AffineMap
 from .measure import METRICS, Bench, steerability
 from .models import model_info
@@ -507,7 +507,7 @@ def load(cls: Evidence, path: str | Path) -> Evidence:
     return found
 
 
-# %% ../nbs/18_evidence.ipynb #1ddf1e17
+# %% ../nbs/18_evidence.ipynb #4bb463f7
 _GIVEN = {
     **dict.fromkeys(("pairs", "other"), ContrastPairs),
     "examples": ChoiceTask,
@@ -530,7 +530,7 @@ def _check_map(t, map=None, source=None, native=None):
 
 def _check_asked(t, task, experiments, given, arms):
     """Raise ValueError for arms or an experiment, and TypeError for an input, that will not do. Warn of items
-    that chose the layers, which would flatter the result."""
+    that chose the layers or stand among the pairs, which would flatter the result."""
     names = [a.name for a in arms.values()]
     if "base" not in names or len({*names}) < len(names):
         raise ValueError("arms: 'base' is needed, and every arm needs a name of its own: {**ARMS, ...}.")
@@ -544,6 +544,8 @@ def _check_asked(t, task, experiments, given, arms):
     _check_map(t, **{k: given[k] for k in ("map", "source", "native") if k in given})
     if seen := {data_hash([x]) for x in task.prompts} & {*t.notes.get("tuning_items", ())}:
         say = f"{len(seen)} of these items chose layers and dose; the result will be too good. Use others."
+        warnings.warn(say, stacklevel=3)
+    if "pairs" in given and (say := leak(given["pairs"], task)):
         warnings.warn(say, stacklevel=3)
 
 

@@ -5,21 +5,25 @@
 # %% auto #0
 __all__ = ["wrap", "ModelInfo", "model_info", "tiny_model", "twin", "load_model"]
 
-# %% ../nbs/10_models.ipynb #62292f44
+# %% ../nbs/10_models.ipynb #27e63c66
 import copy
 import hashlib
 import json
 import re
+import warnings
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
+from shutil import disk_usage
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from fastcore.basics import patch
-from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+from huggingface_hub import HfApi, try_to_load_from_cache
+from huggingface_hub.constants import HF_HUB_CACHE
 from nnsight import TransformersModel
+from psutil import virtual_memory
 from transformers import AutoConfig, AutoTokenizer
 
 from .cards import card
@@ -197,25 +201,51 @@ def _place(name):
     return converted(path) if kind == "file" else name
 
 
-# %% ../nbs/10_models.ipynb #3fb718ad
-def _tokenizer(where, given, here):
-    """The tokenizer of a model by name, if none is given. Raises ValueError for files that are too few for
-    what the configuration says: no vocabulary or, of a model that runs here, fewer bytes than layers need."""
-    if not Path(where).exists() and not try_to_load_from_cache(where, "config.json"):
-        get_hf_file_metadata(hf_hub_url(where, "config.json"))  # once; transformers asks for half a minute
-    config = AutoConfig.from_pretrained(where, trust_remote_code=False).get_text_config()
+# %% ../nbs/10_models.ipynb #f27ba6af
+def _size(where):
+    "Bytes of a model's folder or, before they are fetched, of its weights as the hub tells; else 0."
+    folder = Path(where)
+    if folder.exists() or try_to_load_from_cache(where, "config.json"):
+        return sum(f.stat().st_size for f in folder.glob("*"))
+    found = HfApi().model_info(where, files_metadata=True, timeout=10)  # once; transformers: half a minute
+    return sum(f.size or 0 for f in found.siblings or [] if re.fullmatch("model.*safetensors", f.rfilename))
+
+
+def _check_room(where, size, grown):
+    "Warn where memory has no room for what so many bytes become, or the disk for those that are fetched."
+    here, memory = Path(where).exists(), virtual_memory().available
+    disk = disk_usage(where if here else HF_HUB_CACHE).free
+    if grown > memory or (size > disk and not here):
+        warnings.warn(
+            f"{where} needs {grown / 1e9:.1f} GB of memory, where {memory / 1e9:.1f} GB are free, and is "
+            f"{size / 1e9:.1f} GB on disk, where {disk / 1e9:.1f} GB are free. Take a smaller model, or "
+            "dtype='bfloat16' for memory.",
+            stacklevel=2,
+        )
+
+
+# %% ../nbs/10_models.ipynb #0f0f344b
+def _tokenizer(where, given, dtype):
+    """The tokenizer of a model by name, if none is given; `dtype` is of one that runs here. Warns of little
+    room. Raises ValueError for files that are too few for what the configuration says: no vocabulary or, of a
+    model that runs here, fewer bytes than layers need."""
+    size, whole = _size(where), AutoConfig.from_pretrained(where, trust_remote_code=False)
     tokenizer = given or AutoTokenizer.from_pretrained(where, trust_remote_code=False)
-    size = sum(f.stat().st_size for f in Path(where).glob("*"))  # 0 for one on the hub
-    for what in ("num_hidden_layers", "vocab_size") if size and here else ():
+    config = whole.get_text_config()
+    for what in ("num_hidden_layers", "vocab_size") if size and dtype else ():
         if (n := getattr(config, what)) * config.hidden_size > 2 * size:
             raise ValueError(f"{what} is {n}, and the files are too small for that ({size} bytes)")
     if len(tokenizer) < config.vocab_size / 2:
-        n = len(tokenizer)
-        raise ValueError(f"its tokenizer knows {n} of {config.vocab_size} tokens: files are missing")
+        raise ValueError(
+            f"its tokenizer knows {len(tokenizer)} of {config.vocab_size} tokens: files are missing"
+        )
+    if dtype:
+        growth = getattr(torch, dtype).itemsize / (whole.dtype or torch.float32).itemsize
+        _check_room(where, size, size * growth)
     return tokenizer
 
 
-# %% ../nbs/10_models.ipynb #a2bc8f99
+# %% ../nbs/10_models.ipynb #c4405be4
 def _named(name, tokenizer, dtype, device, rename, remote):
     "A model by its name, here or on a server; as for `load_model`."
     if remote and (name in EMBEDDED or name.lower().endswith(".gguf")):
@@ -229,20 +259,21 @@ def _named(name, tokenizer, dtype, device, rename, remote):
     there = server(where, remote) if remote else None
     try:
         torch.empty(0, device=device)  # fails where there is none
-        tokenizer = _tokenizer(where, tokenizer, not there)
+        dtype = dtype or "float32"
+        tokenizer = _tokenizer(where, tokenizer, None if there else dtype)
         if there:
             return hosted_model(where, tokenizer, there, remote, rename, _called(name))
-        module = pretrained(where, dtype=dtype or "float32").requires_grad_(False)
+        module = pretrained(where, dtype=dtype).requires_grad_(False)
+        module.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     except Exception as e:  # transformers, tokenizers and safetensors have many
         raise OSError(
             f"could not load {name!r}{f' on {device}' * bool(device)}: {(str(e) or repr(e)).splitlines()[0]} "
             f"A model is {_KNOWN} (which needs a connection the first time)."
         ) from None
-    module.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     return wrap(module, tokenizer, _called(name), rename)
 
 
-# %% ../nbs/10_models.ipynb #3e646fe7
+# %% ../nbs/10_models.ipynb #8ea07485
 def load_model(
     ref: str | Path | torch.nn.Module | TransformersModel,  # embedded name, folder, .gguf, id, loaded model
     tokenizer: Any = None,  # needed with a loaded transformers model
@@ -270,8 +301,9 @@ def load_model(
         with quiet():
             return _named(str(ref), tokenizer, dtype, device, rename, far)
     if far:
-        say = "a loaded model runs here: name it to have it run on a server, or use remote='local'."
-        raise ValueError(say)
+        raise ValueError(
+            "a loaded model runs here: name it to have it run on a server, or use remote='local'."
+        )
     name = ""
     if isinstance(ref, TransformersModel):
         ref, tokenizer, name = ref._module, tokenizer or ref.tokenizer, engine(ref).name

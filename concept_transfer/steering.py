@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ["residual_norm", "Transplant", "adding", "generate", "place"]
 
-# %% ../nbs/15_steering.ipynb #e60d533d
+# %% ../nbs/15_steering.ipynb #268d4c15
 import math
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -19,7 +20,7 @@ import numpy as np
 import torch
 from fastcore.basics import patch
 from nnsight import TransformersModel
-from pydantic import PositiveFloat, PositiveInt
+from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor
 from transformers import GenerationConfig
 
@@ -27,10 +28,10 @@ from .artefacts import Artefact, Count, Notes, Size, load_fields, save_fields
 from .cards import card
 from .concepts import Concept, PositionLike, position_name, position_rule
 from .data import load_corpus
-from .engine import Change, continued, encode, engine, layer_numbers, pad, stream
+from .engine import Change, encode, engine, layer_numbers, out_of_memory, pad, stream
 from .maps import AffineMap
 from .models import ModelInfo, model_info
-from .moments import strict
+from .moments import fits, strict
 
 
 # %% ../nbs/15_steering.ipynb #1b443baa
@@ -145,18 +146,19 @@ def _repr_html_(self: Transplant) -> str:
     return card(f"Transplant {self.name}", facts)
 
 
-# %% ../nbs/15_steering.ipynb #21f62a18
-class _Width(local):
-    "Tokens of the prompts that `generate` goes on from in this thread; a request takes the number along."
+# %% ../nbs/15_steering.ipynb #21847195
+class _Going(local):
+    """What `generate` goes on from in this thread: tokens of its prompts, how many there are, which go on
+    together. A request takes it along."""
 
-    def __init__(self, now=0):
+    def __init__(self, *now):
         self.now = now
 
     def __reduce__(self):
-        return _Width, (self.now,)
+        return _Going, self.now
 
 
-_WIDTH = _Width()
+_GOING = _Going()
 
 
 def adding(
@@ -168,12 +170,12 @@ def adding(
     vector, rule = torch.as_tensor(vector), position_rule(positions, "write")
 
     def add(h, mask=mask):
-        v, width = vector.to(h), _WIDTH.now
+        v, (width, n, rows) = vector.to(h), _GOING.now or (0, len(h), slice(None))
         if v.ndim > 1:
-            if len(v) != len(h):
-                say = "(beams and halves, where memory runs out, count) give one, or one for each"
-                raise ValueError(f"{len(v)} strengths for {len(h)} texts: {say}.")
-            v = v[:, None]  # (b, 1, d)
+            if len(v) != n:
+                raise ValueError(f"{len(v)} strengths for {n} texts: give one, or one for each.")
+            v = v[rows]
+            v = v.repeat_interleave(len(h) // len(v), 0)[:, None]  # (b, 1, d), with the beams of each text
         if mask is None:
             mask = h.new_ones(h.shape[:2])
         elif mask.ndim > 2:  # several answers to a prompt; the last token sees where that begins
@@ -205,23 +207,28 @@ def __call__(
         yield self.model
 
 
-# %% ../nbs/15_steering.ipynb #c162f466
+# %% ../nbs/15_steering.ipynb #ab2052c8
 _PLAIN = dict.fromkeys(vars(GenerationConfig())) | GenerationConfig._get_default_generation_params()
 _PLAIN = {k: v for k, v in _PLAIN.items() if k not in ("bos_token_id", "eos_token_id", "max_length")}
 _OURS = """num_return_sequences return_dict_in_generate output_scores output_logits output_attentions
-    output_hidden_states max_length generation_config inputs input_ids inputs_embeds attention_mask""".split()
+    output_hidden_states max_length generation_config inputs input_ids inputs_embeds attention_mask
+    custom_generate trust_remote_code""".split()
+_KINDS = {"bool": bool, "int": NonNegativeInt, "float": float}
+_SAID = re.findall(r"(\w+) ?\(`(bool|int|float)`", GenerationConfig.__doc__ or "")  # (option, kind)
+_HINTS = {k: _KINDS[kind] for k, kind in _SAID} | {"stop_strings": str | Sequence[str]}
 
 
-def _options(tokenizer, **given):
+def _options(tokenizer, given):
     "All options of a generation. Raises ValueError for those that do not go together, or with us."
     if bad := [k for k in _OURS if given.get(k) not in (None, _PLAIN.get(k))]:
         raise ValueError(
             f"{', '.join(bad)}: options are given one by one, and a prompt gets one text of max_new_tokens; "
             "repeat it for several. For more than text, call model.generate within `with transplant():`."
         )
+    given = fits({k: x for k, x in given.items() if x is not None}, _HINTS, "generate")
     given = _PLAIN | {"pad_token_id": tokenizer.pad_token_id} | given
     GenerationConfig(**{k: given[k] for k in _PLAIN}).validate(strict=True)
-    return given | ({"tokenizer": tokenizer} if given["stop_strings"] else {})
+    return given if given["stop_strings"] is None else given | {"tokenizer": tokenizer}
 
 
 # %% ../nbs/15_steering.ipynb #12334e5f
@@ -234,7 +241,22 @@ def _continuations(tokenizer, ids, new):  # token ids of each prompt, and those 
     return said
 
 
-# %% ../nbs/15_steering.ipynb #ccce85c1
+# %% ../nbs/15_steering.ipynb #7cf30216
+def _continued(model, x, mask, given, rows):  # ids and mask (b, t), options, and which of the prompts
+    "Token ids that follow on some prompts; these are taken in halves where memory does not suffice."
+    was, _GOING.now = _GOING.now, (x.shape[1], len(x), rows)
+    try:
+        return engine(model).generate(x[rows], mask[rows], **given)[:, x.shape[1] :].tolist()
+    except Exception as e:
+        if not out_of_memory(e) or len(rows) == 1:
+            raise
+    finally:
+        _GOING.now = was
+    half = len(rows) // 2
+    return [y for some in (rows[:half], rows[half:]) for y in _continued(model, x, mask, given, some)]
+
+
+# %% ../nbs/15_steering.ipynb #8d971675
 @strict
 def generate(
     model: TransformersModel,  # steered or not
@@ -243,17 +265,18 @@ def generate(
     **options,  # as for transformers' generate; greedy by default
 ) -> str | list[str]:
     """Continuations, without the prompts. Prompts of different length are batched.
-    Raises ValueError for options that would change the shape of what comes back."""
+    Raises ValueError for options that would change the shape of what comes back, or are not known."""
     one = isinstance(prompts, str) or any(isinstance(x, dict) for x in prompts)  # a text; messages of a chat
-    given = _options(model.tokenizer, max_new_tokens=max_new_tokens, **options)
+    given = _options(model.tokenizer, options | {"max_new_tokens": max_new_tokens})
     ids = encode(model, [prompts] if one else prompts, room=max_new_tokens)
     x, mask = pad(model, ids, left=True)  # (b, t)
-    _WIDTH.now = x.shape[1]
     try:
-        out = continued(model, x, mask, **given)  # (b, t + new)
-    finally:
-        _WIDTH.now = 0
-    said = _continuations(model.tokenizer, ids, out[:, x.shape[1] :].tolist())
+        new = _continued(model, x, mask, given, [*range(len(x))])
+    except (TypeError, ValueError, AttributeError, LookupError) as e:
+        if not options:
+            raise
+        raise ValueError(f"generating with {options}: {e}") from e
+    said = _continuations(model.tokenizer, ids, new)
     return said[0] if one else said
 
 

@@ -4,6 +4,8 @@ import json
 import os
 import resource
 import stat
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -141,6 +143,21 @@ def test_15_16_what_is_loaded_stays(joy, file):
     assert torch.equal(kept.directions * 1, joy.directions)
 
 
+def test_loading_takes_no_more_memory_than_what_is_loaded(file):
+    "The peak of resident memory in a process of its own: once, not twice, the size of the file."
+    Journal(file, "states", tensors=True).keep({f"t{k}": torch.ones(10_000_000) for k in range(4)})
+    (made,) = file.iterdir()
+    code = """if True:
+        import resource, sys
+        from concept_transfer.artefacts import load_artefact
+        peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        before, kept = peak(), load_artefact(sys.argv[1])
+        print((peak() - before) * (1 if sys.platform == "darwin" else 1024))
+    """
+    said = subprocess.run([sys.executable, "-c", code, made], capture_output=True, text=True, check=True)
+    assert int(said.stdout) < 1.3 * made.stat().st_size
+
+
 def test_tensors_that_share_memory_are_kept(file):
     m = Moments.zeros(1, 1, 3, 1, 3)
     m.y = m.x
@@ -274,6 +291,14 @@ def test_42_43_kept_states(model, tmp_path):
         activations(model, few, [1], path=tmp_path)
 
 
+def test_42_a_file_in_the_place_of_a_folder_is_refused_first(model, file, monkeypatch):
+    file.write_text("notes")
+    monkeypatch.setattr("concept_transfer.concepts.stream", None)  # reading would fail
+    with pytest.raises(ValueError, match="is a file, where a folder is needed"):
+        activations(model, ["Rain."], [1], path=file)
+    assert file.read_text() == "notes"
+
+
 def test_42_states_of_another_rule_of_the_same_name(model, tmp_path, monkeypatch):
     for k in (0, 1):
         monkeypatch.setitem(POSITIONS, "mine", Position("mine", read=lambda h, k=k: h[k]))
@@ -293,7 +318,8 @@ def test_48_a_pipe_is_written_to(joy, file, tmp_path):
     if not (pid := os.fork()):
         joy.save(tmp_path / "pipe")
         os._exit(0)
-    again = Concept.load(tmp_path / "pipe")
+    file.write_bytes((tmp_path / "pipe").read_bytes())
+    again = Concept.load(file)
     os.waitpid(pid, 0)
     assert torch.equal(again.directions, joy.directions) and (tmp_path / "pipe").is_fifo()
 

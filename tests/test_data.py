@@ -24,6 +24,7 @@ from concept_transfer.data import (
     alike,
     data_hash,
     fill,
+    leak,
     lint,
     load_corpus,
     load_pairs,
@@ -33,7 +34,7 @@ from concept_transfer.data import (
     text_key,
     texts_hash,
 )
-from concept_transfer.tasks import choice_task, load_task
+from concept_transfer.tasks import choice_task, load_task, multiple_choice
 
 FEELING = re.compile(
     r"\b(happ(y|i\w+)|glad|joy\w*|sad\w*|cry|cries|cried|tears?|grief|angr\w+|anger|furious|upset|fear\w*|"
@@ -487,6 +488,46 @@ def test_94_json_without_end_is_named(write, name):
         for load in (load_pairs, load_corpus, load_task):
             with pytest.raises(ValueError, match=re.escape(name)):
                 load(write(name, text))
+
+
+CHATS = {
+    side: [
+        [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": f"{side} {k}"}] for k in range(3)
+    ]
+    for side in ("chosen", "rejected")
+}
+
+
+@pytest.mark.parametrize("form", ["columns", "rows", "arrays", "jsonl", "prompts", "sides"])
+def test_chats_in_the_place_of_texts_say_how_they_become_some(write, form):
+    rows = pd.DataFrame(CHATS)
+    data = {
+        "columns": CHATS,
+        "rows": rows.to_dict("records"),
+        "arrays": rows.map(np.array),  # as parquet gives them
+        "jsonl": rows,
+        "prompts": rows.assign(prompt="Hi"),
+        "sides": {"positive": CHATS["chosen"], "negative": CHATS["rejected"]},
+    }[form]
+    data = write("p.jsonl", rows.to_json(orient="records", lines=True)) if form == "jsonl" else data
+    with pytest.raises(ValueError, match="item 0 is .*apply_chat_template"):
+        load_pairs(data)
+
+
+@pytest.mark.parametrize(
+    "data", [[["It rained.", "It snowed."], ["We left.", "We came."]], np.array([["a", "b"]])]
+)
+def test_B5_a_corpus_of_several_columns_without_names_is_refused(data):
+    with pytest.raises(ValueError, match="a corpus is one text a line"):
+        load_corpus(data)
+    assert load_corpus([["It rained."], ["We left."]]).texts == ("It rained.", "We left.")
+
+
+def test_answers_that_stand_among_the_pairs_are_a_leak():
+    task = multiple_choice("what to say", [("What did she do?", ["She told the whole truth"], ["She lied"])])
+    pairs = ContrastPairs("honesty", ["She told the whole truth", "It is so"], ["No", "Never"])
+    assert "share scenarios" in leak(pairs, task)
+    assert leak(load_pairs("honesty"), task) is None
 
 
 def test_a_name_that_stands_twice_in_json_is_refused():

@@ -502,6 +502,15 @@ def test_C4_chat_messages_are_rendered_or_refused():
         paired_tokens(m, m, [CHAT])
 
 
+def test_C4_an_answer_that_was_begun_goes_on():
+    m = tiny_model("llama")
+    m.tokenizer.chat_template = TEMPLATE.replace(
+        "{% endfor %}<assistant>", "</s>{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    begun, asked = encode(m, [[*CHAT, {"role": "assistant", "content": "It does"}], CHAT])
+    assert m.tokenizer.decode(begun).endswith("It does") and m.tokenizer.decode(asked).endswith("<assistant>")
+
+
 @pytest.mark.parametrize("text", ["half \ud800 a pair", b"bytes", None, 5, float("nan")])
 def test_96_what_is_no_text_is_named(text):
     m = tiny_model("gpt2")
@@ -611,6 +620,25 @@ def test_102_logits_that_are_not_finite_are_an_error():
     t = place(torch.ones(48), hot, 1, dose=0.5, norm=1.0)
     with pytest.raises(ValueError, match="not finite from layer 1 on.*float32"):
         evaluate(t, load_task("emotions/happiness").take(4), experiments=("equal_norm",))
+
+
+def test_memory_that_runs_out_in_the_end_says_what_needs_less():
+    "While reading, going on from a layer, generating or reducing."
+    m = tiny_model("llama")
+
+    def full(h):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    bench = Bench(m, 0, load_task("knowledge").take(2))
+    uses = [lambda: activations(m, ["Rain.", "It"], [2]), bench.ask, lambda: generate(m, ["Rain", "It"], 2)]
+    for use in uses:
+        with engine(m).steer(1, full), pytest.raises(MemoryError, match="bfloat16.*Tried to allocate"):
+            use()
+    batches = left_batches(m, encode(m, ["Rain fell."]), [[1]])
+    with pytest.raises(MemoryError, match="shorter texts"):
+        engine(m).scores(1, batches, lambda *logits: full(logits))([lambda batch: lambda h: h])
+    with engine(m).steer(1, lambda h: h.nothing), pytest.raises(AttributeError):
+        generate(m, "Rain", 2)
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("out of memory"), MemoryError()])

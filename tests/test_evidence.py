@@ -1,6 +1,7 @@
 "Planted truths: where the answer is known, the evidence must find it."
 
 import json
+import warnings
 from dataclasses import replace
 
 import numpy as np
@@ -10,7 +11,15 @@ import torch
 from concept_transfer import arms as module
 from concept_transfer.arms import ARMS, Arm, Run, Settings, Unsteered, Words, few_shot
 from concept_transfer.concepts import extract_concept
-from concept_transfer.data import EMOTION_PROMPT, EMOTIONS, Corpus, data_hash, load_corpus, load_pairs
+from concept_transfer.data import (
+    EMOTION_PROMPT,
+    EMOTIONS,
+    ContrastPairs,
+    Corpus,
+    data_hash,
+    load_corpus,
+    load_pairs,
+)
 from concept_transfer.evidence import Evidence, evaluate, evaluate_text, off_target
 from concept_transfer.maps import fit_maps
 from concept_transfer.measure import METRICS, Bench, Metric, word_direction
@@ -226,6 +235,23 @@ def test_few_shot_labels_are_right_and_wrong():
         shots = [(s, k) for s in own for k in EMOTIONS if f"{EMOTION_PROMPT.format(s)} {k}\n" in text]
         assert len(shots) == 4 and len({label for _, label in shots}) == 4
         assert all((own[s] == label) == good for s, label in shots)
+
+
+def test_items_that_stand_among_the_pairs_are_noticed(pair):
+    t, task = pair[2], load_task("emotions/happiness").take(2)
+    how = dict(experiments=("equal_norm",), settings=Settings(random=0, damage=0.5))
+    shared = ContrastPairs("mine", [task.items[0].prompt, "We sang."], ["We left.", "We slept."])
+    for pairs, groups in (
+        (shared, ()),
+        (ContrastPairs("x", ["We sang."], ["We left."], ["a", "b"]), ("b", "c")),
+    ):
+        items = (
+            [i._replace(group=g) for i, g in zip(task.items, groups, strict=True)] if groups else task.items
+        )
+        with pytest.warns(UserWarning, match="task and pairs share scenarios"):
+            evaluate(t, replace(task, items=items), NEUTRAL, pairs=pairs, **how)
+    with warnings.catch_warnings(action="error"):
+        evaluate(t, task, NEUTRAL, pairs=PAIRS, **how)
 
 
 @pytest.mark.slow

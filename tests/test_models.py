@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -344,6 +345,41 @@ def test_70_more_layers_than_the_files_can_hold(folder, key, n):
     configured(folder, **{key: n})
     with pytest.raises(OSError, match=f"{key} is {n}, and the files are too small"):
         load_model(folder)
+
+
+def test_a_folder_that_is_larger_than_memory_is_said(folder, monkeypatch):
+    monkeypatch.setattr("concept_transfer.models.virtual_memory", lambda: SimpleNamespace(available=100_000))
+    with pytest.warns(UserWarning, match="needs 0.0 GB of memory, where 0.0 GB are free"):
+        load_model(folder)
+
+
+@pytest.mark.parametrize("memory, disk, warns", [(50e9, 50e9, False), (20e9, 50e9, True), (50e9, 9e9, True)])
+def test_a_model_of_the_hub_that_is_too_large_is_said_before_it_is_fetched(
+    monkeypatch, memory, disk, warns, folder
+):
+    "The hub tells of 10 GB in bfloat16, which become 20 in float32; copies in other formats do not count."
+    parts = {"model-1.safetensors": 6e9, "model-2.safetensors": 4.1e9, "x.gguf": 9e9, "original/c.pth": 9e9}
+    files = [SimpleNamespace(rfilename=k, size=int(n)) for k, n in parts.items()]
+    config = AutoConfig.from_pretrained(folder)
+    config.dtype = torch.bfloat16
+    tokenizer = tiny_model("llama").tokenizer
+
+    def fetched(where, **options):
+        raise ConnectionError("now it would be fetched")
+
+    fake = {
+        "HfApi": lambda: SimpleNamespace(model_info=lambda *a, **k: SimpleNamespace(siblings=files)),
+        "AutoConfig": SimpleNamespace(from_pretrained=lambda *a, **k: config),
+        "virtual_memory": lambda: SimpleNamespace(available=memory),
+        "disk_usage": lambda where: SimpleNamespace(free=disk),
+        "pretrained": fetched,
+    }
+    for name, value in fake.items():
+        monkeypatch.setattr(f"concept_transfer.models.{name}", value)
+    late = pytest.raises(OSError, match="now it would be fetched")
+    with warnings.catch_warnings(record=True, action="always") as said, late:
+        load_model("someone/large", tokenizer)
+    assert [str(w.message).split(",")[0] for w in said] == ["someone/large needs 20.2 GB of memory"] * warns
 
 
 def test_70_more_blocks_than_a_gguf_file_holds(tmp_path, monkeypatch):

@@ -8,7 +8,7 @@ import torch
 
 from concept_transfer.concepts import POSITIONS, Position, extract_concept
 from concept_transfer.data import load_pairs
-from concept_transfer.engine import encode, engine, pad
+from concept_transfer.engine import Local, attach, encode, engine, pad
 from concept_transfer.measure import Bench
 from concept_transfer.models import load_model, tiny_model
 from concept_transfer.steering import Transplant, adding, generate, place, residual_norm
@@ -181,6 +181,90 @@ def test_G4_options_that_change_what_comes_back_are_refused(llama, push, options
     ):
         with pytest.raises(ValueError, match="one text of max_new_tokens"):
             use()
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+@pytest.mark.parametrize("most", [9, 2, 1])  # prompts that memory suffices for
+def test_G1_every_prompt_keeps_its_strength_with_beams_and_in_halves(llama, push, beams, most):
+    class Scarce(Local):
+        def generate(self, ids, mask, **options):
+            if len(ids) > most:
+                raise MemoryError
+            return super().generate(ids, mask, **options)
+
+    m, each = load_model(llama), [0.0, 1.0, -0.5]
+    want = [push.generate(p, s, 5, num_beams=beams) for p, s in zip(PROMPTS, each, strict=True)]
+    t = replace(push, model=attach(m, Scarce(m)))
+    assert t.generate(PROMPTS, each, 5, num_beams=beams) == want and len(set(want)) == 3
+    for wrong in ([1.0, 2.0], [1.0] * 9):
+        with pytest.raises(ValueError, match=f"{len(wrong)} strengths for 3 texts"):
+            t.generate(PROMPTS, wrong, 5, num_beams=beams)
+
+
+def test_a_generation_within_another_leaves_its_place(llama):
+    "`last` writes to the end of the prompt and all behind it, whoever generates meanwhile."
+
+    def meanwhile(ids, scores, **_):
+        generate(llama, "It", 1)
+        return torch.zeros(len(ids), dtype=torch.bool)
+
+    t = place(
+        torch.randn(48, generator=torch.Generator().manual_seed(0)), llama, 1, dose=2.0, positions="last"
+    )
+    how = dict(max_new_tokens=8, use_cache=False)
+    for p in PROMPTS:
+        assert t.generate(p, **how, stopping_criteria=[meanwhile]) == t.generate(p, **how)
+
+
+WRONG_KINDS = {
+    "stop_strings": 5,
+    "do_sample": "no",
+    "num_beams": "2",
+    "num_beams ": True,
+    "top_k": 2.5,
+    "repetition_penalty": [1.2],
+    "max_time": "soon",
+    "min_new_tokens": -1,
+    "temperature": float("nan"),
+    "use_cache": "no",
+    "suppress_tokens": ["a"],
+    "eos_token_id": "</s>",
+    "logits_processor": 5,
+    "streamer": 5,
+    "prefix_allowed_tokens_fn": 5,
+    "custom_generate": "someone/code",
+    "trust_remote_code": True,
+}
+
+
+@pytest.mark.parametrize("name", WRONG_KINDS)
+def test_options_of_another_kind_are_named_with_their_value(llama, push, name):
+    option, value = name.strip(), WRONG_KINDS[name]
+    for use in (generate, lambda m, *args, **how: push.generate(args[0], 1.0, *args[1:], **how)):
+        with pytest.raises(ValueError, match=option) as said:
+            use(llama, PROMPTS, 3, **{option: value})
+        assert repr(value) in str(said.value) or "one by one" in str(said.value)
+
+
+def test_a_fault_of_a_users_own_function_is_not_called_an_option(llama):
+    def broken(h, mask):
+        raise TypeError("of mine")
+
+    with pytest.raises(TypeError, match="of mine"):
+        place(torch.ones(48), llama, 1, dose=1.0, positions=broken).generate("Rain", 1.0, 3)
+
+
+def test_an_option_that_is_none_is_the_default(llama):
+    want = generate(llama, PROMPTS, 5)
+    for option in ("use_cache", "num_beams", "stop_strings", "logits_processor", "eos_token_id"):
+        assert generate(llama, PROMPTS, 5, **{option: None}) == want, option
+    assert generate(llama, PROMPTS, 5, tokenizer=llama.tokenizer) == want
+
+
+@pytest.mark.parametrize("how", [{}, {"num_beams": 2}])
+def test_103_a_finite_strength_that_overflows_is_an_error(push, how):
+    with pytest.raises(ValueError, match="logits are not finite"):
+        push.generate("Rain fell", 1e38, 3, **how)
 
 
 def test_G4_options_are_honoured_or_refused(llama, push):
