@@ -12,7 +12,7 @@ INDEX, STUDIES = NBS / "index.ipynb", sorted((NBS / "studies").glob("*.ipynb"))
 @pytest.mark.study
 def test_the_index_runs(tmp_path):
     pm.execute_notebook(
-        INDEX, tmp_path / "index.ipynb", kernel_name="python3", cwd=tmp_path, progress_bar=False
+        INDEX, tmp_path / "index.ipynb", kernel_name="python3", cwd=NBS, progress_bar=False
     )
 
 
