@@ -11,9 +11,7 @@ INDEX, STUDIES = NBS / "index.ipynb", sorted((NBS / "studies").glob("*.ipynb"))
 
 @pytest.mark.study
 def test_the_index_runs(tmp_path):
-    pm.execute_notebook(
-        INDEX, tmp_path / "index.ipynb", kernel_name="python3", cwd=NBS, progress_bar=False
-    )
+    pm.execute_notebook(INDEX, tmp_path / "index.ipynb", kernel_name="python3", cwd=NBS, progress_bar=False)
 
 
 @pytest.mark.study
