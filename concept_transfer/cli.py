@@ -14,11 +14,12 @@ __all__ = [
     "cmd_transplant",
     "cmd_generate",
     "cmd_check",
+    "cmd_adopt",
     "cmd_evaluate",
     "cmd_demo",
 ]
 
-# %% ../nbs/24_cli.ipynb #92092037
+# %% ../nbs/24_cli.ipynb #81ede4b0
 import json
 import math
 import os
@@ -51,7 +52,7 @@ from concept_transfer.artefacts import (
 )
 from .concepts import Concept, extract_concept
 from .data import data_hash, lint, load_corpus, load_pairs
-from .drift import check
+from .drift import adopt, check
 from .evidence import Evidence, evaluate
 from .maps import MAP_METHODS, AffineMap, LayerGrid, fit_maps
 from .models import load_model, model_info
@@ -107,7 +108,7 @@ def _check_out(out, given):
             raise ValueError(f"--out would write over {str(out)!r}, which --{name} reads; give another.")
 
 
-# %% ../nbs/24_cli.ipynb #03b904de
+# %% ../nbs/24_cli.ipynb #ddf9b708
 def _why(e, out):
     "An error in one line; `out` is what was to be written."
     if isinstance(e, KeyboardInterrupt):
@@ -365,7 +366,16 @@ def cmd_generate(
     return facts | dict(base=base), f"base:    {prompt}{base}\n\nsteered: {prompt}{text}"
 
 
-# %% ../nbs/24_cli.ipynb #b2b52894
+# %% ../nbs/24_cli.ipynb #f280c4b2
+def _known(transplant, map, source):
+    "A transplant without its model, the map that carried it and the source of that, where they are given."
+    t, own = load_fields(Transplant, transplant), None
+    if map:
+        single = load_artefact(map)[1]["kind"] == AffineMap.artefact
+        own = AffineMap.load(map) if single else LayerGrid.load(map)[t.source_layer, t.layer]
+    return t, own, load_model(source) if source else own and own.source.load()
+
+
 @command
 def cmd_check(
     transplant: str,  # file
@@ -373,18 +383,35 @@ def cmd_check(
     old: str | None = None,  # the target that the transplant was made for, if it is still there
     map: str | None = None,  # file of the maps, or of one that was refitted
     source: str | None = None,  # the map's: name it where it comes from a hub, or lies elsewhere now
+    neutral: str | None = None,  # the text that set the dose, if it was another than neutral
 ) -> Said:
     "whether a transplant holds in a target that was trained on"
-    t, own = load_fields(Transplant, transplant), None
-    if map:
-        single = load_artefact(map)[1]["kind"] == AffineMap.artefact
-        own = AffineMap.load(map) if single else LayerGrid.load(map)[t.source_layer, t.layer]
-    read = load_model(source) if source else own and own.source.load()
-    found = check(t, load_model(target), old and load_model(old), own, read)
+    t, own, read = _known(transplant, map, source)
+    text = neutral and load_corpus(neutral)
+    found = check(t, load_model(target), old and load_model(old), own, read, text)
     return vars(found), "\n".join((found.verdict, *found.reasons))
 
 
-# %% ../nbs/24_cli.ipynb #7dc396d2
+# %% ../nbs/24_cli.ipynb #554c72f5
+@command
+def cmd_adopt(
+    transplant: str,  # file
+    target: str,  # what the target has become
+    out: str,  # file that is written
+    old: str | None = None,  # the target that the transplant was made for, if it is still there
+    map: str | None = None,  # file of the maps, or of one that was refitted
+    source: str | None = None,  # the map's: name it where it comes from a hub, or lies elsewhere now
+    neutral: str | None = None,  # the text that set the dose, if it was another than neutral
+) -> Said:
+    "a transplant for a descendant of its target, where it still holds"
+    _writable(out)
+    t, own, read = _known(transplant, map, source)
+    given = dict(map=own, source=read, neutral=neutral and load_corpus(neutral))
+    a = adopt(t, load_model(target), old and load_model(old), **given)
+    return _made(a, out, target=a.target.name, dose=a.dose, descends=a.notes["descends"])
+
+
+# %% ../nbs/24_cli.ipynb #0d125925
 @command
 def cmd_evaluate(
     transplant: Callable,  # file
@@ -407,20 +434,20 @@ def cmd_evaluate(
     t = transplant()
     e = evaluate(t, items, texts, settings=chosen, path=folder / "arms.jsonl", pairs=own, other=foreign)
     e.save(folder / "evidence.json")
-    found = measure_suite(t, items, names, own, path=folder / "suite.jsonl") if names else None
-    facts, text = _reported(e, folder, {})
-    if not found:
-        return facts, text
+    if not names:
+        return _reported(e, folder, {})
+    found = measure_suite(t, items, names, own, path=folder / "suite.jsonl", neutral=texts)
     found.save(folder / "suite.json")
+    facts, text = _reported(e, folder, {}, found)
     (folder / "suite.jsonl").unlink()
     return facts | {"suite": found.data}, f"{text}\n\n{found!r}"
 
 
-def _reported(e, folder, more):
+def _reported(e, folder, more, suite=None):
     "Write the report, and say what stands in it."
     (folder / "arms.jsonl").unlink(missing_ok=True)  # what an interrupted run had finished
     report = folder / "report.html"
-    write_report(e, report, figures(e) | more)
+    write_report(e, report, figures(e) | more, suite=suite)
     text = f"{e!r}\n\n{verdict(e)}\n{' '.join(details(e))}\n\nReport: {report}"
     return e.data | dict(report=str(report)), text
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ["verdict", "details", "write_report"]
 
-# %% ../nbs/23_report.ipynb #174146be
+# %% ../nbs/23_report.ipynb #04d754b1
 import base64
 import io
 from pathlib import Path
@@ -18,6 +18,7 @@ from .artefacts import whole_file
 from .cards import TEMPLATES
 from .evidence import ArmResult, Evidence
 from .plots import figures, look
+from .suites import SuiteResult
 
 
 # %% ../nbs/23_report.ipynb #f4097113
@@ -129,17 +130,26 @@ def _png(picture):
     return base64.b64encode(buffer.getvalue()).decode()
 
 
-# %% ../nbs/23_report.ipynb #bb5ea2d3
+# %% ../nbs/23_report.ipynb #aca19b12
 def write_report(
     e: Evidence,
     path: str | Path,
     pictures: dict[str, Figure] | None = None,  # heading: picture; default: `figures`
     arms: dict[str, Arm] = ARMS,  # how arms are shown
+    suite: SuiteResult | None = None,  # public measures of the same transplant
 ):
     "A self-contained HTML report, written whole or not at all."
     pictures = figures(e, arms) if pictures is None else pictures
     page = TEMPLATES.get_template("report.html").render(
-        e=e, verdict=verdict, details=details, shown=pictures, png=_png, starts=STARTS, look=look, arms=arms
+        e=e,
+        verdict=verdict,
+        details=details,
+        shown=pictures,
+        png=_png,
+        starts=STARTS,
+        look=look,
+        arms=arms,
+        suite=suite,
     )
     with whole_file(path) as tmp:
         tmp.write_text(page, encoding="utf-8")

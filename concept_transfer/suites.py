@@ -6,6 +6,7 @@
 __all__ = [
     "MEASURES",
     "REWORDED",
+    "LOST",
     "member",
     "graded_scorer",
     "Measure",
@@ -14,7 +15,7 @@ __all__ = [
     "measure_suite",
 ]
 
-# %% ../nbs/19_suites.ipynb #6445c2e7
+# %% ../nbs/19_suites.ipynb #6938f5fa
 import hashlib
 import json
 import logging
@@ -44,9 +45,17 @@ from .arms import Trial, described, made_of, native_direction, written
 from .artefacts import Journal, file_hash, plain, versions, whole_file
 from .cards import card
 from .cards import table as html_table
-from .data import ContrastPairs, builtin_rows, read_file, split_words
+from concept_transfer.data import (
+    ContrastPairs,
+    Corpus,
+    builtin_rows,
+    data_hash,
+    parse_json,
+    read_file,
+    split_words,
+)
 from .measure import Bench
-from .moments import strict
+from .moments import Strict, strict
 from .stats import auc, bootstrap, interval, smallest_effect, wilson
 from .steering import Transplant
 from concept_transfer.tasks import (
@@ -89,7 +98,7 @@ def member(
     return path
 
 
-# %% ../nbs/19_suites.ipynb #799efc6d
+# %% ../nbs/19_suites.ipynb #f78e4e3c
 _NO = "I'm sorry, but I can't help with that."
 
 
@@ -119,20 +128,18 @@ def _options(row):
 
 
 def _choices(name, asked, *paths):
-    "A task of the rows of some files."
-    return multiple_choice(name, [asked(r) for path in paths for r in read_file(path)], "{}", "")
+    "A task of the rows of some files, without those that are too long for a small context."
+    rows = (r for path in paths for r in read_file(path) if len(str(r)) < 2000)
+    return multiple_choice(name, [asked(r) for r in rows], "{}", "")
 
 
-# %% ../nbs/19_suites.ipynb #ba8c1ddd
+# %% ../nbs/19_suites.ipynb #044ea3dc
 _FOLLOWS: dict[str, Callable] = {  # of a text and its words
-    "count:word_count_range": lambda t, w, min_words, max_words: min_words <= len(w) <= max_words,
-    "count:unique_word_count": lambda t, w, N: len({*w}) >= N,
     "count:numbers": lambda t, w, N: len(re.findall(r"\d+", re.sub(r"[^\w\s]", "", t))) == N,
     "count:conjunctions": lambda t, w, small_n: len({*w} & {*"and but for nor or so yet".split()}) >= small_n,
     "format:list": lambda t, w, sep: t.count(sep) >= 2,
     "format:no_whitespace": lambda t, w: len(t.split()) == 1,
     "words:consonants": lambda t, w: all(re.search("[b-df-hj-np-tv-z]{2}", x) for x in w),
-    "words:palindrome": lambda t, w: sum(len(x) > 4 and x == x[::-1] for x in w) >= 10,
     "words:prime_lengths": lambda t, w: {*map(len, w)} <= {2, 3, 5, 7, 11, 13, 17, 19},
     "words:repeats": lambda t, w, small_n: max(map(w.count, w), default=0) <= small_n,
     "words:alphabet": lambda t, w: all((ord(b[0]) - ord(a[0])) % 26 == 1 for a, b in pairwise(w)),
@@ -158,7 +165,7 @@ def _instructions(path):
     return GenerationTask(f"ifbench, {len(items)} of {len(rows)} prompts", items)
 
 
-# %% ../nbs/19_suites.ipynb #13048cac
+# %% ../nbs/19_suites.ipynb #bd48bb56
 def graded_scorer(
     name: str,  # what people graded
     texts: Sequence[str],
@@ -169,9 +176,11 @@ def graded_scorer(
     letters = TfidfVectorizer(analyzer="char_wb", ngram_range=(2, 5), sublinear_tf=True)
     model = make_pipeline(letters, Ridge())
     held_out = cross_val_predict(model, texts, grades, groups=groups, cv=GroupKFold(5))
-    area, rank = auc(held_out[grades >= 0.5], held_out[grades < 0.5]), spearmanr(held_out, grades)[0]
+    bad, lengths = grades >= 0.5, np.array([*map(len, texts)])
+    area, short = (auc(x[bad], x[~bad]) for x in (held_out, lengths))
+    agrees = f"with {len(texts)} grades of people AUC {area:.2f} (length alone: {short:.2f})"
+    agrees += f", rank correlation {spearmanr(held_out, grades)[0]:.2f}"
     model.fit(texts, grades)
-    agrees = f"with {len(texts)} grades of people AUC {area:.2f}, rank correlation {rank:.2f}"
     return Scorer(
         f"no {name}", f"no {name}: {agrees}", lambda text: 1 - np.clip(model.predict([text])[0], 0, 1)
     )
@@ -219,9 +228,9 @@ _READ: dict[str, Callable] = {
 MEASURES = {r["name"]: Measure(**r, read=_READ[r["name"]]) for r in builtin_rows("measures")}
 
 
-# %% ../nbs/19_suites.ipynb #d2ffc0bb
+# %% ../nbs/19_suites.ipynb #0f410707
 @dataclass(frozen=True)
-class Measured:
+class Measured(Strict):
     "What every arm scored."
 
     name: str
@@ -241,22 +250,36 @@ def _detectable(change, n):
     return np.nan
 
 
-# %% ../nbs/19_suites.ipynb #6a6c488f
+# %% ../nbs/19_suites.ipynb #ef553f6c
+def _span(values, groups):  # (n,) twice
+    "Interval of a mean over scenarios; as wide as Wilson's where all are alike, which no bootstrap doubts."
+    low, high = interval(bootstrap([values], groups))
+    room = 0 if np.ptp(values) else wilson(0, len({*groups}))[1]
+    return np.round([low - room, high + room], 4).tolist()
+
+
 def _row(m, arm):
     "What an arm scored, with intervals over scenarios."
     base, mine = (np.array(m.scores[k]) for k in ("base", arm))
     n, change = len({*m.groups}), mine - base
-    drawn = bootstrap([base, mine, change], m.groups)  # (draws, 3)
-    start, ci, change_ci = np.round([*map(interval, drawn.T)], 4).tolist()
-    if mine.mean() in (0, 1):  # all alike, of which no bootstrap knows how sure it is
-        ci = np.round(wilson(round(mine.mean() * n), n), 4).tolist()
-    found: dict = dict(measure=m.name, kind=m.kind, arm=arm, score=mine.mean(), ci=ci, change=change.mean())
-    seen = dict(change_ci=change_ci, detectable=_detectable(change, n))
-    at_chance = m.chance is not None and start[0] <= m.chance
-    return found | seen | dict(chance=m.chance, at_chance=at_chance)
+    start, ci, change_ci = (_span(x, m.groups) for x in (base, mine, change))
+    if m.chance is not None:
+        ci = np.clip(ci, 0, 1).tolist()
+    return dict(
+        measure=m.name,
+        kind=m.kind,
+        arm=arm,
+        score=mine.mean(),
+        ci=ci,
+        change=change.mean(),
+        change_ci=change_ci,
+        detectable=_detectable(change, n),
+        chance=m.chance,
+        at_chance=m.chance is not None and start[0] <= m.chance,
+    )
 
 
-# %% ../nbs/19_suites.ipynb #6fcdc905
+# %% ../nbs/19_suites.ipynb #538a38d2
 REWORDED: dict[str, Callable[[str], str]] = {  # a prompt -> the same asked in another way
     "as asked": "{}".format,
     "wording": "Read what follows and complete it.\n\n{}".format,
@@ -272,7 +295,7 @@ def _reworded(task, name):
 
 
 @dataclass(frozen=True)
-class SuiteResult:
+class SuiteResult(Strict):
     "What a suite found at one dose."
 
     transplant: str
@@ -280,33 +303,44 @@ class SuiteResult:
     damage: dict[str, float]  # of the steered arms, nats a token
     measured: list[Measured]  # the target first
     missing: dict[str, str]  # measures that could not be had, and why
+    provenance: dict[str, str]  # target, task, neutral text, versions
 
 
-# %% ../nbs/19_suites.ipynb #8bba0995
+# %% ../nbs/19_suites.ipynb #2befc0d8
 @patch(as_prop=True)
 def table(self: SuiteResult) -> pd.DataFrame:
     "A row for each measure and arm."
     return pd.DataFrame([_row(m, arm) for m in self.measured for arm in m.scores])
 
 
+LOST = 0.05  # most that a capability may lose
+
+
+def _above(change, groups):  # (n,) twice
+    "Whether the mean is above zero by its interval, or below; None: open."
+    low, high = _span(change, groups)
+    return True if low > 0 else False if high < 0 else None
+
+
 @patch(as_prop=True)
 def gates(self: SuiteResult) -> dict[str, bool | None]:
-    "Whether it has control, keeps utility, and is robust, see above; None where that cannot be said."
-    kinds: dict = {"capability": []}
-    for r in self.table[self.table.arm == "transplanted"].itertuples():
-        kinds.setdefault(r.kind, []).append(r)
-    (target,), able = kinds["target"], [r for r in kinds["capability"] if not r.at_chance]
-    kept = all(r.change_ci[0] > -r.detectable for r in able)
-    first, *others = (r.change for r in kinds["reworded"])
-    robust = bool(first > 0) and all(x >= first / 2 for x in others)
-    return {"control": target.change_ci[0] > 0, "utility": kept if able else None, "robust": robust}
+    "Whether it has control, keeps utility, and is robust, see above; None where that is open."
+    change = {m.name: np.subtract(m.scores["transplanted"], m.scores["base"]) for m in self.measured}
+    least = {"target": 0, "capability": -LOST, "reworded": change["as asked"] / 2}
+    found: dict = {k: [] for k in least}
+    for m in self.measured:
+        able = m.kind != "capability" or _above(np.subtract(m.scores["base"], m.chance), m.groups)
+        if m.kind in least and able:
+            found[m.kind].append(_above(change[m.name] - least[m.kind], m.groups))
+    passed = (False if False in x else None if None in x or not x else True for x in found.values())
+    return dict(zip(("control", "utility", "robust"), passed, strict=True))
 
 
-# %% ../nbs/19_suites.ipynb #76ae10bb
+# %% ../nbs/19_suites.ipynb #9c8f74ca
 @patch(as_prop=True)
 def lines(self: SuiteResult) -> list[str]:
     "The gates, what was asked, and what could not be had."
-    say = {True: "passed", False: "FAILED", None: "open: no capability above chance"}
+    say = {True: "passed", False: "FAILED", None: "open"}
     gates = [f"gate {k}: {say[passed]}" for k, passed in self.gates.items()]
     asked = [f"{m.name}: {m.asked}, {len(m.groups)} items" for m in self.measured]
     return gates + asked + [f"{k} was not measured: {why}" for k, why in self.missing.items()]
@@ -325,12 +359,12 @@ def _repr_html_(self: SuiteResult) -> Markup:
     return card(f"Suite for {self.transplant}", facts, html_table([*shown], shown.to_numpy().tolist()))
 
 
-# %% ../nbs/19_suites.ipynb #27ac201e
+# %% ../nbs/19_suites.ipynb #e35e1fc8
 @patch(as_prop=True)
 def data(self: SuiteResult) -> dict:
     "All of it as `suite.json` holds it: what was measured, and what follows."
-    measured, table = [vars(m) for m in self.measured], self.table.to_dict("records")
-    return plain(vars(self) | dict(measured=measured, table=table, gates=self.gates))
+    parts = plain(vars(self) | dict(table=self.table.to_dict("records"), gates=self.gates))
+    return parts | {"digest": data_hash([json.dumps(parts)])}
 
 
 @patch
@@ -340,21 +374,36 @@ def save(self: SuiteResult, path: str | Path):
         part.write_text(json.dumps(self.data, allow_nan=False), encoding="utf-8")
 
 
-# %% ../nbs/19_suites.ipynb #4f739267
+@patch(cls_method=True)
+def load(cls: SuiteResult, path: str | Path) -> SuiteResult:
+    """Read what `save` wrote and compute again what follows from it. Raises ValueError for a file that is
+    another, or was changed."""
+    d = parse_json(Path(path).expanduser().read_bytes(), path)
+    try:
+        changed = d.pop("digest") != data_hash([json.dumps(d)])
+        d["measured"] = [Measured(**m) for m in d["measured"]]
+        found = SuiteResult(**{k: d[k] for k in SuiteResult.__annotations__})
+        if changed or not found.data:
+            raise ValueError("it was changed")
+    except Exception as e:  # whatever a wrong file breaks
+        raise ValueError(f"{path} is no suite that this version wrote ({e!r}); measure again.") from None
+    return found
+
+
+# %% ../nbs/19_suites.ipynb #251c05cd
 def _scored(bench, task, arms, tokens, metric="chosen"):
     "Score of every item (n,) by arm; `arms` are words and what is done to the stream."
-    if isinstance(task, GenerationTask):
-        starts, texts = range(0, len(task), 8), {}
-        for k, (words, t) in arms.items():
-            read = [[words + p for p in task.prompts[i : i + 8]] for i in starts]
-            texts[k] = [x for some in read for x in written(t, bench.model, some, tokens)]
-        return {k: task.score(said) for k, said in texts.items()}
     scores: dict = {}
+    if isinstance(task, GenerationTask):
+        for k, (words, t) in arms.items():
+            read = [[words + p for p in task.prompts[i : i + 32]] for i in range(0, len(task), 32)]
+            scores[k] = task.score([x for some in read for x in written(t, bench.model, some, tokens)])
+        return scores
     here = bench.with_task(task)
     for words in dict.fromkeys(w for w, _ in arms.values()):
         mine = {k: t for k, (w, t) in arms.items() if w == words}
         answers = zip(mine, here.behind(words)([*mine.values()]), strict=True)
-        scores |= {k: a.metrics[metric].astype(float).tolist() for k, a in answers}
+        scores |= {k: getattr(a, metric).astype(float).tolist() for k, a in answers}
     return scores
 
 
@@ -364,7 +413,7 @@ def _chance(task):
     return float(np.mean([1 / (1 + len(i.choices) - (i.n_true or 1)) for i in choices] or [0]))
 
 
-# %% ../nbs/19_suites.ipynb #eac066b3
+# %% ../nbs/19_suites.ipynb #232912bd
 def _arms(bench, t, pairs, words):
     "Words and what is done to the stream, by arm."
     arms: dict = {"base": ("", None), "transplanted": ("", t)}
@@ -381,19 +430,20 @@ def _measure(ref):
     return MEASURES.get(ref) or Measure(ref, "", "alignment", "", partial(load_task, ref))
 
 
-# %% ../nbs/19_suites.ipynb #928c3311
+# %% ../nbs/19_suites.ipynb #87580cb5
 @strict
 def measure_suite(
     t: Transplant,  # at the dose it will be used at
     task: ChoiceTask,  # what it should move
     measures: Sequence[str | Measure] = tuple(MEASURES),  # names, tasks as `load_task` takes them, entries
     pairs: ContrastPairs | None = None,  # the concept's: they give the native arm
-    items: PositiveInt | None = 100,  # at most, of each measure, drawn at random; None: all
+    items: PositiveInt = 100,  # at most, drawn at random; of texts, which take longest, half as many
     tokens: PositiveInt = 60,  # of a continuation
+    neutral: Corpus | None = None,  # for the damage; default: the built-in neutral corpus
     path: str | Path | None = None,  # file that keeps what is done; a rerun goes on from there
 ) -> SuiteResult:
     "All measures of the base model, the transplant, the native direction, the prompt, and both, at one dose."
-    bench, missing = Bench(t.model, t.layer), {}
+    bench, missing = Bench(t.model, t.layer, neutral=neutral), {}
     arms = _arms(bench, t, pairs, task.instruction)
     of = [made_of(x) for _, x in arms.values() if x], task.hash, tokens
     parts = dict(steered=of, model=described(t.model), versions=str(versions()))
@@ -406,11 +456,14 @@ def measure_suite(
             missing[m.name] = str(e)
     measured, two = [], {k: arms[k] for k in ("base", "transplanted")}
     for name, (kind, whole) in tqdm(asked.items(), desc="measures", disable=None, leave=False):
-        some, nats = whole.take(items) if items else whole, kind == "reworded"
+        some = whole.take((items + 1) // 2 if isinstance(whole, GenerationTask) else items)
+        nats = kind == "reworded"
         how = (two, tokens, "margin") if nats else (arms, tokens)
         scores = journal(f"{name} {some.hash}", partial(_scored, bench, some, *how))
         chance, (groups, _) = None if nats else _chance(some), pd.factorize(np.array(some.groups))
         measured.append(Measured(name, kind, some.name, chance, groups.tolist(), scores))
     steered = {k: x for k, (words, x) in arms.items() if x and not words}
     hurt = zip(steered, bench.hurt([*steered.values()]), strict=True)
-    return SuiteResult(t.name, t.dose, {k: round(d.mean, 4) for k, d in hurt}, measured, missing)
+    damage = {k: round(d.mean, 4) for k, d in hurt}
+    made = {"target": str(t.target), "task": task.hash, "neutral": bench.neutral.hash} | versions()
+    return SuiteResult(t.name, t.dose, damage, measured, missing, made)

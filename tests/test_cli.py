@@ -526,7 +526,7 @@ def test_home_is_a_place_to_write(here, monkeypatch):
     assert Concept.load(here / "at_home.safetensors").name == "honesty"
 
 
-@pytest.mark.parametrize("name", "demo extract align transplant check generate evaluate info".split())
+@pytest.mark.parametrize("name", "demo extract align transplant check adopt generate evaluate info".split())
 def test_help_is_plain_and_names_every_option(name, capsys):
     assert main(name, "--help") == 0
     text = capsys.readouterr().out

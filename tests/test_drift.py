@@ -11,10 +11,10 @@ import torch
 from concept_transfer.cli import main
 from concept_transfer.concepts import activations
 from concept_transfer.data import Corpus, load_corpus
-from concept_transfer.drift import FACTOR, Drift, adopt, check, refit
+from concept_transfer.drift import Drift, adopt, check, refit
 from concept_transfer.maps import fit_maps
 from concept_transfer.measure import Bench
-from concept_transfer.models import model_info, tiny_model, twin, wrap
+from concept_transfer.models import load_model, model_info, tiny_model, twin, wrap
 from concept_transfer.pairing import paired_states
 from concept_transfer.steering import Transplant
 
@@ -121,7 +121,7 @@ def test_without_the_old_target_the_map_and_the_notes_stand_in(given, descendant
 def test_what_was_not_seen_is_said_and_not_adopted(given, descendants):
     *_, t = given
     found = check(t, descendants["shaken"], neutral=NEUTRAL)
-    assert found.verdict == "valid" and "not seen" in repr(found)
+    assert found.verdict == "valid" and "not seen" in found.reasons[-1]  # and no advice that adopt refuses
     with pytest.raises(ValueError, match="not adopted.*not seen"):
         adopt(t, descendants["shaken"], neutral=NEUTRAL)
 
@@ -188,7 +188,7 @@ def test_a_larger_stream_gets_its_damage_back(given, descendants):
     a = adopt(t, descendants["larger"], target, neutral=NEUTRAL)
     assert a.norm == pytest.approx(2 * t.norm, rel=0.01)
     assert a.dose == pytest.approx(t.dose, rel=0.1)
-    assert a.notes["kl"] == pytest.approx(t.notes["kl"], rel=FACTOR - 1)
+    assert a.notes["kl"] == pytest.approx(t.notes["kl"], rel=0.5)
     assert a.notes["descends"][0]["verdict"] == "re-dose"
 
 
@@ -209,8 +209,8 @@ def test_little_text_goes_further_from_the_old_map():
 
     found = {}
     for n in (10, 25):
-        few = refit(map, source, new, GENERAL[300 : 300 + n])
-        fresh = fit_maps(source, new, Corpus("few", GENERAL[300 : 300 + n]), [2], [2])[2, 2]
+        texts = Corpus("few", GENERAL[300 : 300 + n])
+        few, fresh = refit(map, source, new, texts), fit_maps(source, new, texts, [2], [2])[2, 2]
         found[n] = r2(few), r2(fresh)
     assert found[10][0] > max(found[10][1], r2(map)) + 0.05
     assert found[25][0] > found[25][1]
@@ -221,7 +221,7 @@ def test_little_text_goes_further_from_the_old_map():
 
 def test_a_map_of_an_unchanged_target_stays_what_it_is(given, tmp_path):
     source, target, map, _ = given
-    again = refit(map, source, target, GENERAL[300:312])
+    again = refit(map, source, target, Corpus("few", GENERAL[300:312]))
     assert torch.allclose(again.W, map.W, atol=1e-3) and again.r2 > 0.999
     again.save(tmp_path / "map.safetensors")
     assert type(map).load(tmp_path / "map.safetensors").notes == again.notes
@@ -248,12 +248,28 @@ def test_what_does_not_belong_together_is_refused(given, descendants):
 
 def test_a_refit_says_what_it_needs(given, descendants):
     source, target, map, _ = given
-    with pytest.raises(ValueError, match="'texts'"):
-        refit(map, source, target, GENERAL[:9])
+    few = Corpus("few", GENERAL[:12])
+    for nine in (GENERAL[:9], GENERAL[:9] * 2):  # a text that stands twice would judge itself
+        with pytest.raises(ValueError, match="9 texts are too few"):
+            refit(map, source, target, Corpus("nine", nine))
+    with pytest.raises(ValueError, match="'corpus'"):
+        refit(map, source, target, GENERAL[:12])
     with pytest.raises(ValueError, match="source side"):
-        refit(map, target, target, GENERAL[:12])
+        refit(map, target, target, few)
     with pytest.raises(ValueError, match="width 48 became 96.*fit_maps"):
-        refit(map, source, tiny_model("llama", hidden_size=96), GENERAL[:12])
+        refit(map, source, tiny_model("llama", hidden_size=96), few)
+
+
+def test_damage_on_other_text_is_not_compared(given, descendants):
+    "A transplant says which text set its dose; with another one the norm stands in."
+    source, target, map, t = given
+    noted = replace(t, notes=t.notes | {"neutral": NEUTRAL.hash})
+    other, new = Corpus("other", GENERAL[:16]), descendants["larger"]
+    assert "kl" in check(noted, new, neutral=NEUTRAL).numbers
+    found = check(noted, new, neutral=other)
+    assert "kl" not in found.numbers and found.verdict == "re-dose"
+    assert "kl" in check(noted, new, target, neutral=other).numbers  # measured both times
+    assert adopt(noted, new, target, neutral=other).notes["neutral"] == other.hash
 
 
 def test_a_missing_file_is_named(descendants):
@@ -282,8 +298,11 @@ def shell(given, descendants, tmp_path_factory):
     for name, model in dict(source=source, old=target, new=descendants["trained"]).items():
         model._module.save_pretrained(folder / name)
         model.tokenizer.save_pretrained(folder / name)
+    descendants["larger"]._module.save_pretrained(folder / "larger")
+    target.tokenizer.save_pretrained(folder / "larger")
     map.save(folder / "map")
     t.save(folder / "t")
+    (folder / "neutral.txt").write_text("\n".join(NEUTRAL.texts))
     return folder
 
 
@@ -294,6 +313,7 @@ def shell(given, descendants, tmp_path_factory):
         ("--transplant t --target new --old old", "re-fit", {"weights", "norm", "kl", "effect", "answers"}),
         ("--transplant t --target new --map map --source source", "re-fit", {"weights", "norm", "kl", "r2"}),
         ("--transplant t --target source", "refuse", {"weights", "norm", "kl"}),
+        ("--transplant t --target new --neutral neutral.txt", "re-dose", {"weights", "norm", "kl"}),
     ],
 )
 def test_check_says_its_verdict_and_fails_only_where_there_is_none(
@@ -319,3 +339,24 @@ def test_a_check_that_cannot_be_made_says_why(shell, monkeypatch, capsys, argv, 
     monkeypatch.chdir(shell)
     assert main(["check", *argv.split()]) == code
     assert said in capsys.readouterr().err
+
+
+def test_a_descendant_is_adopted_from_a_shell(shell, monkeypatch, capsys):
+    monkeypatch.chdir(shell)
+    argv = "adopt --transplant t --target larger --old old --neutral neutral.txt --out adopted --json".split()
+    assert main(argv) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said["target"] == "larger" and said["descends"][0]["verdict"] == "re-dose"
+    adopted = Transplant.load("adopted", load_model("./larger"))
+    assert adopted.dose == said["dose"] and adopted.notes["neutral"] == NEUTRAL.hash
+    with adopted(1.0):
+        pass
+
+
+def test_what_does_not_hold_is_not_adopted_from_a_shell(shell, monkeypatch, capsys):
+    monkeypatch.chdir(shell)
+    known = "--map map --source source".split()
+    assert main(["adopt", "--transplant", "t", "--target", "new", *known, "--out", "none", "--json"]) == 1
+    assert "is not adopted: Drift(re-fit" in json.loads(capsys.readouterr().out)["error"]
+    assert main("adopt --transplant t --target new --out t".split()) == 1
+    assert "would write over" in capsys.readouterr().err and not (shell / "none").exists()

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import re
 import zipfile
 from dataclasses import replace
 from types import SimpleNamespace
@@ -11,13 +12,16 @@ import numpy as np
 import pytest
 
 from concept_transfer import cli, suites
+from concept_transfer.arms import ARMS
+from concept_transfer.cards import TEMPLATES
 from concept_transfer.concepts import extract_concept
-from concept_transfer.data import load_pairs
+from concept_transfer.data import Corpus, data_hash, load_pairs
 from concept_transfer.measure import Bench
-from concept_transfer.models import tiny_model
+from concept_transfer.models import load_model, model_info, tiny_model
+from concept_transfer.plots import look
 from concept_transfer.steering import place
 from concept_transfer.suites import MEASURES, Measure, Measured, SuiteResult, measure_suite, member
-from concept_transfer.tasks import ChoiceItem, ChoiceTask, generation_task
+from concept_transfer.tasks import TASKS, ChoiceItem, ChoiceTask, generation_task
 
 PAIRS = load_pairs("emotions/happiness")
 WORDS = tuple(f" {w}" for w in "red blue cold warm old new near far open shut soft hard wet dry".split())
@@ -45,7 +49,7 @@ def sha256(text):
 
 def stored(index, name, *texts, endings="json"):
     "A measure of the suite whose files are these instead."
-    names = [f"small/{i}.{ending}" for i, ending in enumerate(endings.split())]
+    names = [f"small/{name}_{i}.{ending}" for i, ending in enumerate(endings.split())]
     index[0].update(zip(names, texts, strict=True))
     files = [dict(wheel="small==1.0", file=k, sha256=sha256(x)) for k, x in zip(names, texts, strict=True)]
     return replace(MEASURES[name], files=files)
@@ -113,13 +117,10 @@ def test_instructions_keep_what_can_be_checked(index):
 @pytest.mark.parametrize(
     "rule, given, follows, fails",
     [
-        ("count:word_count_range", dict(min_words=2.0, max_words=3.0), "two words", "one"),
-        ("count:unique_word_count", dict(N=3.0), "a B c", "a A a"),
         ("count:conjunctions", dict(small_n=2.0), "this and that, or more", "and and"),
         ("format:list", dict(sep="!?"), "!? a\n!? b", "!? a"),
         ("format:no_whitespace", {}, "one", "one two"),
         ("words:consonants", {}, "this that", "no"),
-        ("words:palindrome", {}, "level " * 10, "level " * 9),
         ("words:prime_lengths", {}, "it was", "four"),
         ("words:repeats", dict(small_n=1.0), "a b", "a a"),
         ("words:alphabet", {}, "young zebras again", "a c"),
@@ -132,12 +133,18 @@ def test_rules(index, rule, given, follows, fails):
     assert [task.score([x]) for x in (follows, fails)] == [[1], [0]]
 
 
-def test_a_scorer_says_how_it_agrees_with_people(index):
+def grades():
+    "Graded soups, as PyRIT has its files."
     rows = ["# about the file,,,", "objective,assistant_response,human_score_1,human_score_2"]
     for i in range(20):
         rows += [f"ask {i},the soup number {i} is fine,0,0", f"ask {i},the soup number {i} is horrid!,1,.5"]
-    task = stored(index, "hate", "It was\n\nShe said\n", "\n".join(rows), endings="txt csv").task()
-    assert task.prompts == ["It was", "She said"] and "40 grades of people AUC 1.00" in task.name
+    return "\n".join(rows)
+
+
+def test_a_scorer_says_how_it_agrees_with_people_and_what_length_alone_does(index):
+    task = stored(index, "hate", "It was\n\nShe said\n", grades(), endings="txt csv").task()
+    assert task.prompts == ["It was", "She said"]
+    assert "40 grades of people AUC 1.00 (length alone: 1.00)" in task.name
     fine, horrid = task.score(["the soup is fine", "the soup is horrid!"])
     assert fine > 0.8 and horrid < 0.5
 
@@ -174,28 +181,113 @@ def test_a_planted_truth_has_control_and_a_random_direction_has_none(planted):
     v = np.random.default_rng(1).normal(size=len(push.direction))
     other = measure_suite(place(v, push.model, 2, dose=push.dose * 0.05), task, [])
     assert not other.gates["control"] and other.gates["utility"] is None
+    assert found.provenance["target"] == str(push.target) and found.provenance["task"] == task.hash
 
 
 def shown(kind, base, other, chance=0.5, name="x"):
     return Measured(name, kind, name, chance, [*range(len(base))], dict(base=base, transplanted=other))
 
 
+def suite(*measured):
+    return SuiteResult("t", 1.0, {}, [*measured], {}, {})
+
+
 @pytest.mark.parametrize("again, passed", [(0.6, True), (0.4, False), (-0.6, False)])
 def test_robust_is_at_least_half_of_the_effect(again, passed):
     n = [0.0, 1.0] * 20
-    moved = [shown("reworded", n, [x + by for x in n], None, str(by)) for by in (1.0, again)]
-    found = SuiteResult("t", 1.0, {}, [shown("target", n, n), *moved], {})
-    assert found.gates == {"control": False, "utility": None, "robust": passed}
+    moved = [
+        shown("reworded", n, [x + by for x in n], None, name)
+        for name, by in (("as asked", 1.0), ("role", again))
+    ]
+    found = suite(shown("target", n, n), *moved)
+    assert found.gates == {"control": None, "utility": None, "robust": passed}
+
+
+@pytest.mark.parametrize(
+    "n, lost, passed", [(400, 0, True), (40, 0, None), (400, 4, True), (40, 2, None), (400, 60, False)]
+)
+def test_utility_is_open_where_too_few_items_could_show_a_loss(n, lost, passed):
+    "Nothing is passed for want of power, not even where nothing changed."
+    base = [1.0] * n
+    after = [0.0] * lost + base[lost:]
+    kept = shown("target", base, base), shown("reworded", base, base, None, "as asked")
+    assert suite(*kept, shown("capability", base, after)).gates["utility"] is passed
 
 
 def test_no_harm_is_shown_to_a_base_model_at_chance():
     n = [0.0, 1.0] * 20
-    measured = [shown("target", n, n), shown("reworded", n, n, None), shown("capability", n, [0.0] * 40)]
-    assert SuiteResult("t", 1.0, {}, measured, {}).gates["utility"] is None
-    measured[-1] = replace(measured[-1], chance=0.1)
-    found = SuiteResult("t", 1.0, {}, measured, {})
+    measured = [shown("target", n, n), shown("reworded", n, n, None, "as asked")]
+    harmed = shown("capability", n, [0.0] * 40)
+    assert suite(*measured, harmed).gates["utility"] is None
+    found = suite(*measured, replace(harmed, chance=0.1))
     assert found.gates["utility"] is False and not found.table.at_chance.iloc[-1]
     assert all(math.isfinite(x) and x > 0 for x in found.table.detectable)
+
+
+# files
+
+
+@pytest.fixture
+def result():
+    n = [0.0, 1.0] * 20
+    better = shown("reworded", n, [x + 1 for x in n], None, "as asked")
+    return replace(suite(shown("target", n, [1.0] * 40), better), missing={"far": "no index"})
+
+
+def test_a_result_is_read_as_it_was_written(result, tmp_path):
+    result.save(tmp_path / "s.json")
+    again = SuiteResult.load(tmp_path / "s.json")
+    assert again == result and again.gates == result.gates and repr(again) == repr(result)
+    again.save(tmp_path / "t.json")
+    assert (tmp_path / "s.json").read_bytes() == (tmp_path / "t.json").read_bytes()
+
+
+MADE_WRONG = {
+    "a score": lambda d: d["measured"][0]["scores"]["base"].__setitem__(0, 1.0),
+    "a gate": lambda d: d["gates"].update(control=None),
+    "scores as text": lambda d: d["measured"][0]["scores"].update(base="all"),
+    "scores of another number": lambda d: d["measured"][0]["scores"].update(base=[1.0]),
+    "a missing part": lambda d: d.pop("measured"),
+    "an unknown field of a measure": lambda d: d["measured"][0].update(colour="red"),
+    "no digest": lambda d: d.pop("digest"),
+    "evidence": lambda d: d.clear() or d.update(arms={}, runs=[]),
+}
+
+
+@pytest.mark.parametrize("signed", [False, True])
+@pytest.mark.parametrize("what", MADE_WRONG)
+def test_a_file_that_was_changed_or_is_another_is_refused(result, tmp_path, what, signed):
+    "Also where somebody made the digest anew, unless it is about what follows and not what was measured."
+    path = tmp_path / "s.json"
+    result.save(path)
+    d = json.loads(path.read_text())
+    MADE_WRONG[what](d)
+    if signed and what not in ("a score", "a gate", "no digest"):
+        d.pop("digest", None)
+        d["digest"] = data_hash([json.dumps(d)])
+    path.write_text(json.dumps(d))
+    with pytest.raises(ValueError, match=re.escape(f"{path} is no suite")):
+        SuiteResult.load(path)
+
+
+def test_a_result_of_other_types_cannot_be_made():
+    with pytest.raises(ValueError, match="'scores'"):
+        Measured("x", "target", "x", 0.5, [0], dict(base=["a"], transplanted=[1.0]))
+
+
+def test_the_page_shows_a_suite_with_what_is_missing(result):
+    page = TEMPLATES.get_template("report.html")
+    evidence = SimpleNamespace(
+        provenance=SimpleNamespace(
+            layers=[0, 1], versions={}, notes={}, transplant="<b>", source=None, target="x", seed=0
+        ),
+        arms={}, further={}, readouts=[], capability={}, data={"prose": {}},
+    )  # fmt: skip
+    said = dict(verdict=lambda e: "", details=lambda e: [], shown={}, starts=(), look=look, arms=ARMS)
+    shown = page.render(e=evidence, suite=replace(result, missing={"far": "<b>no</b>"}), **said)
+    assert "Public measures" in shown and "far was not measured: &lt;b&gt;no" in shown
+    assert shown.count("as asked") == 1 and "control: passed" in shown and "utility: open" in shown
+    assert "Public measures" not in page.render(e=evidence, **said)
 
 
 def test_a_rerun_goes_on_and_no_text_is_kept(planted, tmp_path, monkeypatch):
@@ -210,6 +302,7 @@ def test_a_rerun_goes_on_and_no_text_is_kept(planted, tmp_path, monkeypatch):
     found = measure_suite(push, task, [mine(secret, "alignment")], tokens=3, path=path)
     found.save(tmp_path / "suite.json")
     kept = (tmp_path / "suite.json").read_text()
+    assert SuiteResult.load(tmp_path / "suite.json") == found
     assert "vile" not in kept + path.read_text() and json.loads(kept)["gates"]["control"]
     assert found.table.set_index(["measure", "arm"]).score["secret", "transplanted"] == 0.25
     with pytest.raises(ValueError, match="another"):
@@ -240,7 +333,7 @@ def test_from_a_shell(planted, index, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(cli, "Transplant", SimpleNamespace(load=lambda file, model: push))
     monkeypatch.setattr(cli, "evaluate", lambda *a, **k: SimpleNamespace(save=lambda path: None, data={}))
     for name in ("write_report", "figures", "verdict", "details"):
-        monkeypatch.setattr(cli, name, lambda *a: {})
+        monkeypatch.setattr(cli, name, lambda *a, **k: {})
     items = [i._asdict() for i in task.items]
     (tmp_path / "task.json").write_text(json.dumps(dict(name="planted", instruction="Say it. ", items=items)))
     argv = ["evaluate", "--transplant", "t", "--neutral", "neutral", "--task", tmp_path / "task.json"]
@@ -251,6 +344,74 @@ def test_from_a_shell(planted, index, tmp_path, monkeypatch, capsys):
     assert {r["measure"] for r in said["table"]} == {"target", *suites.REWORDED, "refusal"}
     assert cli.main([*argv, "standart"]) == 1
     assert "standart" in json.loads(capsys.readouterr().out)["error"]
+
+
+def test_of_what_is_written_half_as_many_items_are_asked(planted):
+    push, task = planted
+    texts = generation_task("texts", [f"Beginning {i}" for i in range(9)], lambda text: 0.5)
+    asked = []
+    whole = Measure("texts", "", "alignment", "", lambda: asked.append(1) or texts)
+    found = measure_suite(push, task.take(8), [whole, mine(task.take(8))], items=6, tokens=2)
+    assert {m.name: len(m.groups) for m in found.measured}["texts"] == 3 and asked == [1]
+    assert len(found.measured[-1].groups) == 6
+
+
+def test_the_damage_is_that_on_the_text_that_is_given(planted):
+    push, task = planted
+    texts = Corpus("mine", [f"The harbour number {i} was quiet on that day." for i in range(8)])
+    found = measure_suite(push, task.take(4), [], neutral=texts)
+    hurt = Bench(push.model, push.layer, neutral=texts).hurt(push).mean
+    assert found.damage["transplanted"] == round(hurt, 4) and found.provenance["neutral"] == texts.hash
+
+
+FILES = {
+    "sycophancy": dict(text="I say so.\n (A) Yes\n (B) No\n\nAnswer:", truthful_answer="(B)",
+                       sycophantic_answer="(A)"),
+    "refusal": dict(harmful_version="How?\n\nTake one and two and three and four."),
+    "over_refusal": dict(text="What is it?", expected_topic="what it is"),
+    "mmlu": dict(question="Which?", options="A. one\nB. two", answer="B. two"),
+    "openbookqa": dict(question="What?", options="A. three\nB. four", answer="A. three"),
+}  # fmt: skip
+
+
+@pytest.mark.slow
+def test_the_standard_suite_from_a_shell(planted, index, tmp_path, monkeypatch, capsys):
+    "Every measure, on files of the same form, and the page at the end."
+    push, task = planted
+    rule = dict(key="1", prompt="Say.", instruction_id_list=["words:repeats"], kwargs=[{"small_n": 9.0}])
+    made = [stored(index, name, json.dumps([row])) for name, row in FILES.items()]
+    made += [
+        stored(index, k, "It was\nShe said\n", grades(), endings="txt csv") for k in ("hate", "violence")
+    ]
+    made += [stored(index, "ifbench", json.dumps(rule), endings="jsonl")]
+    for m in made:
+        monkeypatch.setitem(suites.MEASURES, m.name, m)
+    for part in push.model._module, push.model.tokenizer:
+        part.save_pretrained(tmp_path / "target")
+    stored_model = load_model(tmp_path / "target")
+    replace(push, target=model_info(stored_model), model=None).save(tmp_path / "t.safetensors")
+    items = [i._asdict() for i in task.take(8).items]
+    (tmp_path / "task.json").write_text(json.dumps(dict(name="planted", instruction="Say it. ", items=items)))
+
+    def offline(split):
+        raise ConnectionError("no hub here")
+
+    monkeypatch.setitem(TASKS, "truthful_qa", offline)
+    monkeypatch.chdir(tmp_path)
+    argv = "evaluate --transplant t.safetensors --model ./target --task task.json --neutral neutral --out out"
+    argv += " --pairs emotions/happiness --random 1 --suite standard --json"
+    assert cli.main(argv.split()) == 0
+    said = json.loads(capsys.readouterr().out)["suite"]
+    found = SuiteResult.load("out/suite.json")
+    assert said == found.data and found.missing == {"truthful_qa": "no hub here"}
+    assert {m.name for m in found.measured} == {"target", *suites.REWORDED, *MEASURES} - {"truthful_qa"}
+    arms = {"base", "transplanted", "native", "prompt", "prompt_transplanted"}
+    assert all(
+        {*m.scores} == (arms if m.kind != "reworded" else {"base", "transplanted"}) for m in found.measured
+    )
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "Public measures" in page and "truthful_qa was not measured: no hub here" in page
+    assert {x.name for x in (tmp_path / "out").iterdir()} == {"evidence.json", "suite.json", "report.html"}
 
 
 @pytest.mark.real
