@@ -8,11 +8,12 @@ COUNT ?= 10000
 PACKAGE := settings.ini setup.py pyproject.toml constraints.txt
 WRITTEN := nbs tests tools benchmarks setup.py
 NOTEBOOKS := OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2 --do_print
-QUICK := not real and not study and not slow and not remote
+QUICK := not real and not study and not slow and not remote and not engines
+ENGINES ?=
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadgroup
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast fuzz test-remote check prepare readme studies benchmarks docs clean
+.PHONY: help demo test test-fast fuzz test-remote test-engines check prepare readme studies benchmarks docs clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 12
@@ -36,6 +37,10 @@ fuzz: .venv/.dev ## mutated artefacts, journals and inputs (COUNT=10000), 300 fl
 test-remote: .venv/.dev ## against a real NDIF server on this machine (needs redis-server; installs 1.7 GB into .venv-server)
 	$(BIN)/python tests/remote/stack.py install .venv-server
 	CT_NDIF_VENV=$(CURDIR)/.venv-server OMP_NUM_THREADS=1 $(BIN)/pytest -m "$(REMOTE)" tests/remote
+
+test-engines: .venv/.dev ## exported transplants in llama.cpp, lm-eval and vLLM (ENGINES=llama.cpp for one), which it installs in .venv-engines (0.2, 1 and 3.5 GB)
+	$(BIN)/python tests/engines/install.py .venv-engines $(ENGINES)
+	CONCEPT_TRANSFER_ENGINES=$(CURDIR)/.venv-engines OMP_NUM_THREADS=1 $(BIN)/pytest -m engines tests/engines
 
 check: .venv/.dev ## lint and types, nothing is changed
 	$(BIN)/ruff check $(WRITTEN) concept_transfer

@@ -29,5 +29,6 @@ setup(
     entry_points={
         "console_scripts": [cfg["console_scripts"]],
         "nbdev": [f"{lib}={lib}._modidx:d"],  # lets nbdev link names in backticks to their pages
+        "vllm.general_plugins": [f"{lib}={lib}.vllm_plugin:register"],
     },
 )

@@ -11,6 +11,7 @@ from .concepts import *
 from .data import *
 from .drift import *
 from .evidence import *
+from .export import *
 from .maps import *
 from .measure import *
 from .models import *

@@ -15,6 +15,8 @@ __all__ = [
     "cmd_generate",
     "cmd_check",
     "cmd_adopt",
+    "cmd_export",
+    "cmd_serve",
     "cmd_evaluate",
     "cmd_demo",
 ]
@@ -25,12 +27,13 @@ import math
 import os
 import re
 import shutil
+import subprocess
 import sys
 import tempfile
 import time
 import warnings
 from collections.abc import Callable
-from contextlib import redirect_stdout
+from contextlib import redirect_stdout, suppress
 from functools import partial
 from inspect import Signature, signature
 from pathlib import Path
@@ -54,6 +57,7 @@ from .concepts import Concept, extract_concept
 from .data import data_hash, lint, load_corpus, load_pairs
 from .drift import adopt, check
 from .evidence import Evidence, evaluate
+from .export import FORMATS, export, server_command
 from .maps import MAP_METHODS, AffineMap, LayerGrid, fit_maps
 from .models import load_model, model_info
 from .plots import figures, plot_grid, plot_separation
@@ -409,6 +413,44 @@ def cmd_adopt(
     given = dict(map=own, source=read, neutral=neutral and load_corpus(neutral))
     a = adopt(t, load_model(target), old and load_model(old), **given)
     return _made(a, out, target=a.target.name, dose=a.dose, descends=a.notes["descends"])
+
+
+# %% ../nbs/24_cli.ipynb #da148838
+@command
+def cmd_export(
+    transplant: Callable,  # file
+    to: str,  # gguf, baked, vllm, lm-eval or hub
+    out: str,  # file, or folder of baked and hub
+    evidence: str | None = None,  # evidence.json, for the model card of hub
+) -> Said:
+    "a file for another engine, and a receipt of what it does there"
+    if to not in FORMATS or evidence and to != "hub":
+        raise BadParameter(f"--to {to}: use one of {', '.join(FORMATS)}; only hub takes --evidence.")
+    _writable(out)
+    more = {"evidence": Evidence.load(evidence)} if evidence else {}
+    receipt = export(transplant(), out, to, **more)
+    return vars(receipt) | {"out": out}, repr(receipt)
+
+
+# %% ../nbs/24_cli.ipynb #40aa28b2
+@command
+def cmd_serve(
+    transplant: str,  # file exported for the engine
+    engine: str,  # llama.cpp or vllm
+    model: str,  # of llama.cpp a .gguf file, of vllm a folder or a Hugging Face id
+    strength: float | None = None,  # of llama.cpp, for all requests; default: 1
+    port: int = 8080,  # on this machine
+) -> Said:
+    "start a server of llama.cpp or vLLM with a transplant in it"
+    argv, variables, ask = server_command(engine, transplant, model, strength, port)
+    url = f"http://127.0.0.1:{port}/v1/completions"
+    _say(f"Ask it: curl {url} -H 'Content-Type: application/json' -d '{json.dumps(ask)}'")
+    code = 0
+    with suppress(KeyboardInterrupt):
+        code = subprocess.call(argv, env=os.environ | variables, stdout=2)
+    if code:
+        raise RuntimeError(f"{engine} ended with {code}; what it said above tells why.")
+    return dict(command=argv, url=url, request=ask), "stopped"
 
 
 # %% ../nbs/24_cli.ipynb #0d125925

@@ -41,7 +41,7 @@ __all__ = [
     "checked",
 ]
 
-# %% ../nbs/06_engine.ipynb #d11b411c
+# %% ../nbs/06_engine.ipynb #01a22244
 import copy
 import hashlib
 import re
@@ -52,6 +52,7 @@ from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import cache, cached_property, partial
+from importlib import import_module
 from itertools import takewhile
 from operator import index
 from pathlib import Path
@@ -61,9 +62,17 @@ import numpy as np
 import torch
 from fastcore.basics import patch
 from nnsight import TransformersModel, save
+from nnsight._c import mount, unmount
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
+
+# %% ../nbs/06_engine.ipynb #a4136772
+if hasattr(object, "save") and unmount:
+    unmount("save")
+    for part in ("_backends._asyncio", "streams.file", "streams.tls"):
+        import_module(f"anyio.{part}")
+    mount(save, "save")
 
 # %% ../nbs/06_engine.ipynb #592d7f27
 _BLOCKS = [

@@ -3,6 +3,8 @@
 import asyncio
 import contextlib
 import copy
+import subprocess
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -658,3 +660,21 @@ def test_G9_generation_is_halved_where_memory_runs_out(error):
     engine(m).most = 0
     with pytest.raises(type(error)):
         generate(m, prompts, 6)
+
+
+def test_async_clients_work_beside_us():
+    "nnsight puts `save` on every object, and anyio refused to load from then on, even if it was imported first."
+    code = """
+import nnsight, concept_transfer.concepts, anyio, httpx, torch
+
+async def ask():
+    async with httpx.AsyncClient(trust_env=False) as client:
+        try:
+            await client.get("http://127.0.0.1:9/")
+        except httpx.ConnectError:
+            return "nobody there"
+
+print(anyio.run(ask), hasattr(torch.ones(1), "save"))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["nobody", "there", "True"]
