@@ -228,7 +228,7 @@ _READ: dict[str, Callable] = {
 MEASURES = {r["name"]: Measure(**r, read=_READ[r["name"]]) for r in builtin_rows("measures")}
 
 
-# %% ../nbs/19_suites.ipynb #0f410707
+# %% ../nbs/19_suites.ipynb #fe0d3e3d
 @dataclass(frozen=True)
 class Measured(Strict):
     "What every arm scored."
@@ -241,6 +241,7 @@ class Measured(Strict):
     scores: dict[str, list[float]]  # (n,) by arm
 
 
+# %% ../nbs/19_suites.ipynb #3f3fc54e
 def _detectable(change, n):
     "The smallest change of a mean that n scenarios show with power .8."
     if not np.isin(change, (-1, 0, 1)).all():
@@ -250,7 +251,7 @@ def _detectable(change, n):
     return np.nan
 
 
-# %% ../nbs/19_suites.ipynb #ef553f6c
+# %% ../nbs/19_suites.ipynb #2fcbcf94
 def _span(values, groups):  # (n,) twice
     "Interval of a mean over scenarios; as wide as Wilson's where all are alike, which no bootstrap doubts."
     low, high = interval(bootstrap([values], groups))
@@ -258,6 +259,7 @@ def _span(values, groups):  # (n,) twice
     return np.round([low - room, high + room], 4).tolist()
 
 
+# %% ../nbs/19_suites.ipynb #f87e056f
 def _row(m, arm):
     "What an arm scored, with intervals over scenarios."
     base, mine = (np.array(m.scores[k]) for k in ("base", arm))
@@ -279,7 +281,7 @@ def _row(m, arm):
     )
 
 
-# %% ../nbs/19_suites.ipynb #538a38d2
+# %% ../nbs/19_suites.ipynb #1a69a51e
 REWORDED: dict[str, Callable[[str], str]] = {  # a prompt -> the same asked in another way
     "as asked": "{}".format,
     "wording": "Read what follows and complete it.\n\n{}".format,
@@ -294,6 +296,7 @@ def _reworded(task, name):
     return replace(task, name=f"{task.name}, {name}", items=items)
 
 
+# %% ../nbs/19_suites.ipynb #4ef50662
 @dataclass(frozen=True)
 class SuiteResult(Strict):
     "What a suite found at one dose."
@@ -306,13 +309,14 @@ class SuiteResult(Strict):
     provenance: dict[str, str]  # target, task, neutral text, versions
 
 
-# %% ../nbs/19_suites.ipynb #2befc0d8
+# %% ../nbs/19_suites.ipynb #13a5e6c4
 @patch(as_prop=True)
 def table(self: SuiteResult) -> pd.DataFrame:
     "A row for each measure and arm."
     return pd.DataFrame([_row(m, arm) for m in self.measured for arm in m.scores])
 
 
+# %% ../nbs/19_suites.ipynb #3eba7ee5
 LOST = 0.05  # most that a capability may lose
 
 
@@ -322,6 +326,7 @@ def _above(change, groups):  # (n,) twice
     return True if low > 0 else False if high < 0 else None
 
 
+# %% ../nbs/19_suites.ipynb #94a4f533
 @patch(as_prop=True)
 def gates(self: SuiteResult) -> dict[str, bool | None]:
     "Whether it has control, keeps utility, and is robust, see above; None where that is open."
@@ -336,7 +341,7 @@ def gates(self: SuiteResult) -> dict[str, bool | None]:
     return dict(zip(("control", "utility", "robust"), passed, strict=True))
 
 
-# %% ../nbs/19_suites.ipynb #bb57fc3e
+# %% ../nbs/19_suites.ipynb #2d918896
 @patch(as_prop=True)
 def lines(self: SuiteResult) -> list[str]:
     "The gates, what was asked, and what could not be had."
@@ -346,12 +351,14 @@ def lines(self: SuiteResult) -> list[str]:
     return gates + asked + [f"{k} was not measured: {why}" for k, why in self.missing.items()]
 
 
+# %% ../nbs/19_suites.ipynb #7b8bf65e
 @patch
 def __repr__(self: SuiteResult) -> str:
     head = f"SuiteResult({self.transplant!r}, dose {self.dose:.3g}, damage {self.damage})"
     return "\n".join([head, self.table.round(3).to_string(index=False), *self.lines])
 
 
+# %% ../nbs/19_suites.ipynb #f3418a66
 @patch
 def _repr_html_(self: SuiteResult) -> Markup:
     shown = self.table.round(3)
@@ -359,7 +366,7 @@ def _repr_html_(self: SuiteResult) -> Markup:
     return card(f"Suite for {self.transplant}", facts, html_table([*shown], shown.to_numpy().tolist()))
 
 
-# %% ../nbs/19_suites.ipynb #e35e1fc8
+# %% ../nbs/19_suites.ipynb #efb38afd
 @patch(as_prop=True)
 def data(self: SuiteResult) -> dict:
     "All of it as `suite.json` holds it: what was measured, and what follows."
@@ -367,6 +374,7 @@ def data(self: SuiteResult) -> dict:
     return parts | {"digest": data_hash([json.dumps(parts)])}
 
 
+# %% ../nbs/19_suites.ipynb #45d0373d
 @patch
 def save(self: SuiteResult, path: str | Path):
     "Write `suite.json`, whole or not at all."
@@ -374,6 +382,7 @@ def save(self: SuiteResult, path: str | Path):
         part.write_text(json.dumps(self.data, allow_nan=False), encoding="utf-8")
 
 
+# %% ../nbs/19_suites.ipynb #6efbc15b
 @patch(cls_method=True)
 def load(cls: SuiteResult, path: str | Path) -> SuiteResult:
     """Read what `save` wrote and compute again what follows from it. Raises ValueError for a file that is
@@ -390,7 +399,7 @@ def load(cls: SuiteResult, path: str | Path) -> SuiteResult:
     return found
 
 
-# %% ../nbs/19_suites.ipynb #251c05cd
+# %% ../nbs/19_suites.ipynb #c794a2ce
 def _scored(bench, task, arms, tokens, metric="chosen"):
     "Score of every item (n,) by arm; `arms` are words and what is done to the stream."
     scores: dict = {}
@@ -407,13 +416,14 @@ def _scored(bench, task, arms, tokens, metric="chosen"):
     return scores
 
 
+# %% ../nbs/19_suites.ipynb #7e480625
 def _chance(task):
     "What guessing scores."
     choices = task.items if isinstance(task, ChoiceTask) else []
     return float(np.mean([1 / (1 + len(i.choices) - (i.n_true or 1)) for i in choices] or [0]))
 
 
-# %% ../nbs/19_suites.ipynb #232912bd
+# %% ../nbs/19_suites.ipynb #1a074dff
 def _arms(bench, t, pairs, words):
     "Words and what is done to the stream, by arm."
     arms: dict = {"base": ("", None), "transplanted": ("", t)}
@@ -425,6 +435,7 @@ def _arms(bench, t, pairs, words):
     return arms
 
 
+# %% ../nbs/19_suites.ipynb #a7d953ed
 def _measure(ref):
     "A measure by its name in `MEASURES`; else a task of yours, as one of alignment."
     return MEASURES.get(ref) or Measure(ref, "", "alignment", "", partial(load_task, ref))
