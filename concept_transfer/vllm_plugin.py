@@ -92,8 +92,8 @@ def mark(front: Any, request: Any, *_):
         request.cache_salt = f"{request.cache_salt or ''}{asked}"
 
 
-# %% ../nbs/21_vllm_plugin.ipynb #6caf07d5
-def lay_out(runner: Any, _, scheduled: Any):
+# %% ../nbs/21_vllm_plugin.ipynb #9fcd3b20
+def lay_out(runner: Any, _: Any, scheduled: Any):
     "Note what the requests of the next pass ask for."
     tokens, known = scheduled.num_scheduled_tokens, runner.requests
     ids = runner.input_batch.req_ids

@@ -663,7 +663,7 @@ def test_G9_generation_is_halved_where_memory_runs_out(error):
 
 
 def test_async_clients_work_beside_us():
-    "nnsight puts `save` on every object, and anyio refused to load from then on, even if it was imported first."
+    "nnsight puts `save` on every object, from which on anyio refused to load; even where it came before us."
     code = """
 import nnsight, concept_transfer.concepts, anyio, httpx, torch
 
