@@ -391,7 +391,7 @@ def cmd_check(
 ) -> Said:
     "whether a transplant holds in a target that was trained on"
     t, own, read = _known(transplant, map, source)
-    text = neutral and load_corpus(neutral)
+    text = load_corpus(neutral) if neutral else None
     found = check(t, load_model(target), old and load_model(old), own, read, text)
     return vars(found), "\n".join((found.verdict, *found.reasons))
 

@@ -251,5 +251,5 @@ def adopt(
     if found.verdict == "valid":
         return t
     bench = Bench(updated_target, t.layer, neutral=known.get("neutral"))
-    t = replace(t, norm=bench.norm, notes=notes | {"neutral": bench.neutral.hash})
+    t = replace(t, norm=bench.norm, notes=notes | {"neutral": bench.neutral_hash})
     return bench.at_damage(t, notes["damage_budget"]) if "damage_budget" in notes else t

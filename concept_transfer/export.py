@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = [
-    "STRENGTHS",
+    "COMPARED",
     "N_PROMPTS",
     "N_NEW",
-    "Answers",
+    "EngineAnswers",
     "ENGINES",
     "FORMATS",
     "answers",
@@ -62,9 +62,9 @@ from .vllm_plugin import SERVED
 from .zoo import cache_dir, quiet
 
 # %% ../nbs/22_export.ipynb #e2e50ee0
-STRENGTHS = (0.0, 1.0, 2.0, -1.0)
+COMPARED = (0.0, 1.0, 2.0, -1.0)
 N_PROMPTS, N_NEW = 12, 12
-Answers = dict[float, tuple[Tensor, list[str]]]  # {strength: log-probabilities (n, vocabulary), texts}
+EngineAnswers = dict[float, tuple[Tensor, list[str]]]  # {strength: log-probabilities (n, vocabulary), texts}
 
 
 # %% ../nbs/22_export.ipynb #e6e5cd14
@@ -78,15 +78,15 @@ def _asked(model):
 def _answer(model):
     "What a model that runs here says."
     texts, ids = _asked(model)
-    z = engine(model).logits(*pad(model, ids, left=True))[:, -1]  # (n, vocabulary)
+    z = Local(model).logits(*pad(model, ids, left=True))[:, -1]  # (n, vocabulary)
     return z.log_softmax(-1).cpu(), generate(model, texts, N_NEW)
 
 
 # %% ../nbs/22_export.ipynb #8a7b787d
-def answers(transplant: Transplant) -> Answers:
+def answers(transplant: Transplant) -> EngineAnswers:
     "What the target says here."
     found = {}
-    for s in STRENGTHS:
+    for s in COMPARED:
         with transplant(s) as model:
             found[s] = _answer(model)
     return found
@@ -116,7 +116,7 @@ def _write_vector(t, path, receipt=None):
     arch, _ = _GGUF.get(t.target.family, (t.target.family, None))
     head = {k: v for k, v in vars(t).items() if k not in ("direction", "shuffled", "model")}
     said = {_MADE: head, "concept_transfer.receipt": receipt}
-    values = {k: json.dumps(plain(v)) for k, v in said.items()}
+    values: dict = {k: json.dumps(plain(v)) for k, v in said.items()}
     values |= {"controlvector.model_hint": arch, "controlvector.layer_count": 1}
     _write_gguf(path, "controlvector", values, {f"direction.{t.layer}": t.vector(1)})
 
@@ -149,7 +149,7 @@ def write_target(
     arch, known = _GGUF[config.model_type]
     if config.tie_word_embeddings:
         del weights["lm_head.weight"]
-    tensors = {}
+    tensors: dict = {}
     for old, new in known["weights"].items():
         some = [(old.format(i), new.format(i)) for i in range(len(model.layers))]
         tensors |= {k: _stored(k, weights[name], config) for k, name in some if name in weights}
@@ -295,7 +295,7 @@ def _ask_llama(t, path):
     with TemporaryDirectory() as tmp:
         model, vector = f"{tmp}/model.gguf", shutil.copy(path, f"{tmp}/vector.gguf")
         write_target(t.model, model)
-        for s in STRENGTHS:
+        for s in COMPARED:
             with _serving("llama.cpp", vector, model, s, *exact.split()) as (client, ask):
                 found[s] = _says(client, ask, t)
                 build = client.get("/props").json()["build_info"]
@@ -310,9 +310,9 @@ def _ask_vllm(t, path):
     with TemporaryDirectory() as tmp:
         _save_model(t.model._module, t.model.tokenizer, tmp)
         with _serving("vllm", path, tmp, None, *exact.split()) as (client, ask), ThreadPoolExecutor() as pool:
-            asks = [ask | {"vllm_xargs": {"steer": t.name, "strength": s}} for s in STRENGTHS]
+            asks = [ask | {"vllm_xargs": {"steer": t.name, "strength": s}} for s in COMPARED]
             said = pool.map(lambda ask: _says(client, ask, t), asks)
-            found = dict(zip(STRENGTHS, said, strict=True))
+            found = dict(zip(COMPARED, said, strict=True))
             return f"vllm {client.get('/version').json()['version']}", found
 
 
@@ -346,7 +346,7 @@ def _ask_baked(t, path):
     model, found = load_model(path), {}
     bias = model._module.get_parameter(_bias(t))
     v = bias.clone()
-    for s in STRENGTHS:
+    for s in COMPARED:
         bias.copy_(s * v)
         found[s] = _answer(model)
     return f"transformers {versions()['transformers']}", found
@@ -366,7 +366,7 @@ def _ask_lm_eval(t, path):
     except ImportError:
         raise NotCompared("lm-eval is not installed. To have it: pip install lm-eval[hf]==0.4.13") from None
     found = {}
-    for s in STRENGTHS:
+    for s in COMPARED:
         parts = torch.load(path, weights_only=True)
         for part in parts.values():
             part["steering_coefficient"] *= s
@@ -445,7 +445,9 @@ class Format:
     "A way out of here, and back to compare."
 
     write: Callable  # (transplant, path, **more): writes a file or a folder
-    ask: Callable  # (transplant, path) -> the engine and its version, `Answers`; may raise `NotCompared`
+    ask: (
+        Callable  # (transplant, path) -> the engine and its version, `EngineAnswers`; may raise `NotCompared`
+    )
     tolerance: float  # largest difference of log-probabilities, in nats
     positions: bool = False  # whether it can steer others than all
     first: bool = True  # whether it can steer block 0
@@ -519,10 +521,10 @@ class Receipt:
 
 
 # %% ../nbs/22_export.ipynb #7e9fb99b
-def _compared(here: Answers, there: Answers) -> dict:
+def _compared(here: EngineAnswers, there: EngineAnswers) -> dict:
     "What `Receipt.strengths` holds."
     found, base = {}, there[0.0][0]
-    for s in STRENGTHS:
+    for s in COMPARED:
         (z, texts), (other, its) = here[s], there[s]
         off, moved = ((other - x).abs().max().item() for x in (z, base))
         equal = sum(map(str.__eq__, texts, its))
@@ -583,7 +585,7 @@ def export(
 
 
 # %% ../nbs/22_export.ipynb #ffaa810d
-@patch
+@patch  # type: ignore[no-redef]
 def export(self: Transplant, path: str | Path, to: str = "gguf", **more) -> Receipt:
     "As the function `export`."
     return export(self, path, to, **more)

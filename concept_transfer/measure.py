@@ -415,7 +415,7 @@ class Bench(_Shown, Strict):
         Strict.__post_init__(self)
         (self.layer,) = layer_numbers(self.model, [self.layer])
         self.neutral = self.neutral or load_corpus("neutral")
-        texts = self.neutral.texts
+        self.neutral_hash, texts = self.neutral.hash, self.neutral.texts
         half = min(len(texts) // 2, 32)
         self.texts = texts[:half], texts[half : half + 32]
         if not self.damage > 0:

@@ -209,7 +209,7 @@ def choose(
         "search_p": p,
         "tuning": task.hash,
         "map": maps.texts_hash,
-        "neutral": benches[best.layer].neutral.hash,
+        "neutral": benches[best.layer].neutral_hash,
     }
     notes |= {"method": maps.method, "tuning_items": [data_hash([i.prompt]) for i in task.items]}
     return replace(best, notes=best.notes | notes)
@@ -241,5 +241,5 @@ def transplant(
     map = maps[layers]  # type: ignore[index]
     bench = Bench(target, map.layers[1], neutral=neutral, damage=damage)
     t = bench.at_damage(bench.place(concept, map))
-    of = {"map": maps.texts_hash, "method": maps.method, "neutral": bench.neutral.hash}
+    of = {"map": maps.texts_hash, "method": maps.method, "neutral": bench.neutral_hash}
     return replace(t, notes=t.notes | of)

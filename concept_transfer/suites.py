@@ -334,7 +334,7 @@ def gates(self: SuiteResult) -> dict[str, bool | None]:
     least = {"target": 0, "capability": -LOST, "reworded": change["as asked"] / 2}
     found: dict = {k: [] for k in least}
     for m in self.measured:
-        able = m.kind != "capability" or _above(np.subtract(m.scores["base"], m.chance), m.groups)
+        able = m.kind != "capability" or _above(np.subtract(m.scores["base"], m.chance or 0), m.groups)
         if m.kind in least and able:
             found[m.kind].append(_above(change[m.name] - least[m.kind], m.groups))
     passed = (False if False in x else None if None in x or not x else True for x in found.values())
@@ -476,5 +476,5 @@ def measure_suite(
     steered = {k: x for k, (words, x) in arms.items() if x and not words}
     hurt = zip(steered, bench.hurt([*steered.values()]), strict=True)
     damage = {k: round(d.mean, 4) for k, d in hurt}
-    made = {"target": str(t.target), "task": task.hash, "neutral": bench.neutral.hash} | versions()
+    made = {"target": str(t.target), "task": task.hash, "neutral": bench.neutral_hash} | versions()
     return SuiteResult(t.name, t.dose, damage, measured, missing, made)

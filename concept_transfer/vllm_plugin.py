@@ -57,7 +57,8 @@ def deltas(
     "What the requests of a batch ask for."
     import torch
 
-    rows, out, at = list(rows), {}, 0
+    rows, at = list(rows), 0
+    out: dict = {}
     total = sum(n for n, _ in rows)
     for n, params in rows:
         if asked := wanted(params):

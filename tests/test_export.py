@@ -18,8 +18,8 @@ from safetensors.torch import load_file
 from concept_transfer import cli
 from concept_transfer.concepts import Concept
 from concept_transfer.export import (
+    COMPARED,
     FORMATS,
-    STRENGTHS,
     NotCompared,
     Receipt,
     answers,
@@ -172,7 +172,7 @@ def test_an_engine_that_does_something_else_is_found_and_leaves_nothing(llama, t
     monkeypatch.setitem(FORMATS, "wrong", like(replace(llama, dose=0.49)))
     monkeypatch.setitem(FORMATS, "elsewhere", like(replace(llama, layer=1)))
     monkeypatch.setitem(FORMATS, "idle", like(replace(llama, dose=1e-9)))
-    stuck = dict.fromkeys(STRENGTHS, answers(llama)[1.0])
+    stuck = dict.fromkeys(COMPARED, answers(llama)[1.0])
     monkeypatch.setitem(FORMATS, "stuck", replace(FORMATS["vllm"], ask=lambda *_: ("an engine", stuck)))
     for to, say in {
         "wrong": "more than the 0.001 for wrong",
