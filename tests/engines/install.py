@@ -16,7 +16,7 @@ STEPS = {  # what pip is given, one call after the other
     "llama.cpp": [["install", ENGINES["llama.cpp"][0]]],
     "lm-eval": [["install", "lm-eval[hf]==0.4.13"]],
     "vllm": [
-        ["install", "--extra-index-url", "https://download.pytorch.org/whl/cpu", ENGINES["vllm"][0]],
+        ["install", ENGINES["vllm"][0].split()[-1]],  # `PIP_EXTRA_INDEX_URL` may name PyTorch's own index
         [
             "uninstall",
             "-y",
