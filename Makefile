@@ -3,16 +3,15 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install -c constraints.txt
 REMOTE ?= remote
-COVERAGE ?=
 COUNT ?= 10000
 PACKAGE := settings.ini setup.py pyproject.toml constraints.txt
 WRITTEN := nbs tests tools benchmarks setup.py
 NOTEBOOKS := OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2 --do_print
 QUICK := not real and not study and not slow and not remote
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadgroup
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast fuzz test-remote check prepare readme studies benchmarks docs clean
+.PHONY: help demo test test-fast coverage fuzz test-remote check prepare readme studies benchmarks docs clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 12
@@ -20,15 +19,17 @@ help: ## this list
 demo: .venv/.runtime ## the whole flow on two small embedded models, result in demo/
 	$(BIN)/concept-transfer demo --out demo
 
-test: .venv/.dev ## notebooks, then pytest; with COVERAGE=1 also which lines the quick half of it ran
+test: .venv/.dev ## notebooks, then all tests but those of `test-remote`
 	$(NOTEBOOKS) --skip_folder_re '^([_.]|studies$$)' --skip_file_re '^(_|\.|index)'
 	@echo "notebook cells skipped: $$(cat nbs/*.ipynb | grep -cE '#\| *(eval: *false|notest)|skip_exec: *true')"
-	$(PYTEST) -m "$(QUICK)" $(if $(COVERAGE),--cov --cov-report=term)
-	$(PYTEST) -m "not ($(QUICK))"
+	$(PYTEST) -m "not remote"
 
 test-fast: .venv/.dev ## what needs no real weights, study, browser or server: under three minutes
 	$(NOTEBOOKS) --file_re '^[0-9]+_' --skip_folder_re '^([_.]|studies$$)'
 	$(PYTEST) -m "$(QUICK)"
+
+coverage: .venv/.dev ## which lines the tests of `test-fast` run (tracing them takes longer than running them)
+	$(PYTEST) -m "$(QUICK)" --cov --cov-report=term
 
 fuzz: .venv/.dev ## mutated artefacts, journals and inputs (COUNT=10000), 300 flipped bits, 20 killed runs: nothing bare, nothing silent
 	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz.py $(COUNT)
