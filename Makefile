@@ -3,17 +3,17 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install -c constraints.txt
 REMOTE ?= remote
-COVERAGE ?=
 COUNT ?= 10000
 PACKAGE := settings.ini setup.py pyproject.toml constraints.txt
 WRITTEN := nbs tests tools benchmarks setup.py
 NOTEBOOKS := OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2 --do_print
 QUICK := not real and not study and not slow and not remote and not engines
 ENGINES ?=
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadgroup
+SELECT ?= engines
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast fuzz test-remote test-engines check prepare readme studies benchmarks docs clean
+.PHONY: help demo test test-fast coverage fuzz test-remote test-engines check prepare readme studies benchmarks docs clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 12
@@ -21,15 +21,17 @@ help: ## this list
 demo: .venv/.runtime ## the whole flow on two small embedded models, result in demo/
 	$(BIN)/concept-transfer demo --out demo
 
-test: .venv/.dev ## notebooks, then pytest; with COVERAGE=1 also which lines the quick half of it ran
+test: .venv/.dev ## notebooks, then all tests but those of `test-remote`
 	$(NOTEBOOKS) --skip_folder_re '^([_.]|studies$$)' --skip_file_re '^(_|\.|index)'
 	@echo "notebook cells skipped: $$(cat nbs/*.ipynb | grep -cE '#\| *(eval: *false|notest)|skip_exec: *true')"
-	$(PYTEST) -m "$(QUICK)" $(if $(COVERAGE),--cov --cov-report=term)
-	$(PYTEST) -m "not ($(QUICK))"
+	$(PYTEST) -m "not remote"
 
 test-fast: .venv/.dev ## what needs no real weights, study, browser or server: under three minutes
 	$(NOTEBOOKS) --file_re '^[0-9]+_' --skip_folder_re '^([_.]|studies$$)'
 	$(PYTEST) -m "$(QUICK)"
+
+coverage: .venv/.dev ## which lines the tests of `test-fast` run (tracing them takes longer than running them)
+	$(PYTEST) -m "$(QUICK)" --cov --cov-report=term
 
 fuzz: .venv/.dev ## mutated artefacts, journals and inputs (COUNT=10000), 300 flipped bits, 20 killed runs: nothing bare, nothing silent
 	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz.py $(COUNT)
@@ -40,7 +42,7 @@ test-remote: .venv/.dev ## against a real NDIF server on this machine (needs red
 
 test-engines: .venv/.dev ## exported transplants in llama.cpp, lm-eval and vLLM (ENGINES=llama.cpp for one), which it installs in .venv-engines (0.2, 1 and 3.5 GB)
 	$(BIN)/python tests/engines/install.py .venv-engines $(ENGINES)
-	CONCEPT_TRANSFER_ENGINES=$(CURDIR)/.venv-engines OMP_NUM_THREADS=1 $(BIN)/pytest -m engines tests/engines
+	CONCEPT_TRANSFER_ENGINES=$(CURDIR)/.venv-engines OMP_NUM_THREADS=1 $(BIN)/pytest -m "$(SELECT)" tests/engines
 
 check: .venv/.dev ## lint and types, nothing is changed
 	$(BIN)/ruff check $(WRITTEN) concept_transfer

@@ -18,7 +18,7 @@ __all__ = [
     "wrong_way",
 ]
 
-# %% ../nbs/03_stats.ipynb #c429fee9
+# %% ../nbs/03_stats.ipynb #c8a64b78
 from collections.abc import Sequence
 
 import numpy as np
@@ -26,7 +26,6 @@ from numpy.typing import ArrayLike
 from scipy.optimize import brentq
 from scipy.stats import mannwhitneyu, norm
 from statsmodels.stats import contingency_tables
-from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.proportion import proportion_confint
 
 
@@ -103,12 +102,14 @@ def permutation_p(
     return float(np.greater_equal([observed, *null], observed).mean())
 
 
-# %% ../nbs/03_stats.ipynb #9f04b42b
+# %% ../nbs/03_stats.ipynb #0a77b65e
 def holm(
     p: Sequence[float] | np.ndarray,  # (k,) one for each concept
 ) -> np.ndarray:  # (k,) adjusted, to be compared with the level
     "Holm's step-down adjustment (1979)."
-    return multipletests(p, method="holm")[1]
+    order = np.argsort(p)
+    raised = np.maximum.accumulate(np.sort(p) * np.arange(len(p), 0, -1))
+    return raised.clip(max=1)[np.argsort(order)]
 
 
 # %% ../nbs/03_stats.ipynb #9db91493

@@ -17,7 +17,6 @@ FLAGS = """--headless --no-sandbox --disable-gpu --disable-quic --no-first-run -
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed"),
-    pytest.mark.xdist_group("docs"),  # one worker builds the site once
 ]
 
 

@@ -1,6 +1,7 @@
 "Planted truths: where the answer is known, the evidence must find it."
 
 import json
+import shutil
 import warnings
 from dataclasses import replace
 
@@ -23,7 +24,7 @@ from concept_transfer.data import (
 from concept_transfer.evidence import Evidence, evaluate, evaluate_text, off_target
 from concept_transfer.maps import fit_maps
 from concept_transfer.measure import METRICS, Bench, Metric, word_direction
-from concept_transfer.models import load_model, tiny_model, twin
+from concept_transfer.models import tiny_model, twin
 from concept_transfer.report import verdict, write_report
 from concept_transfer.selection import choose
 from concept_transfer.steering import place
@@ -72,8 +73,14 @@ def task(pushed):
     return ChoiceTask("planted", items, "Say it.\n\n")
 
 
+@pytest.fixture(scope="module")
+def few(task):
+    "Where it does not matter how many there are."
+    return task.take(12)
+
+
 def asked(pair, task, path=None, experiments=("equal_damage", "equal_norm", "curves"), arms=ARMS, **settings):
-    chosen = Settings(**({"damage": 0.5} | settings))
+    chosen = Settings(**({"damage": 0.5, "bootstrap": 500} | settings))
     return evaluate(pair[2], task, NEUTRAL, arms, experiments, chosen, path, pairs=PAIRS)
 
 
@@ -210,8 +217,8 @@ def test_a_behaviour_is_moved_by_its_own_transplant_first(pair, task):
 
 
 @pytest.mark.slow
-def test_evidence_goes_on_behind_the_arms_that_are_done(pair, task, tmp_path, monkeypatch):
-    want, real, calls = asked(pair, task, random=6), Bench.at_damage, []
+def test_evidence_goes_on_behind_the_arms_that_are_done(pair, few, tmp_path, monkeypatch):
+    want, real, calls = asked(pair, few, random=6), Bench.at_damage, []
 
     def fails(self, ts, *a):
         calls.append(len(ts))
@@ -221,10 +228,10 @@ def test_evidence_goes_on_behind_the_arms_that_are_done(pair, task, tmp_path, mo
 
     monkeypatch.setattr(Bench, "at_damage", fails)
     with pytest.raises(KeyboardInterrupt):
-        asked(pair, task, tmp_path / "arms", random=6)
-    again = asked(pair, task, tmp_path / "arms", random=6)
+        asked(pair, few, tmp_path / "arms", random=6)
+    again = asked(pair, few, tmp_path / "arms", random=6)
     assert again == want and len(calls) == 3 + 6  # two arms were kept, then six searches were left
-    other = asked(pair, task, tmp_path / "arms", random=6, damage=0.25)  # another question: nothing is used
+    other = asked(pair, few, tmp_path / "arms", random=6, damage=0.25)  # another question: nothing is used
     assert other.arms["transplanted"].dose < 0.8 * want.arms["transplanted"].dose
 
 
@@ -298,7 +305,7 @@ def measured(monkeypatch):
 
 
 @pytest.mark.slow
-def test_28_a_file_of_the_users_own_is_refused_and_stays(pair, task, tmp_path, evidence):
+def test_28_a_file_of_the_users_own_is_refused_and_stays(pair, few, tmp_path, evidence):
     evidence.save(tmp_path / "evidence.json")
     for name, text in (
         ("notes.txt", "dear notes\n"),
@@ -310,29 +317,29 @@ def test_28_a_file_of_the_users_own_is_refused_and_stays(pair, task, tmp_path, e
             path.write_text(text)
         before = path.read_bytes()
         with pytest.raises(ValueError, match=name):
-            asked(pair, task, path, EQUAL, random=0)
+            asked(pair, few, path, EQUAL, random=0)
         assert path.read_bytes() == before
     with pytest.raises(OSError, match=str(tmp_path)):
-        asked(pair, task, tmp_path, EQUAL, random=0)
+        asked(pair, few, tmp_path, EQUAL, random=0)
 
 
 @pytest.mark.slow
-def test_30_other_strengths_give_another_curve_and_arms_are_kept(pair, task, tmp_path, measured):
-    first, strengths = curve(pair, task, tmp_path / "arms")
+def test_30_other_strengths_give_another_curve_and_arms_are_kept(pair, few, tmp_path, measured):
+    first, strengths = curve(pair, few, tmp_path / "arms")
     assert strengths == [-1, 0, 1]
     measured.clear()
-    again, strengths = curve(pair, task, tmp_path / "arms")
+    again, strengths = curve(pair, few, tmp_path / "arms")
     assert not measured and again == first
-    other, strengths = curve(pair, task, tmp_path / "arms", (-2.0, 0.0, 2.0))
+    other, strengths = curve(pair, few, tmp_path / "arms", (-2.0, 0.0, 2.0))
     assert strengths == [-2, 0, 2] and {x for _, x in measured} == {"curves"}
     assert other.of("equal_damage") == first.of("equal_damage") and other.steered() is None
 
 
 @pytest.mark.slow
-def test_32_other_tasks_are_asked_anew(pair, task, tmp_path):
+def test_32_other_tasks_are_asked_anew(pair, few, tmp_path):
     def other(name, n=4):
         off = [replace(load_task(name).take(n), name="other")]
-        return asked(pair, task, tmp_path / "off", (*EQUAL, "off_target"), random=0, off=off)
+        return asked(pair, few, tmp_path / "off", (*EQUAL, "off_target"), random=0, off=off)
 
     one, two = other("emotions/fear"), other("emotions/anger")  # another task of the same name
     assert one.of("off_target") != two.of("off_target") and one.of("equal_damage") == two.of("equal_damage")
@@ -340,27 +347,33 @@ def test_32_other_tasks_are_asked_anew(pair, task, tmp_path):
     assert len(three.of("off_target")["base"][0].answers["chosen"]) == 3
 
 
+@pytest.fixture(scope="module")
+def begun(pair, few, tmp_path_factory):
+    "What an evaluation kept, and found."
+    path = tmp_path_factory.mktemp("begun") / "arms"
+    return path, asked(pair, few, path, EQUAL, random=2)
+
+
 @pytest.mark.parametrize(
     "changed", [{"random": 3}, {"seed": 1}, {"damage": 0.25}, {"experiments": (*EQUAL, "equal_norm")}]
 )
 @pytest.mark.slow
-def test_30_whatever_else_is_asked_is_measured_anew(pair, task, tmp_path, changed):
-    how = {"random": 2, "experiments": EQUAL}
-    asked(pair, task, tmp_path / "arms", **how)
-    e, want = (asked(pair, task, path, **how | changed) for path in (tmp_path / "arms", None))
+def test_30_whatever_else_is_asked_is_measured_anew(pair, few, begun, tmp_path, changed):
+    how = {"random": 2, "experiments": EQUAL} | changed
+    shutil.copy(begun[0], tmp_path / "arms")
+    e, want = (asked(pair, few, path, **how) for path in (tmp_path / "arms", None))
     assert e == want
 
 
 @pytest.mark.parametrize("arm", ["native", "other_concept", "few_shot", "source", "mine"])
 @pytest.mark.slow
-def test_30_another_input_of_an_arm_is_measured_anew(pair, task, tmp_path, measured, arm):
+def test_30_another_input_of_an_arm_is_measured_anew(pair, few, tmp_path, measured, arm):
     fear, anger = (load_pairs(f"emotions/{e}") for e in ("fear", "anger"))
-    twins = [load_model(tiny_model("gpt2", seed, n_positions=256)) for seed in (1, 2)]
     inputs = {
         "native": [{"pairs": p} for p in (fear, anger)],
         "other_concept": [{"other": p} for p in (fear, anger)],
         "few_shot": [{"examples": load_task("knowledge").take(4, seed)} for seed in (0, 1)],
-        "source": [{"source": m} for m in twins],
+        "source": [{"source": tiny_model("gpt2", seed, n_positions=256)} for seed in (1, 2)],
         "mine": [{}, {}],
     }
     hints = [lambda trial: [Words("Red or blue. ")], lambda trial: [Words("Hard or soft. ")]]
@@ -371,18 +384,18 @@ def test_30_another_input_of_an_arm_is_measured_anew(pair, task, tmp_path, measu
         }
         quick = Settings(random=0, damage=0.5)
         measured.clear()
-        found.append(evaluate(pair[2], task, NEUTRAL, arms, EQUAL, quick, tmp_path / "arms", **given))
+        found.append(evaluate(pair[2], few, NEUTRAL, arms, EQUAL, quick, tmp_path / "arms", **given))
     assert {x for x, _ in measured} == {arm, "mine"}
     one, two = ([r.answers["margin"] for r in e.of("equal_damage")[arm]] for e in found)
     assert one != two
 
 
 @pytest.mark.slow
-def test_30_a_metric_of_ones_own_is_measured_anew(pair, task, tmp_path, monkeypatch):
-    asked(pair, task, tmp_path / "arms", EQUAL, random=0)
+def test_30_a_metric_of_ones_own_is_measured_anew(pair, few, tmp_path, monkeypatch):
+    asked(pair, few, tmp_path / "arms", EQUAL, random=0)
     for k in (1.0, 2.0):
         monkeypatch.setitem(METRICS, "mine", Metric("mine", "mine", lambda a, k=k: k * np.ones(len(a.items))))
-        e = asked(pair, task, tmp_path / "arms", EQUAL, random=0)
+        e = asked(pair, few, tmp_path / "arms", EQUAL, random=0)
         assert e.arms["base"].score_means["mine"]["mean"] == k
 
 
@@ -407,18 +420,17 @@ def test_30_another_transplant_task_text_or_model_is_refused(pair, task, tmp_pat
 
 
 @pytest.mark.slow
-def test_30_a_rerun_reads_no_arm_again_and_a_torn_line_is_forgiven(pair, task, tmp_path, measured):
-    path = tmp_path / "arms"
-    first = asked(pair, task, path, EQUAL, random=2)
-    measured.clear()
-    assert asked(pair, task, path, EQUAL, random=2) == first and not measured
+def test_30_a_rerun_reads_no_arm_again_and_a_torn_line_is_forgiven(pair, few, begun, tmp_path, measured):
+    path, first = tmp_path / "arms", begun[1]
+    shutil.copy(begun[0], path)
+    assert asked(pair, few, path, EQUAL, random=2) == first and not measured
     path.write_bytes(path.read_bytes()[:-20])
-    assert asked(pair, task, path, EQUAL, random=2) == first and len(measured) == 1
+    assert asked(pair, few, path, EQUAL, random=2) == first and len(measured) == 1
     raw = bytearray(path.read_bytes())
     raw[len(raw) // 2] ^= 1
     path.write_bytes(raw)
     with pytest.raises(ValueError, match="damaged"):
-        asked(pair, task, path, EQUAL, random=2)
+        asked(pair, few, path, EQUAL, random=2)
 
 
 WRONG = [
@@ -524,16 +536,9 @@ def test_a_metric_does_not_take_the_place_of_a_column(pair, task, monkeypatch):
         asked(pair, task, experiments=EQUAL, random=0)
 
 
-def hostile(change):
-    "What makes other evidence of some, with a digest that fits."
-
-    def write(evidence, path):
-        d = json.loads(json.dumps(evidence.data))
-        del d["digest"]
-        change(d)
-        path.write_text(json.dumps(d | {"digest": data_hash([json.dumps(d)])}))
-
-    return write
+@pytest.fixture(scope="module")
+def told(evidence):
+    return json.dumps(evidence.data)
 
 
 def put(*where, value):
@@ -542,7 +547,7 @@ def put(*where, value):
             d = d[k]
         d[where[-1]] = value
 
-    return hostile(change)
+    return change
 
 
 def drop(*where):
@@ -551,25 +556,38 @@ def drop(*where):
             d = d[k]
         del d[where[-1]]
 
-    return hostile(change)
+    return change
+
+
+def signed(told, change, path):
+    "A file of other evidence, with a digest that fits."
+    d = json.loads(told)
+    del d["digest"]
+    change(d)
+    path.write_text(json.dumps(d | {"digest": data_hash([json.dumps(d)])}))
 
 
 HOSTILE = {
     "unknown arm": put("arms", "nobody", value={"reason": None}),
     "a run of nobody": put("runs", 0, "arm", value="nobody"),
     "an arm without runs": drop("arms", "transplanted"),
+    "no base model": lambda d: d.update(runs=[r for r in d["runs"] if r["arm"] != "base"]),
+    "arms as a list": put("arms", value=[1]),
     "wrong type": put("runs", 0, "draw", value="0"),
     "half a draw": put("runs", 0, "draw", value=0.5),
     "text for a number": put("runs", 0, "answers", "margin", 0, value="1.0"),
     "none for a number": put("runs", 0, "answers", "margin", 0, value=None),
     "not finite": put("runs", 0, "kl", 0, 0, value=float("nan")),
     "endless": put("runs", 0, "dose", value=float("inf")),
+    "answers as text": put("runs", 0, "answers", "chosen", value="yes"),
     "a number short": put("runs", 1, "answers", "chosen", value=[1.0]),
     "no margin": drop("runs", 0, "answers", "margin"),
     "no runs": put("runs", value=[]),
     "runs of another kind": put("runs", value={"base": []}),
     "unknown field": put("runs", 0, "more", value=1),
     "more items": put("n", value=7),
+    "items as text": put("n", value="many"),
+    "a name that is a number": put("transplant", value=5),
     "a seed below zero": put("seed", value=-1),
     "no draws": put("bootstrap", value=0),
     "no task": drop("task"),
@@ -582,14 +600,15 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-@pytest.mark.slow
-def test_84_evidence_that_does_not_fit_is_refused(evidence, tmp_path, name):
-    path = tmp_path / "hostile.json"
-    HOSTILE[name](evidence, path)
+def test_84_evidence_that_does_not_fit_is_refused(told, tmp_path, name):
+    signed(told, HOSTILE[name], tmp_path / "hostile.json")
     with pytest.raises(ValueError, match=r"hostile\.json"):
-        Evidence.load(path)
-    hostile(lambda d: None)(evidence, path)
-    assert Evidence.load(path) == evidence
+        Evidence.load(tmp_path / "hostile.json")
+
+
+def test_84_evidence_that_fits_is_read(evidence, told, tmp_path):
+    signed(told, lambda d: None, tmp_path / "e.json")
+    assert Evidence.load(tmp_path / "e.json") == evidence
 
 
 @pytest.mark.parametrize(
@@ -766,7 +785,7 @@ def test_what_was_not_asked_is_not_found(pair, task, two_words):
 def test_controls_stand_where_the_transplant_stands(pair, two_words, monkeypatch):
     seen, real = [], Bench.at_damage
     monkeypatch.setattr(Bench, "at_damage", lambda self, ts, *a: [seen.extend(ts), real(self, ts, *a)][1])
-    found(replace(pair[2], positions="last"), two_words, [])
+    found(replace(pair[2], positions="last"), two_words.take(8), [])
     assert len(seen) > 40 and {t.positions for t in seen} == {"last"}
 
 

@@ -375,7 +375,8 @@ def test_equal_wider_and_narrower_targets(d1, d2):
     a, b = tiny_model("llama", hidden_size=d1), tiny_model("mistral", hidden_size=d2)
     maps = fit_maps(a, b, SCENES.take(40), [1], [2])
     assert maps.W.shape == (1, 1, d1, d2)
-    assert maps[1, 2].direction(extract_concept(a, load_pairs("honesty"), [1])).shape == (d2,)
+    honesty = extract_concept(a, load_pairs("honesty"), [1])
+    assert maps[1, 2].direction(honesty).shape == place(honesty, b, map=maps[1, 2]).vector().shape == (d2,)
 
 
 def test_the_wrong_models_and_layers_are_refused(pair):

@@ -28,7 +28,7 @@ from concept_transfer.measure import (
 )
 from concept_transfer.models import load_model, tiny_model, twin
 from concept_transfer.selection import choose, offline_scores, search_p, transplant
-from concept_transfer.steering import Transplant, adding, generate, place
+from concept_transfer.steering import Transplant, adding, place
 from concept_transfer.tasks import ChoiceItem, ChoiceTask, load_task
 from concept_transfer.toys import TINY, planted_module
 
@@ -283,39 +283,6 @@ def test_tied_layers_are_steered_at_each_place():
             seen.append(next_logits(tied, *x))
     assert not torch.equal(*seen) and not torch.equal(seen[0], base)
     assert torch.equal(next_logits(tied, *x), base)
-
-
-@pytest.mark.parametrize("family", list(TINY))
-@pytest.mark.parametrize("text", ["😀🎉 ok", "مرحبا بالعالم", "שלום, what a day", "é\u0301clair naïve", "a"])
-@pytest.mark.slow
-def test_emoji_and_right_to_left_text_are_continued(family, text):
-    assert isinstance(generate(tiny_model(family), text, 3), str)
-
-
-@pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("family", list(TINY))
-@pytest.mark.slow
-def test_prompts_together_are_continued_as_each_alone(family, side):
-    m = tiny_model(family)
-    m.tokenizer.padding_side = side
-    texts = ["Rain.", "The cat sat on the mat and looked at me."]
-    assert generate(m, texts, 4) == [generate(m, t, 4) for t in texts]
-
-
-def test_nothing_to_go_on_from_is_said():
-    for prompts, what in (("", "empty"), ([], "at least one")):
-        with pytest.raises(ValueError, match=what):
-            generate(tiny_model("gpt2"), prompts)
-    assert isinstance(generate(tiny_model("llama"), "", 3), str)  # from nothing but the start token
-
-
-@pytest.mark.parametrize("d1, d2", [(48, 48), (48, 96), (96, 48)])
-@pytest.mark.slow
-def test_equal_wider_and_narrower_targets(d1, d2):
-    a, b = tiny_model("llama", hidden_size=d1), tiny_model("mistral", hidden_size=d2)
-    maps = fit_maps(a, b, SCENES.take(40), [1], [2])
-    joy = extract_concept(a, load_pairs("honesty"), [1])
-    assert place(joy, b, map=maps[1, 2]).vector().shape == (d2,)
 
 
 def test_the_wrong_models_and_directions_are_refused():

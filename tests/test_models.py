@@ -20,14 +20,17 @@ from safetensors.torch import load_file, save_file
 from tokenizers import pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
 
+from concept_transfer.cli import main
 from concept_transfer.concepts import Concept, activations, extract_concept
 from concept_transfer.data import Corpus, load_corpus, load_pairs
 from concept_transfer.engine import Local, encode, engine, pad
 from concept_transfer.maps import fit_maps
+from concept_transfer.measure import Bench
 from concept_transfer.models import load_model, model_info, tiny_model, twin, wrap
 from concept_transfer.steering import Transplant, generate, place
+from concept_transfer.tasks import load_task
 from concept_transfer.toys import LAYOUTS, tiny_module, tiny_tokenizer
-from concept_transfer.zoo import EMBEDDED, cache_dir, converted, fetch, quiet, read_gguf, read_other
+from concept_transfer.zoo import EMBEDDED, cache_dir, converted, download, fetch, quiet, read_gguf, read_other
 
 NAME = "smollm2-135m-instruct"
 LOAD = f"""
@@ -36,15 +39,10 @@ print(model_info(load_model({NAME!r})).weights)
 """
 
 
-def python(code, cache):
-    "A process of its own, with an empty cache."
-    env = os.environ | {"CONCEPT_TRANSFER_CACHE": str(cache), "HF_HUB_OFFLINE": "1"}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen([sys.executable, "-c", code], env=env, **pipes)
-
-
 def test_two_processes_share_a_fresh_cache(tmp_path, smol):
-    jobs = [python(LOAD, tmp_path) for _ in range(2)]
+    env = os.environ | {"CONCEPT_TRANSFER_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    how = dict(env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    jobs = [subprocess.Popen([sys.executable, "-c", LOAD], **how) for _ in range(2)]
     said = [j.communicate() for j in jobs]
     assert {out.strip() for out, _ in said} == {model_info(smol).weights}
     assert sum("First use of smollm2" in err for _, err in said) == 1
@@ -161,19 +159,11 @@ def test_a_gguf_file_cut_short_is_refused(tmp_path, monkeypatch, size):
         load_model(path)
 
 
-@pytest.mark.slow
-def test_a_full_disk_leaves_no_converted_model(tmp_path):
-    path = small_gguf(tmp_path / "own.gguf")
-    cache = tmp_path / "cache"
-    code = f"""
-import resource, signal
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (50000, 50000))
-from concept_transfer.models import load_model
-load_model({str(path)!r})
-"""
-    job = python(code, cache)
-    _, err = job.communicate()
-    assert job.returncode and "OSError" in err and "Free some space" in err
+def test_a_full_disk_leaves_no_converted_model(tmp_path, monkeypatch, full_disk):
+    path, cache = small_gguf(tmp_path / "own.gguf"), tmp_path / "cache"
+    monkeypatch.setenv("CONCEPT_TRANSFER_CACHE", str(cache))
+    with full_disk(50_000), pytest.raises(OSError, match="Free some space"):
+        load_model(path)
     assert [p.suffix for p in cache.iterdir()] == [".lock"]
 
 
@@ -199,7 +189,7 @@ def test_every_family_to_its_exact_twin(family):
     m, layers, text = tiny_model(family), range(4), "The cat sat on the mat."
     other, Q = twin(m, widen=0 if LAYOUTS[family]["layernorm"] else 16)
     joy = extract_concept(m, load_pairs("emotions/happiness"))
-    corpus = Corpus("scenes", [t for e in ("sadness", "fear") for t in load_pairs(f"emotions/{e}").texts])
+    corpus = Corpus("scenes", load_pairs("emotions/fear").texts[:100])
     maps = fit_maps(m, other, corpus, layers, layers)
     base = logits(m, text, 4)
     for k in layers:
@@ -226,23 +216,49 @@ def test_the_embedded_pair_is_what_it_says(smol, gemma):
     )
 
 
+def some_pairs():
+    "A few pairs of happiness, which real models read soon."
+    p = load_pairs("emotions/happiness")
+    return replace(p, positive=p.positive[:24], negative=p.negative[:24], groups=())
+
+
 def test_smollm2_to_its_exact_twin(smol):
     other, Q = twin(smol, widen=32)
     text = "The children came home from school and asked for soup."
     base = logits(smol, text, 8)
     assert (base - logits(other, text, 8)).abs().max() < 1e-3
-    joy, corpus = extract_concept(smol, load_pairs("emotions/happiness")), load_corpus("general").take(150)
-    for start in range(0, 30, 6):
-        layers = range(start, start + 6, 2)
-        maps = fit_maps(smol, other, corpus, layers, layers, folds=2)
-        for k in layers:
-            assert maps[k, k].r2 >= 0.999, k
-            assert torch.cosine_similarity(maps[k, k].direction(joy), joy[k] @ Q, 0) >= 0.999, k
-        if 20 in layers:
-            home, away = place(joy, smol, 20), place(joy, other, map=maps[20, 20])
+    layers = (0, 10, 20, 28)
+    joy = extract_concept(smol, some_pairs(), layers)
+    maps = fit_maps(smol, other, load_corpus("general").take(150), layers, layers, folds=2)
+    for k in layers:
+        assert maps[k, k].r2 >= 0.999, k
+        assert torch.cosine_similarity(maps[k, k].direction(joy), joy[k] @ Q, 0) >= 0.999, k
+    home, away = place(joy, smol, 20), place(joy, other, map=maps[20, 20])
     with home(alpha=3.0), away(alpha=3.0):
         a, b = logits(smol, text, 8), logits(other, text, 8)
     assert (a - base).abs().max() > 0.1 and (a - b).abs().max() < 1e-3
+
+
+def test_a_concept_of_smollm2_moves_gemma(smol, gemma):
+    "Little of everything, and yet it does more than what a map of shuffled texts carries."
+    joy = extract_concept(smol, some_pairs(), [28])
+    maps = fit_maps(smol, gemma, load_corpus("general").take(40), [28], [13], template=joy.template)
+    t = place(joy, gemma, map=maps[28, 13], dose=0.07)
+    control = replace(t, direction=t.shuffled, shuffled=None)
+    base, moved, lost = Bench(gemma, 13, load_task("emotions/happiness").take(6)).ask([None, t, control])
+    assert (moved.margin - base.margin).mean() > 1 + (lost.margin - base.margin).mean()
+    assert t.generate("Today I met my neighbour and", max_new_tokens=5)
+
+
+def test_a_gguf_file_of_the_users_own(tmp_path, smol, monkeypatch):
+    file = download(EMBEDDED[NAME], tmp_path).rename(tmp_path / "mine.gguf")
+    monkeypatch.setenv("CONCEPT_TRANSFER_CACHE", str(tmp_path / "cache"))
+    few = some_pairs()
+    texts = dict(positive=few.positive[:8], negative=few.negative[:8])
+    (tmp_path / "few.json").write_text(json.dumps(texts))
+    files = ["--pairs", str(tmp_path / "few.json"), "--out", str(tmp_path / "c.safetensors")]
+    assert main(["extract", "--model", str(file), *files]) == 0
+    assert Concept.load(tmp_path / "c.safetensors").model.weights == model_info(smol).weights
 
 
 def test_real_batches_equal_single_texts(smol, gemma):

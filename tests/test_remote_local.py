@@ -21,7 +21,7 @@ import zstandard
 from nnsight.schema.request import RequestModel
 
 from concept_transfer import ndif, remote
-from concept_transfer.arms import Settings
+from concept_transfer.arms import STARTS, Settings
 from concept_transfer.concepts import activations, extract_concept
 from concept_transfer.data import EMOTIONS, Corpus, load_corpus, load_pairs
 from concept_transfer.engine import engine, wrapped
@@ -142,7 +142,9 @@ def test_the_readme_with_layers_and_dose_chosen(near, distant, corpus):
 
 
 @pytest.mark.slow
-def test_everything_that_is_asked_of_a_transplant(near, distant):
+def test_everything_that_is_asked_of_a_transplant(near, distant, monkeypatch):
+    monkeypatch.setattr("concept_transfer.arms.load_task", lambda *a: load_task(*a).take(12))
+    monkeypatch.setattr("concept_transfer.arms.STARTS", STARTS[:2])
     v = torch.randn(48, generator=torch.Generator().manual_seed(0))
     tests, tune = (load_task("emotions/happiness", s).take(n) for s, n in (("test", 8), ("tune", 4)))
     talk = generation_task("length", ("The cat", "It rained all day and"), lambda x: len(x) / 100)
@@ -221,9 +223,9 @@ def test_benches_and_dose(near, distant):
 
 @pytest.mark.slow
 def test_an_interrupted_collection_goes_on(near, distant, tmp_path, monkeypatch):
-    corpus, path, calls = scenes(EMOTIONS), tmp_path / "m", []
+    corpus, path, calls = scenes(EMOTIONS, 500), tmp_path / "m", []
     whole = collect(near[0], distant[1], corpus, [1], [2])
-    monkeypatch.setattr(remote.Simulated, "result", failing_at(3, calls))
+    monkeypatch.setattr(remote.Simulated, "result", failing_at(2, calls))
     with pytest.raises(ConnectionError):
         collect(near[0], distant[1], corpus, [1], [2], path=path)
     assert 0 < len(Moments.load(path).seen) < len(whole.seen)
@@ -236,9 +238,9 @@ def test_an_interrupted_collection_goes_on(near, distant, tmp_path, monkeypatch)
 @pytest.mark.parametrize(
     "layers, texts, rows",
     [
-        (([1], [2]), 900, True),
-        (([1], [0, 2, 3]), 900, False),
-        (([1, 2], [2]), 900, True),
+        (([1], [2]), 240, True),
+        (([1], [0, 2, 3]), 240, False),
+        (([1, 2], [2]), 240, True),
         (([1, 2], [1, 2, 3]), 40, True),
     ],
 )

@@ -3,9 +3,9 @@
 import base64
 import html
 import io
-import json
 import re
 from dataclasses import replace
+from functools import partial
 
 import matplotlib.image
 import matplotlib.pyplot as plt
@@ -14,12 +14,12 @@ import pytest
 import torch
 from matplotlib.text import Text
 
-from concept_transfer.arms import ARMS, Arm, Settings, recorded
+from concept_transfer.arms import ARMS, Arm, Settings, readouts_of, recorded
 from concept_transfer.concepts import extract_concept
 from concept_transfer.data import EMOTIONS, Corpus, load_corpus, load_pairs
 from concept_transfer.evidence import Evidence, evaluate
 from concept_transfer.maps import fit_maps
-from concept_transfer.measure import Bench
+from concept_transfer.measure import Bench, prose_damage
 from concept_transfer.models import load_model, twin
 from concept_transfer.plots import curves, figures, look, plot_grid, plot_separation, plot_spectrum
 from concept_transfer.report import details, verdict, write_report
@@ -49,9 +49,18 @@ def joy(pair):
 
 @pytest.fixture(scope="module")
 def evidence(joy):
-    off = [load_task(f"emotions/{e}").take(12) for e in EMOTIONS[1:3]]
-    settings = Settings(random=19, damage=0.1, strengths=(-1, 0, 1, 2), off=off)
-    return evaluate(joy, load_task("emotions/happiness").take(16), NEUTRAL, settings=settings, pairs=PAIRS)
+    task, off = load_task("emotions/happiness"), [load_task(f"emotions/{e}").take(12) for e in EMOTIONS[1:3]]
+    asked = dict(strengths=(-1, 0, 1, 2), off=off, readouts=[x.take(12) for x in readouts_of(task)])
+    settings = Settings(random=19, damage=0.1, bootstrap=500, **asked)
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr("concept_transfer.arms.load_task", lambda *a: load_task(*a).take(24))
+        m.setattr("concept_transfer.arms.prose_damage", partial(prose_damage, passages=2))
+        return evaluate(joy, task.take(16), NEUTRAL, settings=settings, pairs=PAIRS)
+
+
+@pytest.fixture(scope="module")
+def drawn(evidence):
+    return figures(evidence)
 
 
 def short(joy, settings, task=None, arms=None, **given):
@@ -63,23 +72,22 @@ def short(joy, settings, task=None, arms=None, **given):
 
 
 @pytest.mark.slow
-def test_the_same_evidence_gives_the_same_page(evidence, tmp_path):
+def test_the_same_evidence_gives_the_same_page(evidence, drawn, tmp_path):
     "Also after it was saved and read: all that is shown is in the file."
     evidence.save(tmp_path / "e.json")
-    for name, e in (("a", evidence), ("b", Evidence.load(tmp_path / "e.json"))):
-        write_report(e, tmp_path / f"{name}.html", figures(e))
+    again = Evidence.load(tmp_path / "e.json")
+    write_report(evidence, tmp_path / "a.html", drawn)
+    write_report(again, tmp_path / "b.html", figures(again))
     assert (tmp_path / "a.html").read_bytes() == (tmp_path / "b.html").read_bytes()
 
 
 @pytest.mark.slow
-def test_a_page_holds_all_that_it_shows(evidence, tmp_path):
+def test_a_page_holds_all_that_it_shows(evidence, drawn, tmp_path):
     write_report(evidence, tmp_path / "a.html")
     page = (tmp_path / "a.html").read_text(encoding="utf-8")
     assert "http" not in page and not re.search(r"<(script|link)\b", page)
     sources = re.findall(r'src="([^"]*)"', page)
-    assert len(sources) == len(figures(evidence)) and all(
-        s.startswith("data:image/png;base64,") for s in sources
-    )
+    assert len(sources) == len(drawn) and all(s.startswith("data:image/png;base64,") for s in sources)
     for s in sources:
         assert matplotlib.image.imread(io.BytesIO(base64.b64decode(s.split(",")[1]))).std() > 0
     of = evidence.provenance
@@ -109,7 +117,7 @@ def test_texts_are_escaped(evidence, tmp_path):
     e = replace(evidence, provenance=replace(evidence.provenance, transplant=name))
     texts = ["</td><b>bold</b>"] * 8
     e = replace(e, runs=[replace(r, texts=texts) if r.texts else r for r in e.runs])
-    write_report(e, tmp_path / "a.html")
+    write_report(e, tmp_path / "a.html", {})
     page = (tmp_path / "a.html").read_text(encoding="utf-8")
     assert "<script" not in page and "<b>" not in page and "&lt;script&gt;" in page
 
@@ -141,35 +149,6 @@ def test_82_names_of_scores_arms_and_tasks_are_escaped(evidence, tmp_path):
         assert "<script" not in shown and html.escape(HOSTILE) in shown
 
 
-MADE_WRONG = {
-    "an arm without runs": lambda d: d["arms"].update(ghost=d["arms"]["random"]),
-    "runs of an arm that is not there": lambda d: d["arms"].pop("random"),
-    "no base model": lambda d: d.update(runs=[r for r in d["runs"] if r["arm"] != "base"]),
-    "an unknown field of a run": lambda d: d["runs"][0].update(colour="red"),
-    "a missing part": lambda d: d.pop("groups"),
-    "items as text": lambda d: d.update(n="many"),
-    "answers as text": lambda d: d["runs"][0]["answers"].update(chosen="yes"),
-    "answers of another number": lambda d: d["runs"][0]["answers"].update(chosen=[1.0]),
-    "damage that is not finite": lambda d: d["runs"][0].update(kl=[[float("nan")]]),
-    "a list for the whole": lambda d: d["runs"],
-    "runs as a dictionary": lambda d: d.update(runs={"base": 1}),
-    "arms as a list": lambda d: d.update(arms=[1]),
-    "a seed below zero": lambda d: d.update(seed=-1),
-    "a name that is a number": lambda d: d.update(transplant=5),
-}
-
-
-@pytest.mark.parametrize("what", MADE_WRONG)
-@pytest.mark.slow
-def test_84_evidence_that_was_not_written_here_is_refused(evidence, tmp_path, what):
-    evidence.save(tmp_path / "e.json")
-    d = json.loads((tmp_path / "e.json").read_text(encoding="utf-8"))
-    made = MADE_WRONG[what](d)
-    (tmp_path / "e.json").write_text(json.dumps(made if what.startswith("a list") else d), encoding="utf-8")
-    with pytest.raises(ValueError, match=re.escape(str(tmp_path / "e.json"))):
-        Evidence.load(tmp_path / "e.json")
-
-
 @pytest.mark.slow
 def test_84_an_arm_that_no_table_knows_is_drawn_plainly(evidence, tmp_path):
     "An arm of somebody's own is no fault of the file."
@@ -197,7 +176,7 @@ def test_85_names_are_drawn_as_they_are(evidence, pair, name):
 
 def test_scores_of_several_true_answers_are_in_the_page(joy, tmp_path):
     e = short(joy, Settings(random=0, damage=0.1), load_task("truthfulness").take(8))
-    write_report(e, tmp_path / "a.html")
+    write_report(e, tmp_path / "a.html", {})
     page = (tmp_path / "a.html").read_text(encoding="utf-8")
     assert all(f">{k}<" in page for k in ("MC1", "MC2", "MC1 per token", "MC2 per token"))
 

@@ -28,7 +28,7 @@ from concept_transfer.steering import Transplant, place
 from concept_transfer.tasks import load_task
 
 SMOKE = pytest.mark.smoke
-pytestmark = [pytest.mark.remote, pytest.mark.xdist_group("remote")]
+pytestmark = pytest.mark.remote
 QUICK = Remote(connect=2, read=2, total=60, still=20)  # seconds
 SCENES = Corpus("scenes", [x for e in EMOTIONS[:4] for x in load_pairs(f"emotions/{e}").texts])
 IDS = torch.tensor([[3, 4, 5, 6, 7], [8, 9, 10, 11, 12]])
