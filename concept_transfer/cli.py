@@ -284,7 +284,7 @@ def cmd_extract(
     return answer
 
 
-# %% ../nbs/24_cli.ipynb #39425554
+# %% ../nbs/24_cli.ipynb #59623327
 @command
 def cmd_align(
     source: str,  # model that is read
@@ -292,17 +292,18 @@ def cmd_align(
     corpus: str,  # file, or general
     out: str,  # file that is written
     method: str = "ridge",  # how the maps are fitted: ridge, contrans, procrustes, lowrank
+    template: str = "{}",  # words around each text ({}): those that the concept's pairs are read in
 ) -> Said:
     "maps between all chosen layers of two models"
     if method not in MAP_METHODS:
         raise BadParameter(f"--method {method!r} is not one of {', '.join(MAP_METHODS)}.")
     file = _writable(out)
     texts, a, b = load_corpus(corpus), load_model(source), load_model(target)
-    made_of = f"{method} {texts.hash} {model_info(a)} {model_info(b)}"
+    made_of = f"{method} {template} {texts.hash} {model_info(a)} {model_info(b)}"
     part = Path(f"{file}.{data_hash([made_of])}.part")  # what an interrupted run left
     keep: dict[str, Any] = {} if MAP_METHODS[method].fit else {"path": part, "every": 30}
     try:
-        m = fit_maps(a, b, texts, method=method, **keep)
+        m = fit_maps(a, b, texts, method=method, template=template, **keep)
     except ValueError:
         part.unlink(missing_ok=True)
         raise

@@ -151,7 +151,7 @@ def _opened(transplant):
     return transplant if isinstance(transplant, Transplant) else load_fields(Transplant, transplant)
 
 
-# %% ../nbs/21_drift.ipynb #15655584
+# %% ../nbs/21_drift.ipynb #6578c96e
 @strict
 def check(
     transplant: Transplant | str | Path,  # or its file
@@ -190,9 +190,9 @@ def check(
     if all(sketches):
         numbers["weights"] = (_cosine(*_sums(*np.array(sketches)[:, None])).item(),)
     said = [_SAID[k].format(*numbers[k]) for k in _SAID if k in numbers]
-    said += [] if {"r2", "effect"} & numbers.keys() else [_UNSEEN]
     verdict = _verdict(numbers)
-    return Drift(verdict, (*said, _ADVICE[verdict]), numbers)
+    known = verdict == "refuse" or {"r2", "effect"} & numbers.keys()
+    return Drift(verdict, (*said, _ADVICE[verdict] if known else _UNSEEN), numbers)
 
 
 # %% ../nbs/21_drift.ipynb #8255301e

@@ -336,11 +336,11 @@ def gates(self: SuiteResult) -> dict[str, bool | None]:
     return dict(zip(("control", "utility", "robust"), passed, strict=True))
 
 
-# %% ../nbs/19_suites.ipynb #9c8f74ca
+# %% ../nbs/19_suites.ipynb #bb57fc3e
 @patch(as_prop=True)
 def lines(self: SuiteResult) -> list[str]:
     "The gates, what was asked, and what could not be had."
-    say = {True: "passed", False: "FAILED", None: "open"}
+    say = {True: "passed", False: "FAILED", None: "open: too few items, or no capability above chance"}
     gates = [f"gate {k}: {say[passed]}" for k, passed in self.gates.items()]
     asked = [f"{m.name}: {m.asked}, {len(m.groups)} items" for m in self.measured]
     return gates + asked + [f"{k} was not measured: {why}" for k, why in self.missing.items()]
