@@ -367,7 +367,7 @@ def cmd_generate(
     return facts | dict(base=base), f"base:    {prompt}{base}\n\nsteered: {prompt}{text}"
 
 
-# %% ../nbs/24_cli.ipynb #f280c4b2
+# %% ../nbs/24_cli.ipynb #63472fd2
 def _known(transplant, map, source):
     "A transplant without its model, the map that carried it and the source of that, where they are given."
     t, own = load_fields(Transplant, transplant), None
@@ -377,6 +377,7 @@ def _known(transplant, map, source):
     return t, own, load_model(source) if source else own and own.source.load()
 
 
+# %% ../nbs/24_cli.ipynb #8ead6f27
 @command
 def cmd_check(
     transplant: str,  # file
@@ -388,7 +389,7 @@ def cmd_check(
 ) -> Said:
     "whether a transplant holds in a target that was trained on"
     t, own, read = _known(transplant, map, source)
-    text = neutral and load_corpus(neutral)
+    text = load_corpus(neutral) if neutral else None
     found = check(t, load_model(target), old and load_model(old), own, read, text)
     return vars(found), "\n".join((found.verdict, *found.reasons))
 

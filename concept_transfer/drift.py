@@ -231,7 +231,7 @@ def refit(
     return replace(moved, target=new, r2=_cosine(*_explained(Y, P, of).mean(1)) ** 2, notes=notes)
 
 
-# %% ../nbs/21_drift.ipynb #9aa2265d
+# %% ../nbs/21_drift.ipynb #040282f5
 @strict
 def adopt(
     transplant: Transplant | str | Path,  # or its file
@@ -251,5 +251,6 @@ def adopt(
     if found.verdict == "valid":
         return t
     bench = Bench(updated_target, t.layer, neutral=known.get("neutral"))
-    t = replace(t, norm=bench.norm, notes=notes | {"neutral": bench.neutral.hash})
+    notes["neutral"] = bench.neutral.hash  # type: ignore[union-attr]
+    t = replace(t, norm=bench.norm, notes=notes)
     return bench.at_damage(t, notes["damage_budget"]) if "damage_budget" in notes else t

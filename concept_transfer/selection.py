@@ -168,7 +168,7 @@ def search_p(
     return permutation_p(max(g.mean() for g in gains), null)
 
 
-# %% ../nbs/20_selection.ipynb #aee8d486
+# %% ../nbs/20_selection.ipynb #8bed0393
 @strict
 def choose(
     concept: Concept,
@@ -209,13 +209,13 @@ def choose(
         "search_p": p,
         "tuning": task.hash,
         "map": maps.texts_hash,
-        "neutral": benches[best.layer].neutral.hash,
+        "neutral": benches[best.layer].neutral.hash,  # type: ignore[union-attr]
     }
     notes |= {"method": maps.method, "tuning_items": [data_hash([i.prompt]) for i in task.items]}
     return replace(best, notes=best.notes | notes)
 
 
-# %% ../nbs/20_selection.ipynb #17441f26
+# %% ../nbs/20_selection.ipynb #226cfcdc
 @strict
 def transplant(
     concept: Concept,
@@ -241,5 +241,6 @@ def transplant(
     map = maps[layers]  # type: ignore[index]
     bench = Bench(target, map.layers[1], neutral=neutral, damage=damage)
     t = bench.at_damage(bench.place(concept, map))
-    of = {"map": maps.texts_hash, "method": maps.method, "neutral": bench.neutral.hash}
+    of = {"map": maps.texts_hash, "method": maps.method}
+    of["neutral"] = bench.neutral.hash  # type: ignore[union-attr]
     return replace(t, notes=t.notes | of)

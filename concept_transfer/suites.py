@@ -250,7 +250,7 @@ def _detectable(change, n):
     return np.nan
 
 
-# %% ../nbs/19_suites.ipynb #ef553f6c
+# %% ../nbs/19_suites.ipynb #cd663b6a
 def _span(values, groups):  # (n,) twice
     "Interval of a mean over scenarios; as wide as Wilson's where all are alike, which no bootstrap doubts."
     low, high = interval(bootstrap([values], groups))
@@ -258,6 +258,7 @@ def _span(values, groups):  # (n,) twice
     return np.round([low - room, high + room], 4).tolist()
 
 
+# %% ../nbs/19_suites.ipynb #b5a50f60
 def _row(m, arm):
     "What an arm scored, with intervals over scenarios."
     base, mine = (np.array(m.scores[k]) for k in ("base", arm))
@@ -306,13 +307,14 @@ class SuiteResult(Strict):
     provenance: dict[str, str]  # target, task, neutral text, versions
 
 
-# %% ../nbs/19_suites.ipynb #2befc0d8
+# %% ../nbs/19_suites.ipynb #8712dd7f
 @patch(as_prop=True)
 def table(self: SuiteResult) -> pd.DataFrame:
     "A row for each measure and arm."
     return pd.DataFrame([_row(m, arm) for m in self.measured for arm in m.scores])
 
 
+# %% ../nbs/19_suites.ipynb #ffc5bc28
 LOST = 0.05  # most that a capability may lose
 
 
@@ -322,6 +324,7 @@ def _above(change, groups):  # (n,) twice
     return True if low > 0 else False if high < 0 else None
 
 
+# %% ../nbs/19_suites.ipynb #8065013e
 @patch(as_prop=True)
 def gates(self: SuiteResult) -> dict[str, bool | None]:
     "Whether it has control, keeps utility, and is robust, see above; None where that is open."
@@ -329,7 +332,8 @@ def gates(self: SuiteResult) -> dict[str, bool | None]:
     least = {"target": 0, "capability": -LOST, "reworded": change["as asked"] / 2}
     found: dict = {k: [] for k in least}
     for m in self.measured:
-        able = m.kind != "capability" or _above(np.subtract(m.scores["base"], m.chance), m.groups)
+        ahead = np.subtract(m.scores["base"], m.chance or 0)
+        able = m.kind != "capability" or _above(ahead, m.groups)
         if m.kind in least and able:
             found[m.kind].append(_above(change[m.name] - least[m.kind], m.groups))
     passed = (False if False in x else None if None in x or not x else True for x in found.values())
@@ -359,7 +363,7 @@ def _repr_html_(self: SuiteResult) -> Markup:
     return card(f"Suite for {self.transplant}", facts, html_table([*shown], shown.to_numpy().tolist()))
 
 
-# %% ../nbs/19_suites.ipynb #e35e1fc8
+# %% ../nbs/19_suites.ipynb #d41b86ef
 @patch(as_prop=True)
 def data(self: SuiteResult) -> dict:
     "All of it as `suite.json` holds it: what was measured, and what follows."
@@ -374,6 +378,7 @@ def save(self: SuiteResult, path: str | Path):
         part.write_text(json.dumps(self.data, allow_nan=False), encoding="utf-8")
 
 
+# %% ../nbs/19_suites.ipynb #b9fe956b
 @patch(cls_method=True)
 def load(cls: SuiteResult, path: str | Path) -> SuiteResult:
     """Read what `save` wrote and compute again what follows from it. Raises ValueError for a file that is
@@ -413,7 +418,7 @@ def _chance(task):
     return float(np.mean([1 / (1 + len(i.choices) - (i.n_true or 1)) for i in choices] or [0]))
 
 
-# %% ../nbs/19_suites.ipynb #232912bd
+# %% ../nbs/19_suites.ipynb #3aa91dab
 def _arms(bench, t, pairs, words):
     "Words and what is done to the stream, by arm."
     arms: dict = {"base": ("", None), "transplanted": ("", t)}
@@ -425,12 +430,13 @@ def _arms(bench, t, pairs, words):
     return arms
 
 
+# %% ../nbs/19_suites.ipynb #67e95c78
 def _measure(ref):
     "A measure by its name in `MEASURES`; else a task of yours, as one of alignment."
     return MEASURES.get(ref) or Measure(ref, "", "alignment", "", partial(load_task, ref))
 
 
-# %% ../nbs/19_suites.ipynb #87580cb5
+# %% ../nbs/19_suites.ipynb #67bd622a
 @strict
 def measure_suite(
     t: Transplant,  # at the dose it will be used at
@@ -465,5 +471,6 @@ def measure_suite(
     steered = {k: x for k, (words, x) in arms.items() if x and not words}
     hurt = zip(steered, bench.hurt([*steered.values()]), strict=True)
     damage = {k: round(d.mean, 4) for k, d in hurt}
-    made = {"target": str(t.target), "task": task.hash, "neutral": bench.neutral.hash} | versions()
+    made = {"target": str(t.target), "task": task.hash} | versions()
+    made["neutral"] = bench.neutral.hash  # type: ignore[union-attr]
     return SuiteResult(t.name, t.dose, damage, measured, missing, made)
