@@ -192,6 +192,13 @@ def test_an_interrupted_align_goes_on_and_another_corpus_starts_anew(here, monke
     assert not list(here.glob("*.part*"))
 
 
+def test_maps_are_fitted_inside_the_words_of_a_concept(here, capsys):
+    argv = [*TO_LARGE, "--corpus", "short.txt", "--out", "inside.safetensors", "--template"]
+    assert main(*argv, "{} It was") == 0
+    assert LayerGrid.load("inside.safetensors").template == "{} It was"
+    assert main(*argv, "It was") == 1 and "'template'" in capsys.readouterr().err
+
+
 def test_a_corpus_may_be_jsonl(here):
     lines = (here / "short.txt").read_text().split("\n")
     (here / "short.jsonl").write_text("".join(json.dumps(dict(text=t)) + "\n" for t in lines))
