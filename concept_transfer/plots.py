@@ -16,7 +16,7 @@ __all__ = [
 ]
 
 # %% ../nbs/22_plots.ipynb #e7509ca6
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -38,8 +38,8 @@ from .maps import AffineMap, LayerGrid
 
 # %% ../nbs/22_plots.ipynb #3f7b7146
 @contextmanager
-def _canvas(width=5.8, height=3.4):
-    "An empty picture of this size in inches, to be drawn within the context."
+def canvas(width: float = 5.8, height: float = 3.4) -> Iterator[tuple[Figure, Any]]:  # inches
+    "An empty picture of this size, to be drawn within the context."
     with plt.style.context(["default", "concept_transfer.templates.pictures"]):
         fig, ax = plt.subplots(figsize=(width, height))
         plt.close(fig)
@@ -52,7 +52,7 @@ def _canvas(width=5.8, height=3.4):
 def plot_separation(*concepts: Concept) -> Figure:
     "Held-out AUC of each concept by layer."
     title = "How well a direction tells held-out scenarios apart"
-    with _canvas() as (fig, ax):
+    with canvas() as (fig, ax):
         for c in concepts:
             ax.plot(c.layers, c.auc, label=f"{c.name}, {c.model.name}")
         ax.axhline(0.5, ls=":", label="chance")
@@ -97,7 +97,7 @@ def plot_grid(
     z, (L1, L2) = np.asarray(values), maps.r2.shape
     if z.shape != (L1, L2):
         raise ValueError(f"values of shape {z.shape} are not one for each of {L1} x {L2} layer pairs.")
-    with _canvas(1.6 + 0.62 * L2, 1.6 + 0.42 * L1) as (fig, ax):
+    with canvas(1.6 + 0.62 * L2, 1.6 + 0.42 * L1) as (fig, ax):
         _heat(ax, z, maps.source_layers, maps.target_layers, label, min(0, z.min()), max(0.5, z.max()))
         ax.set(xlabel=f"layer of {maps.target.name}", ylabel=f"layer of {maps.source.name}", title=title)
     return fig
@@ -106,7 +106,7 @@ def plot_grid(
 # %% ../nbs/22_plots.ipynb #253ae567
 def plot_spectrum(*maps: AffineMap) -> Figure:
     "Singular values of maps, relative to the largest."
-    with _canvas() as (fig, ax):
+    with canvas() as (fig, ax):
         for m in maps:
             s = torch.linalg.svdvals(m.W)  # (min(d1, d2),)
             rank = s.square().sum() ** 2 / s.pow(4).sum()
@@ -153,7 +153,7 @@ def show(
     if metric:
         rows = [a.score_means[metric] for a in ran.values()]
     of, n = self.provenance, len(ran)
-    with _canvas(height=0.9 + 0.42 * n) as (fig, ax):
+    with canvas(height=0.9 + 0.42 * n) as (fig, ax):
         for y, (entry, a) in enumerate(ran.items()):
             _arm(ax, y, entry, a.kl, **rows[y])
         ax.axvline(rows[0]["mean"], ls=":")  # the base model is the first
@@ -189,7 +189,7 @@ def _line(entry, i):
 @contextmanager
 def _effect(**look):
     "A canvas whose height is the effect, with a legend below."
-    with _canvas(height=3.8) as (fig, ax):
+    with canvas(height=3.8) as (fig, ax):
         yield fig, ax
         ax.set(ylabel="share choosing the target", ylim=(-0.03, 1.03), **look)
         fig.legend(loc="outside lower center", ncol=3)
@@ -250,7 +250,7 @@ def plot_matrix(
     "Change of each behaviour by each transplant, from `off_target`; a frame where it is significant."
     most = max(0.1, float(np.abs(shift).max()))
     width = 1.2 + 0.62 * len(columns) + 0.07 * max(map(len, rows))
-    with _canvas(width, 2 + 0.42 * len(rows)) as (fig, ax):
+    with canvas(width, 2 + 0.42 * len(rows)) as (fig, ax):
         _heat(ax, shift, rows, columns, "change of choice rate", -most, most, cmap="PuOr_r", fmt="+.2f")
         for i, j in np.argwhere(p <= 0.05):
             ax.add_patch(plt.Rectangle((j + 0.04, i + 0.04), 0.92, 0.92, fill=False, lw=1.4, color="#222222"))

@@ -122,7 +122,7 @@ def details(e: Evidence) -> list[str]:
 
 
 # %% ../nbs/23_report.ipynb #1fb82d61
-def _png(picture):
+def png(picture: Figure) -> str:
     "A picture as text that can stand in a page, the same bytes each time."
     buffer = io.BytesIO()
     picture.savefig(buffer, dpi=130, metadata={"Software": None})
@@ -139,7 +139,7 @@ def write_report(
     "A self-contained HTML report, written whole or not at all."
     pictures = figures(e, arms) if pictures is None else pictures
     page = TEMPLATES.get_template("report.html").render(
-        e=e, verdict=verdict, details=details, shown=pictures, png=_png, starts=STARTS, look=look, arms=arms
+        e=e, verdict=verdict, details=details, shown=pictures, png=png, starts=STARTS, look=look, arms=arms
     )
     with whole_file(path) as tmp:
         tmp.write_text(page, encoding="utf-8")
