@@ -82,7 +82,7 @@ def test_every_import_is_a_declared_requirement(name):
         return {re.match(r"[\w.-]+", r)[0].lower().replace("_", "-") for r in settings()[key].split()}
 
     always, dists = names("requirements"), packages_distributions()
-    sometimes = always | names("tasks_requirements") | {"datasets"}
+    sometimes = always | names("tasks_requirements") | names("rollout_requirements") | {"datasets"}
     undeclared = set()
     for package, inside in foreign(ast.parse((LIB / f"{name}.py").read_text(encoding="utf-8"))):
         offered = {d.lower().replace("_", "-") for d in dists.get(package, [package])}
