@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ["TORN", "Answer", "answer", "UseLog", "used", "unit_hash", "read_log", "Audit", "audit"]
 
-# %% ../nbs/24_uselog.ipynb #cbbd3047
+# %% ../nbs/24_uselog.ipynb #ef56a1e3
 import errno
 import glob
 import hashlib
@@ -35,6 +35,7 @@ from .concepts import position_name
 from .engine import encode, steered
 from .measure import neutral_text
 from .steering import Transplant, generate
+from .tasks import repetition
 
 
 # %% ../nbs/24_uselog.ipynb #0a2e2860
@@ -219,7 +220,7 @@ def unit_hash(
     return hmac.new(salt.encode(), unit.encode(), hashlib.sha256).hexdigest()[:16]
 
 
-# %% ../nbs/24_uselog.ipynb #27d098b9
+# %% ../nbs/24_uselog.ipynb #c0c3fc03
 @patch
 def request(
     self: UseLog,
@@ -231,7 +232,7 @@ def request(
     **more: Any,  # scores, arm, bucket and the like
 ) -> dict:  # the row
     "Write down a request before its answer is given, and tell it to OpenTelemetry and Prometheus."
-    known = asdict(got)
+    known = asdict(got) | {"repetition": repetition(got.text)}
     texts = {"prompt": prompt if isinstance(prompt, str) else json.dumps(prompt), "answer": known.pop("text")}
     kept = {k: self.redact(x) for k, x in texts.items()} if self.redact else {}
     who = {"strength": strength, "unit": unit_hash(self.path, unit)}
@@ -318,7 +319,7 @@ def read_log(
 
 TORN = "a torn line"  # what a killed process leaves: its request was not answered
 
-# %% ../nbs/24_uselog.ipynb #d0ace905
+# %% ../nbs/24_uselog.ipynb #7be9c88a
 _APPLIED = ["concept", "artefact", "dose", "strength", "arm"]
 
 
@@ -335,7 +336,8 @@ class Audit:
     events: list[dict]  # all other rows
 
     def __repr__(self):
-        return f"Audit({self.path}, {self.rows} rows: {'; '.join(filter(None, [*self.faults, self.torn])) or 'whole'})"
+        wrong = "; ".join(filter(None, [*self.faults, self.torn]))
+        return f"Audit({self.path}, {self.rows} rows: {wrong or 'whole'})"
 
     def _repr_html_(self):
         facts = {"rows": self.rows, "faults": "; ".join(self.faults) or "none", "torn": self.torn or None}

@@ -259,7 +259,7 @@ def test_capital_is_never_below_nothing_and_ends_hold_the_mean(seed, chance):
 
 
 def test_differences_hold_at_every_look():
-    "Of 200 rollouts with a true difference of .2 at most one in twenty ever leaves it out, by the class itself."
+    "Of 200 rollouts with a true difference of .2 at most one in twenty ever leaves it out."
     rng, missed = np.random.default_rng(0), 0
     for _ in range(200):
         d, out = Difference(), False
