@@ -15,10 +15,11 @@ __all__ = [
     "cmd_generate",
     "cmd_check",
     "cmd_evaluate",
+    "cmd_audit",
     "cmd_demo",
 ]
 
-# %% ../nbs/27_cli.ipynb #92092037
+# %% ../nbs/27_cli.ipynb #1a6c2998
 import json
 import math
 import os
@@ -55,12 +56,14 @@ from .drift import check
 from .evidence import Evidence, evaluate
 from .maps import MAP_METHODS, AffineMap, LayerGrid, fit_maps
 from .models import load_model, model_info
+from .monitor import write_page
 from .plots import figures, plot_grid, plot_separation
 from .report import details, verdict, write_report
 from .selection import choose, offline_scores, transplant
 from .steering import Transplant, generate
 from .suites import MEASURES, measure_suite
 from .tasks import load_task
+from .uselog import audit
 
 # %% ../nbs/27_cli.ipynb #1b956418
 Said = tuple[dict, str]  # facts for a program, text for a person
@@ -423,6 +426,24 @@ def _reported(e, folder, more):
     write_report(e, report, figures(e) | more)
     text = f"{e!r}\n\n{verdict(e)}\n{' '.join(details(e))}\n\nReport: {report}"
     return e.data | dict(report=str(report)), text
+
+
+# %% ../nbs/27_cli.ipynb #2b1cabbb
+@command
+def cmd_audit(
+    file: str,  # a use log
+    unit: str | None = None,  # sum up the use for this one alone; needs the log's salt
+    head: str | None = None,  # noted at an earlier audit: it must still be there
+    out: str = "",  # page to look at
+) -> Said:
+    "a use log, verified and summed up"
+    found = audit(file, unit, [head] if head else [])
+    if out:
+        write_page(file, _writable(out))
+    if found.faults:
+        raise ValueError(f"{file} is not what was written: {'; '.join(found.faults)}.")
+    text = f"{found!r}\nhead: {found.head}\n\n{found.uses.to_string(index=False)}"
+    return vars(found) | {"uses": found.uses.to_dict("records")}, text
 
 
 # %% ../nbs/27_cli.ipynb #adb0f069

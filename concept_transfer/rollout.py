@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ["STAKES", "Difference", "Stop", "bucket", "Course", "Rollout"]
 
-# %% ../nbs/25_rollout.ipynb #013b23e9
+# %% ../nbs/25_rollout.ipynb #7a34fbc5
 import os
 import random
 from collections.abc import Callable, Iterable, Sequence
@@ -23,7 +23,7 @@ from .artefacts import plain
 from .cards import card
 from .moments import Strict
 from .steering import Transplant
-from .uselog import Answer, UseLog, answer, read_log, used
+from .uselog import Answer, UseLog, answer, extra, read_log, used
 
 # %% ../nbs/25_rollout.ipynb #aca2cb2a
 _STAKES = np.geomspace(0.01, 0.95, 12)
@@ -120,16 +120,13 @@ class Course:
         return {"share": self.share, "units_on": on, "units_off": off} | ends
 
 
-# %% ../nbs/25_rollout.ipynb #fb59138e
+# %% ../nbs/25_rollout.ipynb #38d74423
 def _flags(flag, domain, share):
     "A client of OpenFeature for a flag in memory; `share` gives the percent of units for whom it is on."
-    try:
+    with extra():
         from openfeature import api
         from openfeature.flag_evaluation import FlagResolutionDetails, Reason
         from openfeature.provider.in_memory_provider import InMemoryFlag, InMemoryProvider
-    except ImportError as e:
-        fix = "It comes with: pip install concept_transfer[rollout]"
-        raise ImportError(f"a rollout needs {e.name}, which is not installed. {fix}") from None
 
     def decide(ours, context):
         name = "on" if bucket(flag, context.targeting_key) < 100 * share() else "off"

@@ -469,8 +469,8 @@ def test_alarms_are_logged_once_also_after_a_restart(joy, known, tmp_path, flags
         for k in range(350):
             rollout(f"user {k}", "Hello")
         rollout.log.close()
-    alarms = [row for row in audit(path).events if row["event"] == "alarm"]
-    assert [a["number"] for a in alarms] == ["norm"]
+    alarms = [row["number"] for row in audit(path).events if row["event"] == "alarm"]
+    assert alarms.count("norm") == 1 and len({*alarms}) == len(alarms)
     write_page(path, tmp_path / "use.html")
     page = (tmp_path / "use.html").read_text()
     assert "norm" in page and "check" in page and "http" not in page
