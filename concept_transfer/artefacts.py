@@ -23,6 +23,7 @@ __all__ = [
     "load_fields",
     "fingerprint",
     "Journal",
+    "linked",
     "keeping",
 ]
 

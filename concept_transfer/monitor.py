@@ -30,7 +30,7 @@ from .tasks import repetition
 from .uselog import answer, audit, extra, read_log
 
 
-# %% ../nbs/26_monitor.ipynb #56d0a89f
+# %% ../nbs/26_monitor.ipynb #8aceda2e
 def watched(row: dict) -> dict[str, float]:
     "What a monitor looks at in a row of a log, by name."
     found = {k: row[k][0] for k in ("norm", "projection") if row[k]}
@@ -38,6 +38,7 @@ def watched(row: dict) -> dict[str, float]:
     return found | row["scores"]
 
 
+# %% ../nbs/26_monitor.ipynb #d461b58a
 def with_reference(
     t: Transplant,
     prompts: Sequence,  # what it was tuned on, a hundred or more
@@ -56,7 +57,7 @@ def with_reference(
     return replace(t, notes=t.notes | said)
 
 
-# %% ../nbs/26_monitor.ipynb #b83952d7
+# %% ../nbs/26_monitor.ipynb #adc74ae3
 @dataclass(frozen=True)
 class Alarm:
     "A number that moved."
@@ -69,6 +70,7 @@ class Alarm:
     advice: str
 
 
+# %% ../nbs/26_monitor.ipynb #ea5a8fb1
 _ADVICE = {
     "norm": "the stream has another length: run check, and set the dose anew if it says so",
     "projection": "prompts or target are others than at tuning: look at both, run check, refit if it says so",
@@ -78,6 +80,7 @@ _ADVICE = {
 _OTHERWISE = "look at samples; run check, and refit if it says so; switch it off while in doubt"
 
 
+# %% ../nbs/26_monitor.ipynb #c2d7ecb6
 def _parting(x):
     "Where ranks part best into two (n,): the first index of the second part, by a CUSUM with equal weight."
     n, k = len(x), np.arange(1, len(x))
@@ -85,7 +88,7 @@ def _parting(x):
     return 1 + int(np.argmax(abs(s) / np.sqrt(k * (n - k))))
 
 
-# %% ../nbs/26_monitor.ipynb #6e023141
+# %% ../nbs/26_monitor.ipynb #abd5f5bf
 class _Stream:
     "One number: what is usual, its detector, and what was seen since the last alarm."
 
@@ -113,6 +116,7 @@ class _Stream:
         return Alarm(name, since["n"], since["time"], usual, now, advice)
 
 
+# %% ../nbs/26_monitor.ipynb #2373e3dd
 class Monitor:
     """Called with rows of a log, in their order; gives alarms. Raises ValueError for a transplant without a
     reference, ImportError where river is not installed."""
@@ -140,7 +144,7 @@ class Monitor:
         return found
 
 
-# %% ../nbs/26_monitor.ipynb #c93608c4
+# %% ../nbs/26_monitor.ipynb #6c7faa1b
 def _looks(plan, rows):
     "What was known on the way of a rollout: some 200 times, and before each decision."
     course = Course(Stop(**plan["plan"]["stop"]), plan["plan"]["stages"], plan["share"])
@@ -153,6 +157,7 @@ def _looks(plan, rows):
         course.take(row)
 
 
+# %% ../nbs/26_monitor.ipynb #df897e75
 def _sequences(looks, stop):
     "Effect and damage along the rows of a log, stage by stage."
     with canvas() as (fig, ax):
@@ -170,6 +175,7 @@ def _sequences(looks, stop):
     return fig
 
 
+# %% ../nbs/26_monitor.ipynb #2bea2dc0
 def _exposure(requests):
     "Answers by arm, over time."
     arms = sorted({row["arm"] for row in requests})

@@ -4,6 +4,7 @@
 
 # %% auto #0
 __all__ = [
+    "canvas",
     "plot_separation",
     "plot_grid",
     "plot_spectrum",

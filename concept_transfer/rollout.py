@@ -183,18 +183,20 @@ def _note(self: Rollout, event, **values):
     self.course.take(self.log.write(event, **about, **values))
 
 
-# %% ../nbs/25_rollout.ipynb #27f37dcd
+# %% ../nbs/25_rollout.ipynb #5d6113ba
 @patch
 def to(self: Rollout, share: float, why: str):
     "From now on another percent of units, 0 for nobody. Its tests begin anew."
     self._note("share", share=share, why=why)
 
 
+# %% ../nbs/25_rollout.ipynb #083859ec
 @patch
 def __repr__(self: Rollout) -> str:
     return f"Rollout({self.transplant.name!r}, {self.course.look()})"
 
 
+# %% ../nbs/25_rollout.ipynb #0eb4048b
 @patch
 def _repr_html_(self: Rollout) -> str:
     "A card."
@@ -213,7 +215,7 @@ def _decide(self: Rollout):
         self.to(later[0], why)
 
 
-# %% ../nbs/25_rollout.ipynb #e976badc
+# %% ../nbs/25_rollout.ipynb #ffd6af5d
 @patch
 def __call__(
     self: Rollout,
@@ -247,6 +249,7 @@ def __call__(
     return (base or got).text
 
 
+# %% ../nbs/25_rollout.ipynb #c25237e3
 @patch
 def _score(self: Rollout, name, prompt, text):
     "A score of an answer. Raises ValueError where it is not from 0 to 1."

@@ -102,13 +102,14 @@ def extra() -> Iterator[None]:
         raise ImportError(f"{e.name} is not installed. {fix}") from None
 
 
-# %% ../nbs/24_uselog.ipynb #1664f36d
+# %% ../nbs/24_uselog.ipynb #3036ede1
 def _parts(path):
     "The files of a log, the oldest first; the last one is written to."
     older = path.parent.glob(f"{glob.escape(path.stem)}.{'[0-9]' * 12}{glob.escape(path.suffix)}")
     return [*sorted(older), *([path] if path.exists() else [])]
 
 
+# %% ../nbs/24_uselog.ipynb #b969cd5e
 def _beside(path, what):
     "What a file beside a log holds, or nothing."
     with suppress(OSError):
@@ -116,6 +117,7 @@ def _beside(path, what):
     return ""
 
 
+# %% ../nbs/24_uselog.ipynb #4ee10147
 def _row(line):
     "What a line holds; nothing where it is no row."
     with suppress(ValueError, RecursionError):
@@ -176,7 +178,7 @@ class UseLog:
         self._lock.release()
 
 
-# %% ../nbs/24_uselog.ipynb #3e4fb9a1
+# %% ../nbs/24_uselog.ipynb #103fa325
 @patch
 def write(
     self: UseLog,
@@ -199,6 +201,7 @@ def write(
     return row | {"digest": digest}
 
 
+# %% ../nbs/24_uselog.ipynb #ffb37f75
 @patch
 def _rotate(self: UseLog):
     "Put the file aside, named by how many rows there are up to its end, and begin another."
