@@ -108,7 +108,7 @@ def referred(t, rng, n=200):
 
 
 def page_hinkley():
-    return PageHinkley(min_instances=30, delta=0.1, threshold=15)
+    return PageHinkley(min_instances=30, delta=0.05, threshold=15)
 
 
 KINDS = {

@@ -144,11 +144,11 @@ class Monitor:
         return found
 
 
-# %% ../nbs/26_monitor.ipynb #6c7faa1b
+# %% ../nbs/26_monitor.ipynb #341604b2
 def _looks(plan, rows):
     "What was known on the way of a rollout: some 200 times, and before each decision."
     course = Course(Stop(**plan["plan"]["stop"]), plan["plan"]["stages"], plan["share"])
-    own = [row for row in rows if row.get("artefact") == plan["artefact"]]
+    own = [row for row in rows if all(row.get(k) == plan[k] for k in ("artefact", "flag"))]
     for k, row in enumerate(own):
         if k % (1 + len(own) // 200) == 0 or row["event"] == "share" or row is own[-1]:
             look = course.look()
@@ -157,7 +157,7 @@ def _looks(plan, rows):
         course.take(row)
 
 
-# %% ../nbs/26_monitor.ipynb #df897e75
+# %% ../nbs/26_monitor.ipynb #c04adf23
 def _sequences(looks, stop):
     "Effect and damage along the rows of a log, stage by stage."
     with canvas() as (fig, ax):
@@ -171,7 +171,7 @@ def _sequences(looks, stop):
         ax.axhline(0, ls=":")
         ax.axhline(stop["limit"], ls="--", label="limit of damage")
         ax.set(xlabel="row of the log", ylabel="on minus off", ylim=(-1, 1))
-        ax.legend(loc="lower right")
+        ax.legend(loc="upper left", bbox_to_anchor=(1, 1))
     return fig
 
 
@@ -188,13 +188,13 @@ def _exposure(requests):
     return fig
 
 
-# %% ../nbs/26_monitor.ipynb #453ede71
+# %% ../nbs/26_monitor.ipynb #c8b4be1b
 def write_page(
     log: str | Path,
     path: str | Path,  # of the page
 ):
     "A self-contained HTML page of a log, written whole or not at all. Raises OSError where there is no log."
-    rows, found = [row for row, _ in read_log(log) if row], audit(log)
+    rows, found = [row for row, fault in read_log(log) if not fault], audit(log)
     requests = [row for row in rows if row["event"] == "request"]
     shown = {"Answers by arm": _exposure(requests)} if requests else {}
     courses = {}

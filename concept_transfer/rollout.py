@@ -83,7 +83,7 @@ def bucket(
     return int(sha256(f"{flag}:{unit}".encode()).hexdigest()[:8], 16) % 10_000
 
 
-# %% ../nbs/25_rollout.ipynb #5489abf5
+# %% ../nbs/25_rollout.ipynb #768918cd
 @dataclass(eq=False)
 class Course:
     "What a rollout has learnt, row by row of its log."
@@ -106,7 +106,7 @@ class Course:
             self.begin(row["share"])
         elif row["event"] == "request":
             below, on = self.seen.get(row["unit"], 0), row["arm"] != "off"
-            if below < self.share < 100:
+            if below < self.share < 100 and row["share"] == self.share:
                 self.seen[row["unit"]] = 100 if on else self.share
                 for name, test in self.tests.items():
                     test.add(row["scores"][name], on, (self.share - below) / (100 - below))
@@ -137,11 +137,11 @@ def _flags(flag, domain, share):
     return api.get_client(domain)
 
 
-# %% ../nbs/25_rollout.ipynb #9ff77d89
+# %% ../nbs/25_rollout.ipynb #02eaaf55
 @dataclass(eq=False, repr=False)
 class Rollout:
     """A transplant in use, called with a unit and a prompt. Raises ValueError for scores that are missing and
-    for a log of another plan, ImportError where OpenFeature is not installed."""
+    for a log of another plan or one that was changed, ImportError where OpenFeature is not installed."""
 
     transplant: Transplant
     log: UseLog
@@ -164,7 +164,12 @@ class Rollout:
         domain = f"{self.flag}:{self.log.path}"
         self.client = self.client or _flags(self.flag, domain, lambda: self.course.share)
         plan = plain({"stop": asdict(self.stop), "stages": self.stages, "shadow": self.shadow})
-        rows = [row for row, _ in read_log(self.log.path) if row.get("artefact") == self.of["artefact"]]
+        rows = []
+        for row, fault in read_log(self.log.path):
+            if fault:
+                raise ValueError(f"{self.log.path}: {fault}. Audit it, and begin another log.")
+            if (row.get("artefact"), row.get("flag")) == (self.of["artefact"], self.flag):
+                rows.append(row)
         for row in rows:
             if row["event"] == "plan" and row["plan"] != plan:
                 why = f"holds a rollout of {self.transplant.name!r} by another plan, {row['plan']}"
@@ -215,7 +220,7 @@ def _decide(self: Rollout):
         self.to(later[0], why)
 
 
-# %% ../nbs/25_rollout.ipynb #ffd6af5d
+# %% ../nbs/25_rollout.ipynb #5b931122
 @patch
 def __call__(
     self: Rollout,
@@ -227,8 +232,9 @@ def __call__(
 
     if self.course.share and os.path.exists(f"{self.log.path}.off"):
         self.to(0, "its .off file is there")
+    share = self.course.share
     details = self.client.get_float_details(self.flag, 0.0, EvaluationContext(unit))
-    strength = details.value if self.course.share else 0.0
+    strength = details.value if share else 0.0
     arm, ask = "off", partial(self.answer, self.transplant, prompt)
     base = got = ask(0.0, False) if self.shadow or not strength else None
     if strength:
@@ -240,7 +246,7 @@ def __call__(
             strength, arm = 0.0, "failed"
     with self._turn:
         scores = {name: self._score(name, prompt, got.text) for name in self.scores}
-        where = {"flag": self.flag, "arm": arm, "bucket": bucket(self.flag, unit), "share": self.course.share}
+        where = {"flag": self.flag, "arm": arm, "bucket": bucket(self.flag, unit), "share": share}
         row = self.log.request(self.of, unit, prompt, got, strength, scores=scores, **where)
         self.course.take(row)
         for alarm in self.watch(row):

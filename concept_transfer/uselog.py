@@ -117,33 +117,35 @@ def _beside(path, what):
     return ""
 
 
-# %% ../nbs/24_uselog.ipynb #4ee10147
+# %% ../nbs/24_uselog.ipynb #e3b25ec6
 def _row(line):
     "What a line holds; nothing where it is no row."
     with suppress(ValueError, RecursionError):
         row = json.loads(line)
-        if isinstance(row, dict) and type(row.get("n")) is int and isinstance(row.get("digest"), str):
+        kinds = {"n": int, "digest": str, "event": str}
+        if isinstance(row, dict) and all(type(row.get(k)) is kind for k, kind in kinds.items()):
             return row
     return {}
 
 
-# %% ../nbs/24_uselog.ipynb #5622bc0e
+# %% ../nbs/24_uselog.ipynb #42df2aed
 def _end(path):
     "How many rows there are, the digest of the last one, and bytes of a torn line, which are taken away."
-    torn = 0
+    torn, start = 0, b'{"digest": "'
     for part in reversed(_parts(path)):
         *lines, half = part.read_bytes().split(b"\n")
+        row = _row(lines[-1]) if lines else {}
+        if (lines and not row) or half[: len(start)] != start[: len(half)]:
+            raise ValueError(f"{part} does not end in a row of a use log. Audit it, or give another path.")
         if half:
             torn += len(half)
             os.truncate(part, part.stat().st_size - len(half))
-        if lines:
-            if not (row := _row(lines[-1])):
-                raise ValueError(f"{part} does not end in a row of a use log. Audit it, and begin another.")
+        if row:
             return row["n"] + 1, row["digest"], torn
     return 0, "", torn
 
 
-# %% ../nbs/24_uselog.ipynb #59a5dc1c
+# %% ../nbs/24_uselog.ipynb #af363bf9
 class UseLog:
     """An append-only file of JSON lines, each with a digest of itself and of all before it.
 
@@ -153,8 +155,7 @@ class UseLog:
     def __init__(
         self,
         path: str | Path,
-        redact: Callable[[str], str]
-        | None = None,  # what is kept of texts: `str` keeps all; default: nothing
+        redact: Callable[[str], str] | None = None,  # what is kept of texts, `str`: all; default: none
         size: int = 1 << 26,  # bytes of a file
     ):
         self.path, self.redact, self.size = Path(path).expanduser(), redact, size
@@ -163,10 +164,10 @@ class UseLog:
             self._lock.acquire()
         except Timeout:
             raise ValueError(f"{path} is written to by another process; give each its own log.") from None
+        self.rows, self.digest, torn = _end(self.path)
         if not _beside(self.path, "salt"):  # who deletes it later has made the log anonymous
             (salt := Path(f"{self.path}.salt")).touch(0o600)
             salt.write_text(secrets.token_hex())
-        self.rows, self.digest, torn = _end(self.path)
         self._file = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         self._head = os.open(f"{self.path}.head", os.O_WRONLY | os.O_CREAT, 0o644)
         self.write("opened", head=_beside(self.path, "head"), torn=torn)
@@ -300,7 +301,7 @@ def _told(row):
         clock.labels(row["concept"], row["arm"]).observe(row["seconds"])
 
 
-# %% ../nbs/24_uselog.ipynb #4f626e67
+# %% ../nbs/24_uselog.ipynb #7eb62ded
 def read_log(
     path: str | Path,
 ) -> Iterator[tuple[dict, str]]:  # a row, and what is wrong there or nothing
@@ -314,10 +315,8 @@ def read_log(
         for line in part.read_bytes().splitlines(keepends=True):
             if not (row := _row(line)):
                 torn = part == path and not line.endswith(b"\n")
-                yield (
-                    {},
-                    f"{TORN} of {len(line)} bytes" if torn else f"{part.name} holds a line that is no row",
-                )
+                what = f"{TORN} of {len(line)} bytes" if torn else f"{part.name} holds a line that is no row"
+                yield {}, what
                 digest = None
                 continue
             own, fault = row.pop("digest"), ""
@@ -358,7 +357,7 @@ class Audit:
         return card(f"Use log {self.path}", facts, table(self.uses.columns, self.uses.to_numpy()))
 
 
-# %% ../nbs/24_uselog.ipynb #98ebe707
+# %% ../nbs/24_uselog.ipynb #a469156e
 def audit(
     path: str | Path,
     unit: str | None = None,  # sum up the use for this one alone; needs the salt
@@ -378,13 +377,13 @@ def audit(
             faults.append(fault)
         if row:
             if row["event"] == "opened":
-                compare([row["head"]], f"before row {row['n']}")
+                compare([row.get("head")], f"before row {row['n']}")
             rows.append(row)
             known.add(f"{row['n']:012d}:{row['digest']}")
             known.discard("")
     compare([_beside(path, "head"), *heads], "at the end")
     who = None if unit is None else unit_hash(path, unit)
-    requests = [row for row in rows if row["event"] == "request" and who in (None, row["unit"])]
+    requests = [row for row in rows if row["event"] == "request" and who in (None, row.get("unit"))]
     uses = pd.DataFrame(requests, columns=["n", "time", "unit", *_APPLIED]).groupby(_APPLIED, as_index=False)
     count = dict(
         requests=("n", "size"), units=("unit", "nunique"), since=("time", "min"), until=("time", "max")

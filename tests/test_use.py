@@ -200,10 +200,11 @@ def test_what_cannot_be_logged_is_an_error_and_leaves_the_log_whole(tmp_path, mo
 
 def test_foreign_files_are_refused_and_stay(tmp_path):
     mine = tmp_path / "notes.txt"
-    mine.write_text("my own notes\n")
-    with pytest.raises(ValueError, match="does not end in a row"):
-        UseLog(mine)
-    assert mine.read_text() == "my own notes\n"
+    for text in ("my own notes\n", "my own notes", '{"mine": 1}\n{"mine"'):
+        mine.write_text(text)
+        with pytest.raises(ValueError, match="does not end in a row"):
+            UseLog(mine)
+        assert mine.read_text() == text and not Path(f"{mine}.salt").exists()
     with pytest.raises(OSError, match="there is no log"):
         audit(tmp_path / "nothing.jsonl")
 
@@ -273,7 +274,7 @@ def test_differences_hold_at_every_look():
 
 
 def asked(course, unit, on, good=1.0, bad=0.0):
-    row = {"event": "request", "unit": unit, "arm": "on" if on else "off"}
+    row = {"event": "request", "unit": unit, "arm": "on" if on else "off", "share": course.share}
     course.take(row | {"scores": {"good": good, "bad": bad}})
 
 
@@ -337,6 +338,17 @@ def test_a_rollout_goes_on_from_its_log(joy, tmp_path, flags):
     again.log.close()
     with pytest.raises(ValueError, match="another plan"):
         rolled(joy, tmp_path / "use.jsonl", stages=(20, 100))
+
+
+def test_a_rollout_does_not_go_on_from_a_changed_log(joy, tmp_path, flags):
+    rollout = rolled(joy, tmp_path / "use.jsonl")
+    rollout("ann", "Hello")
+    rollout("bob", "Hello")
+    rollout.log.close()
+    lines = rollout.log.path.read_bytes().splitlines(keepends=True)
+    rollout.log.path.write_bytes(b"".join(lines[:-2] + lines[-1:]))
+    with pytest.raises(ValueError, match="are missing"):
+        rolled(joy, tmp_path / "use.jsonl")
 
 
 def test_switched_off_from_inside_and_outside(joy, tmp_path, flags):
