@@ -25,7 +25,7 @@ setup(
     packages=[lib],
     package_data={lib: cfg["package_data"].split()},
     install_requires=cfg["requirements"].split(),
-    extras_require={"dev": cfg["dev_requirements"].split(), "tasks": cfg["tasks_requirements"].split()},
+    extras_require={k: cfg[f"{k}_requirements"].split() for k in ("dev", "tasks", "rollout")},
     entry_points={
         "console_scripts": [cfg["console_scripts"]],
         "nbdev": [f"{lib}={lib}._modidx:d"],  # lets nbdev link names in backticks to their pages

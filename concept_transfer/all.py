@@ -16,12 +16,15 @@ from .maps import *
 from .measure import *
 from .models import *
 from .moments import *
+from .monitor import *
 from .plots import *
 from .report import *
+from .rollout import *
 from .selection import *
 from .steering import *
 from .suites import *
 from .tasks import *
+from .uselog import *
 
 # %% ../nbs/index.ipynb #a733e64d
 __all__ = [name for name in dir() if not name.startswith("_")]  # all that the rooms above call public

@@ -23,6 +23,7 @@ __all__ = [
     "load_fields",
     "fingerprint",
     "Journal",
+    "linked",
     "keeping",
 ]
 
@@ -505,7 +506,10 @@ class Journal:
 
 
 # %% ../nbs/04_artefacts.ipynb #0b325c4e
-def _linked(chain, row):
+def linked(
+    chain: str,  # digest of all rows before
+    row: dict,
+) -> tuple[str, bytes]:
     "Digest of a row and of all before it, and the line that holds both."
     digest = hashlib.sha256(f"{chain}{json.dumps(row)}".encode()).hexdigest()[:32]
     return digest, json.dumps({"digest": digest} | row).encode() + b"\n"
@@ -515,7 +519,7 @@ def _row(chain, line):
     "What a line holds; nothing where it is not what was written."
     with suppress(ValueError, AttributeError, RecursionError):
         row = {k: v for k, v in json.loads(line).items() if k != "digest"}
-        if _linked(chain, row)[1] == line + b"\n":
+        if linked(chain, row)[1] == line + b"\n":
             return row
     return {}
 
@@ -526,7 +530,7 @@ def _append(self: Journal, rows):
     "Add rows with one write. A full disk is an OSError, and leaves what was there."
     chain, text = self._chain, b""
     for row in rows:
-        chain, line = _linked(chain, row)
+        chain, line = linked(chain, row)
         text += line
     with disk_space(self.path), open(self.path, "ab", buffering=0) as f:  # type: ignore[arg-type]
         if f.tell() != self._end:
@@ -550,7 +554,7 @@ def _read(self: Journal, first):
         row = _row(self._chain, line)
         if not row:
             self._refuse(f"is damaged in line {i + 1}" if i else "holds something else than a journal")
-        self._chain, _ = _linked(self._chain, row)
+        self._chain, _ = linked(self._chain, row)
         if i:
             self.done[row["name"]] = row["value"]
         else:
@@ -558,7 +562,7 @@ def _read(self: Journal, first):
     if lines:
         if _row(self._chain, half[:-1]):
             self._refuse("is damaged at its end")
-    elif _linked("", first)[1].startswith(half):
+    elif linked("", first)[1].startswith(half):
         self._append([first])
     else:
         self._refuse("holds something else than a journal")

@@ -86,7 +86,8 @@ def test_every_import_is_a_declared_requirement(name):
         return {re.match(r"[\w.-]+", r)[0].lower().replace("_", "-") for r in settings()[key].split()}
 
     always = names("requirements")
-    sometimes = always | names("tasks_requirements") | {"datasets", "lm-eval", "vllm"}
+    sometimes = always | names("tasks_requirements") | names("rollout_requirements")
+    sometimes |= {"datasets", "lm-eval", "vllm"}
     undeclared = set()
     for package, inside in foreign(ast.parse((LIB / f"{name}.py").read_text(encoding="utf-8"))):
         found = {d.lower().replace("_", "-") for d in offered().get(package, [package])}
