@@ -60,7 +60,7 @@ WRONG = [
 ]
 
 
-@pytest.mark.parametrize("wrong, said", WRONG, ids=str)
+@pytest.mark.parametrize("wrong, said", WRONG)
 @pytest.mark.parametrize("call", [choose, transplant])
 def test_what_does_not_belong_together_is_refused_before_anything_is_read(given, unread, call, wrong, said):
     some = dict(zip(("concept", "maps", "target"), given, strict=True)) | {"task": TASK, "neutral": NEUTRAL}
