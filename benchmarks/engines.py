@@ -36,8 +36,9 @@ WIDE = dict(
 )  # vLLM wants such heads
 TINY = {"llama": WIDE, "gemma3_text": WIDE | {"query_pre_attn_scalar": 32}}
 SERVED = {"gguf": "llama.cpp", "vllm": "vllm"}  # formats of a server; the others run in transformers
-ALONE = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
+ALONE = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
 VLLM = "--dtype float32 --max-model-len 128 --no-enable-prefix-caching".split()
+VLLM += ["--kv-cache-memory-bytes", 1 << 30]
 LLAMA = "--device none -np 4 -c 1024 -ctk f32 -ctv f32 -fa off -t 1".split()
 
 

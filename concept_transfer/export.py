@@ -262,6 +262,7 @@ def server_command(
             )
         ask["vllm_xargs"] = {"steer": load_fields(Transplant, file).name, "strength": 1.0}
         variables = {"VLLM_PLUGINS": "concept_transfer", SERVED: str(Path(file).absolute())}
+        variables["VLLM_NO_USAGE_STATS"] = "1"  # it tells its makers of every start
         options = ["-m", "vllm.entrypoints.openai.api_server", "--enforce-eager", "--model"]
     else:
         raise ValueError(f"engine {engine!r}: use llama.cpp or vllm. A baked model runs in any.")
@@ -347,7 +348,10 @@ def _ask_llama(t, path):
 # %% ../nbs/23_export.ipynb #ce965a5a
 def _ask_vllm(t, path):
     "What vLLM says, and its version."
-    exact = f"--dtype float32 --max-logprobs {t.model._module.config.vocab_size}"
+    config = t.model._module.config
+    longest = min(512, config.max_position_embeddings)
+    exact = f"--dtype float32 --max-logprobs {config.vocab_size} --max-model-len {longest}"
+    exact += f" --kv-cache-memory-bytes {1 << 30}"  # else it takes most of the memory
     engine_program("vllm")
     with TemporaryDirectory() as tmp:
         _save_model(t.model._module, t.model.tokenizer, tmp)

@@ -52,8 +52,8 @@ def llama_cpp():
 @pytest.fixture
 def vllm(monkeypatch):
     "It asks nothing of the network, and takes one gigabyte for what it keeps of prompts."
-    alone = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
-    for name, value in (alone | {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}).items():
+    alone = {"HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+    for name, value in alone.items():
         monkeypatch.setenv(name, value)
     return need("vllm")
 
