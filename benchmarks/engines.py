@@ -28,6 +28,7 @@ from concept_transfer.engine import encode
 from concept_transfer.export import COMPARED, FORMATS, NotCompared, answers, serving, write_target
 from concept_transfer.models import load_model, tiny_model
 from concept_transfer.steering import place
+from concept_transfer.zoo import quiet
 
 HOME = Path(os.environ.get("CONCEPT_TRANSFER_ENGINES", "nowhere"))
 CONCEPTS = ("happiness", "sadness")
@@ -136,8 +137,9 @@ def jobs_of(stack, to, t, folder, requests, words):
     if to == "gguf":
         write_target(t.model, model)
     else:
-        for part in (t.model._module, t.model.tokenizer):
-            part.save_pretrained(model)
+        with quiet():
+            for part in (t.model._module, t.model.tokenizer):
+                part.save_pretrained(model)
     texts = load_corpus("neutral").texts[:requests]
     ids, more = encode(t.model, texts, room=words), LLAMA if to == "gguf" else VLLM
     with unsteered():
