@@ -85,7 +85,8 @@ def says(way, t, folder):
 
 
 def differences(formats, tiny):
-    "Rows: engine, model, concept, differences from ours by strength, at 0 from the engine's base, tolerance."
+    """Rows: engine, model, concept, differences from ours by strength, at 0 from the engine's own base, how
+    far strength 1 moves it, tolerance."""
     for model in models(tiny):
         bases: dict = {}
         for t in (carried(model, name) for name in CONCEPTS):
@@ -103,8 +104,10 @@ def differences(formats, tiny):
                     print(e, file=sys.stderr)
                     continue
                 off = [apart(found[s], ours[s]) for s in COMPARED]
-                base = apart(found[0.0], bases.get(to, ours[0.0]))
-                yield f"{who} ({to})", t.target.name, t.name, *off, base, way.tolerance
+                base, moved = apart(found[0.0], bases.get(to, ours[0.0])), apart(found[1.0], found[0.0])
+                if not moved > way.tolerance:
+                    raise SystemExit(f"{who} serves unsteered: the comparison is void")
+                yield f"{who} ({to})", t.target.name, t.name, *off, base, moved, way.tolerance
 
 
 def of_lm_eval(tiny):
@@ -191,8 +194,8 @@ def throughput(a):
 
 def table(rows):
     yield "\nLargest difference of log-probabilities over the vocabulary, in nats, by strength:\n"
-    yield "| engine | model | concept | 0 | 1 | 2 | -1 | 0 from its base | tolerance |"
-    yield "|---|---|---|---|---|---|---|---|---|"
+    yield "| engine | model | concept | 0 | 1 | 2 | -1 | 0 from its base | moved at 1 | tolerance |"
+    yield "|---|---|---|---|---|---|---|---|---|---|"
     for row in rows:
         yield "| " + " | ".join(f"{x:.1e}" if isinstance(x, float) else x for x in row) + " |"
     yield "\nThroughput of requests at once, over that of the same engine without us:"
@@ -206,7 +209,7 @@ def main():
     rows = [*differences(["gguf", "baked", "vllm"], a.tiny), *of_lm_eval(a.tiny)]
     times, ratios = throughput(a)
     if a.json:
-        ratios |= {f"{who} {model} {concept}": max(off) for who, model, concept, *off, _, _ in rows}
+        ratios |= {f"{who} {model} {concept}": max(off) for who, model, concept, *off, _, _, _ in rows}
     report("Engines", times, ratios, a.json, table(rows))
 
 
