@@ -40,7 +40,7 @@ test-remote: .venv/.dev ## against a real NDIF server on this machine (needs red
 	$(BIN)/python tests/remote/stack.py install .venv-server
 	CT_NDIF_VENV=$(CURDIR)/.venv-server OMP_NUM_THREADS=1 $(BIN)/pytest -m "$(REMOTE)" tests/remote
 
-test-engines: .venv/.dev ## exported transplants in llama.cpp, lm-eval and vLLM (ENGINES=llama.cpp for one), which it installs in .venv-engines (0.2, 1 and 3.5 GB)
+test-engines: .venv/.dev ## transplants in llama.cpp, lm-eval, inspect-ai and vLLM (ENGINES=llama.cpp for one), which it installs in .venv-engines (0.2, 1, 0.3 and 3.5 GB)
 	$(BIN)/python tests/engines/install.py .venv-engines $(ENGINES)
 	CONCEPT_TRANSFER_ENGINES=$(CURDIR)/.venv-engines OMP_NUM_THREADS=1 $(BIN)/pytest -m "$(SELECT)" tests/engines
 
@@ -66,7 +66,8 @@ studies: .venv/.dev ## run all of nbs/studies again, each replaced when it is th
 	$(BIN)/nbdev_clean
 
 benchmarks: .venv/.dev ## tables of run times, into benchmarks/RESULTS.md and nbs/benchmarks.ipynb (long)
-	for f in extraction alignment evidence remote rollout; do $(BIN)/python benchmarks/$$f.py || exit 1; done > benchmarks/RESULTS.part
+	export CONCEPT_TRANSFER_ENGINES=$${CONCEPT_TRANSFER_ENGINES:-$(CURDIR)/.venv-engines}; \
+	  for f in extraction alignment evidence remote rollout engines; do $(BIN)/python benchmarks/$$f.py || exit 1; done > benchmarks/RESULTS.part
 	mv benchmarks/RESULTS.part benchmarks/RESULTS.md
 	$(BIN)/papermill --kernel python3 --cwd nbs --no-progress-bar nbs/benchmarks.ipynb nbs/.part.ipynb && mv nbs/.part.ipynb nbs/benchmarks.ipynb
 	$(BIN)/nbdev_clean

@@ -15,6 +15,7 @@ __all__ = [
     "write_target",
     "engine_program",
     "server_command",
+    "serving",
     "push_to_hub",
     "Format",
     "Receipt",
@@ -135,26 +136,60 @@ class NotCompared(RuntimeError):
     "Another engine cannot be asked here; the message says why, and what to do."
 
 
-# %% ../nbs/23_export.ipynb #cd0c58e6
+# %% ../nbs/23_export.ipynb #be24d27e
+def _assumed(config):
+    "What llama.cpp takes for granted in a family, and no file can tell it."
+    if config.model_type == "llama":
+        return {"hidden_act": "silu"}
+    n, head = config.num_hidden_layers, config.head_dim
+    return {
+        "hidden_activation": "gelu_pytorch_tanh",
+        "query_pre_attn_scalar": config.hidden_size // config.num_attention_heads if n == 62 else head,
+        "layer_types": [f"{'sliding' if (i + 1) % 6 else 'full'}_attention" for i in range(n)],
+        "attn_logit_softcapping": None,
+        "final_logit_softcapping": None,
+    }
+
+
+# %% ../nbs/23_export.ipynb #a2f325ca
+def _positions(config):
+    "How a model counts positions. Raises NotCompared for one that llama.cpp would compute otherwise."
+    say, rope = f"a {config.model_type} model", getattr(config, "rope_parameters", None) or {}
+    if config.model_type not in _GGUF:
+        raise NotCompared(f"{say} cannot be written for llama.cpp here.")
+    wanted, full = _assumed(config), rope.get("full_attention", rope)
+    found = {k: getattr(config, k) for k in wanted}
+    near = rope.get("sliding_attention", {"rope_type": "default", "rope_theta": 1e4})
+    found |= {"rope_type": full["rope_type"], "sliding rope_type": near["rope_type"]}
+    found |= {"sliding rope_theta": near["rope_theta"]}
+    wanted |= {"rope_type": "default", "sliding rope_type": "default", "sliding rope_theta": 1e4}
+    if bad := [f"{k}={v!r}" for k, v in found.items() if v != wanted[k]]:
+        raise NotCompared(f"{say} with {', '.join(bad)} cannot be written for llama.cpp.")
+    return full
+
+
+# %% ../nbs/23_export.ipynb #b921b40d
 def write_target(
     model: TransformersModel,  # it runs here
     path: str | Path,
 ):
-    "A model as a GGUF file to compare with. Raises NotCompared for a family, or positions, not known here."
+    "A model as a GGUF file to compare with. Raises NotCompared for one that llama.cpp computes otherwise."
     config, weights = model._module.config, model._module.state_dict()
-    rope = getattr(config, "rope_parameters", None) or {}
-    rope = rope.get("full_attention", rope)
-    if config.model_type not in _GGUF or rope["rope_type"] != "default":
-        raise NotCompared(f"a {config.model_type} model cannot be written for llama.cpp here.")
+    rope = _positions(config)
     arch, known = _GGUF[config.model_type]
     if config.tie_word_embeddings:
         del weights["lm_head.weight"]
     tensors: dict = {}
     for old, new in known["weights"].items():
         some = [(old.format(i), new.format(i)) for i in range(len(model.layers))]
-        tensors |= {k: _stored(k, weights[name], config) for k, name in some if name in weights}
+        tensors |= {k: _stored(k, weights.pop(name), config) for k, name in some if name in weights}
+    if weights:
+        raise NotCompared(f"llama.cpp cannot be given {', '.join(weights)[:80]} of this model here.")
     settings = {k: rope.get(name, getattr(config, name, None)) for k, name in known["settings"].items()}
     settings |= {f"{arch}.attention.{k}_length": config.head_dim for k in ("key", "value")}
+    if isinstance(ends := settings["tokenizer.ggml.eos_token_id"], list):  # it has three names for them
+        names = [f"tokenizer.ggml.{k}_token_id" for k in ("eos", "eot", "eom")]
+        settings |= zip(names, ends, strict=False)
     words = model.tokenizer.convert_ids_to_tokens([*range(config.vocab_size)])
     words = [w or f"[{i}]" for i, w in enumerate(words)]
     cut = {"model": "gpt2", "tokens": words, "merges": [f"{words[-1]} {words[-1]}"]}
@@ -227,6 +262,7 @@ def server_command(
             )
         ask["vllm_xargs"] = {"steer": load_fields(Transplant, file).name, "strength": 1.0}
         variables = {"VLLM_PLUGINS": "concept_transfer", SERVED: str(Path(file).absolute())}
+        variables["VLLM_NO_USAGE_STATS"] = "1"  # it tells its makers of every start
         options = ["-m", "vllm.entrypoints.openai.api_server", "--enforce-eager", "--model"]
     else:
         raise ValueError(f"engine {engine!r}: use llama.cpp or vllm. A baked model runs in any.")
@@ -234,10 +270,16 @@ def server_command(
     return command, variables, ask
 
 
-# %% ../nbs/23_export.ipynb #bdfeeddc
+# %% ../nbs/23_export.ipynb #9d948d9c
 @contextmanager
-def _serving(engine, file, model, strength, *more) -> Iterator[tuple[httpx.Client, dict]]:
-    "Within: a server of ours, and a request to it."
+def serving(
+    engine: str,  # llama.cpp or vllm
+    file: str | Path,
+    model: str | Path,
+    strength: float | None = None,  # these as for `server_command`
+    *more: str | float,  # further arguments of the server's own
+) -> Iterator[tuple[httpx.Client, dict]]:
+    "Within: a server on a free port, and a request to it. Raises RuntimeError for one that does not start."
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     command, variables, ask = server_command(engine, file, model, strength, port)
@@ -288,7 +330,7 @@ def _tokens(x):
     return [{int(k.split(":")[1]): p for k, p in step.items()} for step in x["top_logprobs"]]
 
 
-# %% ../nbs/23_export.ipynb #8df4d349
+# %% ../nbs/23_export.ipynb #872da311
 def _ask_llama(t, path):
     "What llama.cpp says, and its version."
     exact, found = f"--device none -np 1 -ctk f32 -ctv f32 -fa off -t {torch.get_num_threads()}", {}
@@ -297,20 +339,23 @@ def _ask_llama(t, path):
         model, vector = f"{tmp}/model.gguf", shutil.copy(path, f"{tmp}/vector.gguf")
         write_target(t.model, model)
         for s in COMPARED:
-            with _serving("llama.cpp", vector, model, s, *exact.split()) as (client, ask):
+            with serving("llama.cpp", vector, model, s, *exact.split()) as (client, ask):
                 found[s] = _says(client, ask, t)
                 build = client.get("/props").json()["build_info"]
     return f"llama.cpp {build}", found
 
 
-# %% ../nbs/23_export.ipynb #0b92e791
+# %% ../nbs/23_export.ipynb #ce965a5a
 def _ask_vllm(t, path):
     "What vLLM says, and its version."
-    exact = f"--dtype float32 --max-logprobs {t.model._module.config.vocab_size}"
+    config = t.model._module.config
+    longest = min(512, config.max_position_embeddings)
+    exact = f"--dtype float32 --max-logprobs {config.vocab_size} --max-model-len {longest}"
+    exact += f" --kv-cache-memory-bytes {1 << 30}"  # else it takes most of the memory
     engine_program("vllm")
     with TemporaryDirectory() as tmp:
         _save_model(t.model._module, t.model.tokenizer, tmp)
-        with _serving("vllm", path, tmp, None, *exact.split()) as (client, ask), ThreadPoolExecutor() as pool:
+        with serving("vllm", path, tmp, None, *exact.split()) as (client, ask), ThreadPoolExecutor() as pool:
             asks = [ask | {"vllm_xargs": {"steer": t.name, "strength": s}} for s in COMPARED]
             said = pool.map(lambda ask: _says(client, ask, t), asks)
             found = dict(zip(COMPARED, said, strict=True))

@@ -88,8 +88,14 @@ def follow(
 
 # %% ../nbs/22_vllm_plugin.ipynb #ca7ac2c9
 def mark(front: Any, request: Any, *_):
-    "Keep states of a steered prompt apart from all others. Raises ValueError for what is not served."
-    if asked := wanted(request.sampling_params):
+    "Keep states of a steered prompt apart from all others. Raises vLLM's error for what is not served."
+    try:
+        asked = wanted(request.sampling_params)
+    except ValueError as e:
+        from vllm.exceptions import VLLMValidationError  # any other is answered as a fault of the server
+
+        raise VLLMValidationError(str(e)) from None
+    if asked:
         request.cache_salt = f"{request.cache_salt or ''}{asked}"
 
 

@@ -1,21 +1,27 @@
 "Transplants on their way out and back: files that others read, receipts, and what is refused."
 
+import base64
 import dataclasses
 import json
 import sys
+import threading
 import types
 import warnings
 from dataclasses import replace
+from functools import partial
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import gguf
 import numpy as np
 import pytest
 import torch
-from huggingface_hub import ModelCard
+from huggingface_hub import HfApi, ModelCard
+from huggingface_hub.errors import HfHubHTTPError
 from safetensors.torch import load_file
 
 from concept_transfer import cli
+from concept_transfer import export as room
 from concept_transfer.concepts import Concept
 from concept_transfer.export import (
     COMPARED,
@@ -25,6 +31,7 @@ from concept_transfer.export import (
     answers,
     export,
     import_vector,
+    push_to_hub,
     server_command,
     write_target,
 )
@@ -96,6 +103,37 @@ def test_a_family_that_llama_cpp_cannot_be_given_is_not_compared(tmp_path):
         write_target(t.model, tmp_path / "model.gguf")
 
 
+@pytest.mark.parametrize(
+    "family, odd, say",
+    [
+        ("llama", dict(hidden_act="gelu"), "hidden_act='gelu'"),
+        ("llama", dict(attention_bias=True), "q_proj.bias"),
+        ("llama", dict(mlp_bias=True), "gate_proj.bias"),
+        (
+            "llama",
+            dict(rope_parameters=dict(rope_type="linear", factor=4.0, rope_theta=1e4)),
+            "rope_type='linear'",
+        ),
+        ("gemma3_text", dict(query_pre_attn_scalar=30), "query_pre_attn_scalar=30"),
+        ("gemma3_text", dict(layer_types=["full_attention"] * 4), "layer_types"),
+        ("gemma3_text", dict(final_logit_softcapping=5.0), "final_logit_softcapping=5.0"),
+        ("gemma3_text", dict(attn_logit_softcapping=5.0), "attn_logit_softcapping=5.0"),
+        ("gemma3_text", dict(rope_local_base_freq=500.0), "sliding rope_theta=500.0"),
+        ("gemma3_text", dict(attention_bias=True), "q_proj.bias"),
+    ],
+)
+def test_a_target_that_llama_cpp_would_compute_otherwise_is_refused(tmp_path, family, odd, say):
+    with pytest.raises(NotCompared, match=say):
+        write_target(tiny_model(family, **odd), tmp_path / "model.gguf")
+    assert not [*tmp_path.iterdir()]
+
+
+def test_several_ends_of_a_text_keep_their_names(tmp_path):
+    write_target(tiny_model("llama", eos_token_id=[1, 5]), tmp_path / "model.gguf")
+    fields = gguf.GGUFReader(tmp_path / "model.gguf").fields
+    assert [fields[f"tokenizer.ggml.{k}_token_id"].contents() for k in ("eos", "eot")] == [1, 5]
+
+
 @pytest.mark.usefixtures("nothing_installed")
 @pytest.mark.filterwarnings("ignore:the export to")
 def test_a_gguf_holds_what_we_know_and_comes_back(llama, tmp_path):
@@ -132,6 +170,61 @@ def test_the_folder_for_the_hub_reads_as_a_model_card(llama, tmp_path):
     assert 'load_model("tiny-llama-0")' in card.text
     back = Transplant.load(tmp_path / "hub" / "transplant.safetensors", llama.model)
     assert torch.equal(back.direction, llama.direction)
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    "The Hub's addresses for a push, on loopback: what was asked, and the files that were committed."
+
+    class Hub(BaseHTTPRequestHandler):
+        asked, files = [], {}
+
+        def do_POST(self):
+            body = self.rfile.read(int(self.headers["content-length"]))
+            self.asked.append((self.path, self.headers["authorization"], body))
+            known = self.headers["authorization"] == "Bearer secret"
+            said = json.dumps(self.answer(body)).encode() if known else b"{}"
+            self.send_response(200 if known else 401)
+            self.send_header("content-length", str(len(said)))
+            self.end_headers()
+            self.wfile.write(said)
+
+        def answer(self, body):
+            if "/preupload/" in self.path:
+                files = json.loads(body)["files"]
+                return {
+                    "files": [
+                        {"path": f["path"], "uploadMode": "regular", "shouldIgnore": False} for f in files
+                    ]
+                }
+            if "/commit/" in self.path:
+                for line in map(json.loads, body.splitlines()):
+                    if line["key"] == "file":
+                        self.files[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
+            where = f"{Hub.url}/me/joy"
+            return {"url": where, "commitUrl": f"{where}/commit/abc", "commitOid": "abc"}
+
+        def log_message(self, *a):
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+        Hub.url = f"http://127.0.0.1:{server.server_port}"
+        monkeypatch.setattr(room, "HfApi", partial(HfApi, endpoint=Hub.url))
+        yield Hub
+        server.shutdown()
+
+
+def test_a_folder_is_pushed_to_the_hub_as_it_is(llama, tmp_path, hub):
+    llama.export(tmp_path / "hub", to="hub")
+    assert push_to_hub(tmp_path / "hub", "me/joy", token="secret").startswith(f"{hub.url}/me/joy")
+    path, _, first = hub.asked[0]
+    assert path == "/api/repos/create" and json.loads(first)["visibility"] == "private"
+    assert hub.files == {f.name: f.read_bytes() for f in (tmp_path / "hub").iterdir()}
+    (tmp_path / "back").write_bytes(hub.files["transplant.safetensors"])
+    assert torch.equal(Transplant.load(tmp_path / "back", llama.model).direction, llama.direction)
+    with pytest.raises(HfHubHTTPError, match="401"):
+        push_to_hub(tmp_path / "hub", "me/joy", token="wrong")
 
 
 @pytest.mark.parametrize("to", ["gguf", "baked", "vllm", "lm-eval"])

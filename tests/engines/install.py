@@ -15,6 +15,7 @@ ROOT = Path(__file__).resolve().parents[2]
 STEPS = {  # what pip is given, one call after the other
     "llama.cpp": [["install", ENGINES["llama.cpp"][0]]],
     "lm-eval": [["install", "lm-eval[hf]==0.4.13"]],
+    "inspect-ai": [["install", "inspect-ai==0.3.285"]],
     "vllm": [
         ["install", ENGINES["vllm"][0].split()[-1]],  # `PIP_EXTRA_INDEX_URL` may name PyTorch's own index
         [
@@ -37,7 +38,7 @@ def install(home: Path, name: str):
         return
     subprocess.run([sys.executable, "-m", "venv", home], check=True)
     (site,) = home.glob("lib/python*/site-packages")
-    if name == "lm-eval":  # runs beside this package, and with what that needs
+    if name in ("lm-eval", "inspect-ai"):  # run beside this package, and with what that needs
         (site / "beside.pth").write_text(f"{ROOT}\n{sysconfig.get_paths()['purelib']}\n")
     for step in STEPS[name]:
         pip = [home / "bin" / "python", "-m", "pip", "--disable-pip-version-check", step[0], "--quiet"]
