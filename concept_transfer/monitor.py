@@ -6,6 +6,7 @@
 __all__ = ["watched", "with_reference", "Alarm", "Monitor", "write_page"]
 
 # %% ../nbs/28_monitor.ipynb #c9ee2c48
+import math
 from bisect import bisect_left, bisect_right
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
@@ -35,7 +36,7 @@ def watched(row: dict) -> dict[str, float]:
     "What a monitor looks at in a row of a log, by name."
     found = {k: row[k][0] for k in ("norm", "projection") if row[k]}
     found |= {k: row[k] for k in ("kl", "repetition")} | row["scores"]
-    return {k: x for k, x in found.items() if x is not None and np.isfinite(x)}
+    return {k: x for k, x in found.items() if x is not None and math.isfinite(x)}
 
 
 # %% ../nbs/28_monitor.ipynb #d461b58a
