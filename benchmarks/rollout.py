@@ -205,7 +205,7 @@ def killed(t, folder, count, kills=10):
     return path, len(answered), len({*answered} - rows)
 
 
-def forged(path, times=60):
+def forged(path, times=24):
     "Of so many changes of single lines, how many an audit finds."
     whole, rng, found = path.read_bytes(), np.random.default_rng(4), 0
     lines = whole.splitlines(keepends=True)[-400:]
@@ -273,7 +273,7 @@ def main():
     notes = [
         f"Without generation, {some} requests a run. Milliseconds a request: {listed(ms, '.2f')}.",
         f"{day}, which is {'whole' if whole else 'NOT whole'} and {size / 1e6:.1f} MB.",
-        f"Of 60 forgeries (a bit, a line removed, two swapped, the end cut off) {found} were found.",
+        f"Of 24 forgeries (a bit, a line removed, two swapped, the end cut off) {found} were found.",
         f"{a.runs:,} A/A rollouts of 2,000 units, two scores, a look after each unit; ever wrong, by share:",
         f"{listed(aa, '.1%')}. As many whose damage is just what is allowed, and which say that it is not:",
         f"{listed(limit, '.1%')}.",

@@ -216,6 +216,15 @@ def _open(self: UseLog):
     self._state = _stands(self.path)
 
 
+# %% ../nbs/26_uselog.ipynb #d6e6b630
+@patch
+def _rotate(self: UseLog):
+    "Put the file aside, named by how many rows there are up to its end, and begin another."
+    self.path.rename(self.path.with_name(f"{self.path.stem}.{self.rows:012d}{self.path.suffix}"))
+    os.close(self._file)
+    self._open()
+
+
 # %% ../nbs/26_uselog.ipynb #8d9a9dd2
 @patch
 def write(
@@ -248,15 +257,6 @@ def write(
 def _name(row):
     "A row and all before it, in short: what a head holds."
     return f"{row['n']:012d}:{row['digest']}"
-
-
-# %% ../nbs/26_uselog.ipynb #d6e6b630
-@patch
-def _rotate(self: UseLog):
-    "Put the file aside, named by how many rows there are up to its end, and begin another."
-    self.path.rename(self.path.with_name(f"{self.path.stem}.{self.rows:012d}{self.path.suffix}"))
-    os.close(self._file)
-    self._open()
 
 
 # %% ../nbs/26_uselog.ipynb #2411e21b
@@ -354,20 +354,20 @@ def _told(row):
         clock.labels(row["concept"], row["arm"]).observe(row["seconds"])
 
 
-# %% ../nbs/26_uselog.ipynb #80eebf8c
-@contextmanager
-def _opened(path):
-    "Within: the files of a log, the oldest first. A log that is written to may put one aside meanwhile."
-    with ExitStack() as stack:
-        parts, files = None, []
-        while parts != _parts(path):
-            parts = _parts(path)
+# %% ../nbs/26_uselog.ipynb #210ed1e9
+def _files(path):
+    "The files that a log has now, open, one after the other. The last may be put aside on the way."
+    for k in range(len(_parts(path))):
+        part = None
+        while part != _parts(path)[k]:
+            part = _parts(path)[k]
             with suppress(FileNotFoundError):
-                files = [stack.enter_context(part.open("rb")) for part in parts]
-        yield files
+                file = part.open("rb")
+        with file:
+            yield part, file
 
 
-# %% ../nbs/26_uselog.ipynb #677aa27c
+# %% ../nbs/26_uselog.ipynb #37ae13a1
 def read_log(
     path: str | Path,
 ) -> Iterator[tuple[dict, str]]:  # a row, and what is wrong there or nothing
@@ -376,29 +376,26 @@ def read_log(
     path = Path(path).expanduser()
     digest: str | None = ""  # of the row before; None: not known
     n = 0
-    with _opened(path) as files:
-        if not files:
-            raise FileNotFoundError(f"{path}: there is no log.")
-        for part, line in ((file, line) for file in files for line in file):
-            if not (row := _row(line)):
-                torn = part is files[-1] and not line.endswith(b"\n")
-                what = (
-                    f"{TORN} of {len(line)} bytes" if torn else f"behind row {n - 1} is a line that is no row"
-                )
-                yield {}, what
-                digest = None
-                continue
-            own, fault = row.pop("digest"), ""
-            if row["n"] > n:
-                fault = f"rows {n} to {row['n'] - 1} are missing"
-            elif row["n"] < n:
-                fault = f"row {row['n']} stands behind row {n - 1}"
-            elif digest is not None and linked(digest, row)[1] != line:
-                fault = f"row {n} was changed, or one before it"
-            elif row["event"] == "opened" and row.get("format", 1) > _FORMAT:
-                raise ValueError(f"{path} was written by {row['package']}, a newer version. Upgrade to it.")
-            digest, n = own, row["n"] + 1
-            yield row | {"digest": own}, fault
+    if not _parts(path):
+        raise FileNotFoundError(f"{path}: there is no log.")
+    for part, line in ((part, line) for part, file in _files(path) for line in file):
+        if not (row := _row(line)):
+            torn = part == path and not line.endswith(b"\n")
+            what = f"{TORN} of {len(line)} bytes" if torn else f"{part.name} holds a line that is no row"
+            yield {}, what
+            digest = None
+            continue
+        own, fault = row.pop("digest"), ""
+        if row["n"] > n:
+            fault = f"rows {n} to {row['n'] - 1} are missing"
+        elif row["n"] < n:
+            fault = f"row {row['n']} stands behind row {n - 1}"
+        elif digest is not None and linked(digest, row)[1] != line:
+            fault = f"row {n} was changed, or one before it"
+        elif row["event"] == "opened" and row.get("format", 1) > _FORMAT:
+            raise ValueError(f"{path} was written by {row['package']}, a newer version. Upgrade to it.")
+        digest, n = own, row["n"] + 1
+        yield row | {"digest": own}, fault
 
 
 TORN = "a torn line"  # what a killed process leaves: its request was not answered
