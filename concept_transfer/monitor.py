@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ["watched", "with_reference", "Alarm", "Monitor", "write_page"]
 
-# %% ../nbs/28_monitor.ipynb #c9ee2c48
+# %% ../nbs/28_monitor.ipynb #b1025d9f
 import math
 from bisect import bisect_left, bisect_right
 from collections import Counter, deque
@@ -31,7 +31,7 @@ from .tasks import repetition
 from .uselog import answer, audit, extra, read_log
 
 
-# %% ../nbs/28_monitor.ipynb #7e2288fa
+# %% ../nbs/28_monitor.ipynb #46b09000
 def watched(row: dict) -> dict[str, float]:
     "What a monitor looks at in a row of a log, by name."
     found = {k: row[k][0] for k in ("norm", "projection") if row[k]}

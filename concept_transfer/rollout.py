@@ -151,7 +151,7 @@ def _percent(*shares):
     return shares[0]
 
 
-# %% ../nbs/27_rollout.ipynb #e7777a37
+# %% ../nbs/27_rollout.ipynb #ed47717f
 @dataclass(eq=False, repr=False)
 class Rollout:
     """A transplant in use, called with a unit and a prompt. Raises ValueError for scores that are missing,
@@ -178,8 +178,6 @@ class Rollout:
         share = _percent(self.stages[0] if self.share is None else self.share, *self.stages)
         self.course, self._turn = Course(self.stop), RLock()
         self.of, self.flag = used(self.transplant), f"{self.transplant.name}-strength"
-        domain = f"{self.flag}:{self.log.path}"
-        self.client = self.client or _flags(self.flag, domain, lambda: self.course.share)
         plan = plain({"stop": asdict(self.stop), "stages": self.stages, "shadow": self.shadow})
         rows = []
         for row, fault in read_log(self.log.path):
@@ -193,6 +191,8 @@ class Rollout:
                 raise ValueError(f"{self.log.path} {why}; go on with that one, or begin another log.")
             self.course.take(row)
             self.watch(row)
+        domain = f"{self.flag}:{self.log.path}"  # one that was refused has not taken it over
+        self.client = self.client or _flags(self.flag, domain, lambda: self.course.share)
         if not rows:
             self._note("plan", plan=plan, share=share, why="begun")
 

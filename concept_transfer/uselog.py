@@ -65,7 +65,7 @@ def _watching(t, seen):
     return watch
 
 
-# %% ../nbs/26_uselog.ipynb #18a1fc91
+# %% ../nbs/26_uselog.ipynb #2f132264
 def answer(
     t: Transplant,
     prompt: str | Sequence,  # a text or a chat
@@ -79,7 +79,7 @@ def answer(
     looks: tuple[list, list] = [], []
     first, last = (steered(t.model, t.layer, _watching(t, seen)) for seen in looks)
     with first, t(strength) as model, last:
-        (text,) = generate(model, [prompt], max_new_tokens, **options)
+        text = "".join(generate(model, [prompt], max_new_tokens, **options))
     seconds, norm, projection, kl = time.perf_counter() - start, None, None, None
     if looks[0]:
         norm, projection = torch.stack([torch.cat(x, 1).median(1).values for x in looks], 1).tolist()
@@ -225,7 +225,7 @@ def _rotate(self: UseLog):
     self._open()
 
 
-# %% ../nbs/26_uselog.ipynb #8d9a9dd2
+# %% ../nbs/26_uselog.ipynb #e4e591f6
 @patch
 def write(
     self: UseLog,
@@ -245,11 +245,12 @@ def write(
         digest, line = linked(self.digest, row)
         if self._state[-1] and self._state[-1] + len(line) > self.size:
             self._rotate()
-        *same, size = self._state
+        process, file, size = self._state
         if os.write(self._file, line) != len(line):
             os.ftruncate(self._file, size)
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        self.rows, self.digest, self._state = self.rows + 1, digest, (*same, size + len(line))
+        self.rows, self.digest = self.rows + 1, digest
+        self._state = process, file, size + len(line)
         os.pwrite(self._head, f"{_name(row | {'digest': digest})}\n".encode(), 0)
     return row | {"digest": digest}
 

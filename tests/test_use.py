@@ -531,6 +531,13 @@ def test_a_rollout_goes_on_from_its_log(joy, tmp_path, flags):
         rolled(joy, tmp_path / "use.jsonl", stages=(20, 100))
 
 
+def test_a_rollout_that_is_refused_leaves_the_flags_of_another_alone(joy, tmp_path, flags):
+    rollout = rolled(joy, tmp_path / "use.jsonl", share=100)
+    with pytest.raises(ValueError, match="another plan"):
+        Rollout(joy, rollout.log, rollout.scores, replace(STOP, limit=0.9), stages=(20, 60, 100))
+    assert rollout("ann", "Hello") == "steered"
+
+
 def test_a_rollout_does_not_go_on_from_a_changed_log(joy, tmp_path, flags):
     rollout = rolled(joy, tmp_path / "use.jsonl")
     rollout("ann", "Hello")
