@@ -3,9 +3,9 @@
     python benchmarks/rollout.py [--json] [--requests 10000] [--runs 1000] [--weeks 1000] [--rounds 3]
 
 Nothing is generated: answers and their numbers are drawn, so that what is measured is what stands around a
-model. `overhead_ms`: milliseconds of processor a request of rollout, log and monitor; `bytes`: of the log a request;
-`wrong_aa`: the largest share of A/A rollouts that ever claim a difference, without which none stops or
-advances; `wrong_limit`: that of rollouts that do just the damage that is allowed and ever say otherwise;
+model. `overhead_ms`: milliseconds of processor a request of rollout, log and monitor; `bytes`: of the log a
+request; `wrong_aa`: the largest share of A/A rollouts that ever claim a difference, without which none stops
+or advances; `wrong_limit`: that of rollouts that do just the damage that is allowed and ever say otherwise;
 `units_vs_fixed`: units until a difference is found in the median run over those of a test of one look with a
 power of .8; `false_a_week`: false alarms in a quiet week; `delay`: requests from a doubled damage to its
 alarm, median.
