@@ -355,8 +355,8 @@ def _told(row):
         clock.labels(row["concept"], row["arm"]).observe(row["seconds"])
 
 
-# %% ../nbs/26_uselog.ipynb #210ed1e9
-def _files(path):
+# %% ../nbs/26_uselog.ipynb #a5c92869
+def _each_file(path):
     "The files that a log has now, open, one after the other. The last may be put aside on the way."
     for k in range(len(_parts(path))):
         part = None
@@ -368,7 +368,7 @@ def _files(path):
             yield part, file
 
 
-# %% ../nbs/26_uselog.ipynb #37ae13a1
+# %% ../nbs/26_uselog.ipynb #565842bd
 def read_log(
     path: str | Path,
 ) -> Iterator[tuple[dict, str]]:  # a row, and what is wrong there or nothing
@@ -379,7 +379,7 @@ def read_log(
     n = 0
     if not _parts(path):
         raise FileNotFoundError(f"{path}: there is no log.")
-    for part, line in ((part, line) for part, file in _files(path) for line in file):
+    for part, line in ((part, line) for part, file in _each_file(path) for line in file):
         if not (row := _row(line)):
             torn = part == path and not line.endswith(b"\n")
             what = f"{TORN} of {len(line)} bytes" if torn else f"{part.name} holds a line that is no row"
