@@ -358,14 +358,18 @@ def _told(row):
 # %% ../nbs/26_uselog.ipynb #a5c92869
 def _each_file(path):
     "The files that a log has now, open, one after the other. The last may be put aside on the way."
-    for k in range(len(_parts(path))):
-        part = None
-        while part != _parts(path)[k]:
-            part = _parts(path)[k]
-            with suppress(FileNotFoundError):
-                file = part.open("rb")
-        with file:
-            yield part, file
+    *older, part = _parts(path)
+    for whole in older:
+        with whole.open("rb") as file:
+            yield whole, file
+    with suppress(FileNotFoundError):
+        file = part.open("rb")
+    while part != (now := _parts(path)[len(older)]):
+        part = now
+        with suppress(FileNotFoundError):
+            file = part.open("rb")
+    with file:
+        yield part, file
 
 
 # %% ../nbs/26_uselog.ipynb #565842bd

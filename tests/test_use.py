@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from functools import partial
@@ -263,6 +264,7 @@ def test_a_log_that_grows_can_be_audited(tmp_path):
     def work():
         while not stop.is_set():
             log.request(OF, "ann", "Hello", Answer("Hi."))
+            time.sleep(0.002)
 
     writing = threading.Thread(target=work)
     writing.start()
