@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ["watched", "with_reference", "Alarm", "Monitor", "write_page"]
 
-# %% ../nbs/28_monitor.ipynb #aefb7e74
+# %% ../nbs/28_monitor.ipynb #b1025d9f
+import math
 from bisect import bisect_left, bisect_right
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime
@@ -30,12 +31,12 @@ from .tasks import repetition
 from .uselog import answer, audit, extra, read_log
 
 
-# %% ../nbs/28_monitor.ipynb #8aceda2e
+# %% ../nbs/28_monitor.ipynb #46b09000
 def watched(row: dict) -> dict[str, float]:
     "What a monitor looks at in a row of a log, by name."
     found = {k: row[k][0] for k in ("norm", "projection") if row[k]}
-    found |= {k: row[k] for k in ("kl", "repetition") if row[k] is not None}
-    return found | row["scores"]
+    found |= {k: row[k] for k in ("kl", "repetition")} | row["scores"]
+    return {k: x for k, x in found.items() if x is not None and math.isfinite(x)}
 
 
 # %% ../nbs/28_monitor.ipynb #d461b58a
@@ -116,7 +117,7 @@ class _Stream:
         return Alarm(name, since["n"], since["time"], usual, now, advice)
 
 
-# %% ../nbs/28_monitor.ipynb #2373e3dd
+# %% ../nbs/28_monitor.ipynb #7c51f82c
 class Monitor:
     """Called with rows of a log, in their order; gives alarms. Raises ValueError for a transplant without a
     reference, ImportError where river is not installed."""
@@ -130,8 +131,10 @@ class Monitor:
             raise ValueError(f"{t} does not know what is usual; give it with_reference(t, prompts, scores).")
         if not detector:
             with extra():
-                from river.drift import ADWIN as detector
-        self.usual, self.detector, self.streams = t.notes["reference"], detector, {}
+                from river.drift import ADWIN
+            detector = ADWIN
+        self.usual, self.detector = t.notes["reference"], detector
+        self.streams: dict[str, _Stream] = {}
 
     def __call__(self, row: dict) -> list[Alarm]:
         "Alarms that a row sets off; an answer without steering sets off none."
@@ -144,13 +147,13 @@ class Monitor:
         return found
 
 
-# %% ../nbs/28_monitor.ipynb #341604b2
+# %% ../nbs/28_monitor.ipynb #22810a1f
 def _looks(plan, rows):
     "What was known on the way of a rollout: some 200 times, and before each decision."
-    course = Course(Stop(**plan["plan"]["stop"]), plan["plan"]["stages"], plan["share"])
+    course = Course(Stop(**plan["plan"]["stop"]))
     own = [row for row in rows if all(row.get(k) == plan[k] for k in ("artefact", "flag"))]
     for k, row in enumerate(own):
-        if k % (1 + len(own) // 200) == 0 or row["event"] == "share" or row is own[-1]:
+        if k and (k % (1 + len(own) // 200) == 0 or row["event"] == "share" or row is own[-1]):
             look = course.look()
             if look["units_on"] and look["units_off"]:  # else there is nothing to compare
                 yield {"n": row["n"]} | look
@@ -188,24 +191,26 @@ def _exposure(requests):
     return fig
 
 
-# %% ../nbs/28_monitor.ipynb #c8b4be1b
+# %% ../nbs/28_monitor.ipynb #f148b4d1
 def write_page(
     log: str | Path,
     path: str | Path,  # of the page
 ):
     "A self-contained HTML page of a log, written whole or not at all. Raises OSError where there is no log."
     rows, found = [row for row, fault in read_log(log) if not fault], audit(log)
-    requests = [row for row in rows if row["event"] == "request"]
+    kinds = ("request", "plan", "share", "alarm", "failed")
+    requests, plans, changes, alarms, failed = ([x for x in rows if x["event"] == k] for k in kinds)
     shown = {"Answers by arm": _exposure(requests)} if requests else {}
     courses = {}
-    for plan in (row for row in rows if row["event"] == "plan"):
-        name, stop, looks = plan["concept"], plan["plan"]["stop"], [*_looks(plan, rows)]
-        decided = [x for x in rows if x["event"] in ("plan", "share") and x["artefact"] == plan["artefact"]]
-        courses[name] = {"stop": stop, "now": decided[-1], "look": looks[-1] if looks else None}
+    for plan in plans:
+        name, stop = f"{plan['concept']} ({plan['artefact'][:6]})", plan["plan"]["stop"]
+        looks = [*_looks(plan, rows)]
+        *_, now = (x for x in [plan, *changes] if x["artefact"] == plan["artefact"])
+        courses[name] = {"stop": stop, "now": now, "look": looks[-1] if looks else None}
         shown[f"Effect and damage of {name}"] = _sequences(looks, stop)
-    alarms = [row for row in rows if row["event"] == "alarm"]
     samples = [row for row in requests if "answer" in row][-12:]
     given = dict(found=found, shown=shown, png=png, courses=courses, alarms=alarms, samples=samples)
+    given["failed"] = Counter(x["why"] for x in failed)
     page = TEMPLATES.get_template("use.html").render(given)
     with whole_file(path) as tmp:
-        tmp.write_text(page, encoding="utf-8")
+        tmp.write_text(page, encoding="utf-8", errors="replace")

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ["STAKES", "Difference", "Stop", "bucket", "Course", "Rollout"]
 
-# %% ../nbs/27_rollout.ipynb #7a34fbc5
+# %% ../nbs/27_rollout.ipynb #7ffa19d1
+import math
 import os
 import random
 from collections.abc import Callable, Iterable, Sequence
@@ -83,44 +84,49 @@ def bucket(
     return int(sha256(f"{flag}:{unit}".encode()).hexdigest()[:8], 16) % 10_000
 
 
-# %% ../nbs/27_rollout.ipynb #768918cd
+# %% ../nbs/27_rollout.ipynb #6f6fce10
 @dataclass(eq=False)
 class Course:
-    "What a rollout has learnt, row by row of its log."
+    "What a rollout has learnt, row by row of its log; the first is its plan."
 
     stop: Stop
-    stages: Sequence[float]  # percent of units
-    share: float  # percent that gets the concept now
 
     def __post_init__(self):
         self.seen: dict = {}  # percent of units among which a unit is not; 100 where it has had the concept
-        self.begin(self.share)
+        self.share: float = 0  # percent that gets the concept now
+        self.begun = 0  # tests
+        self.tests: dict[str, Difference] = {}
 
     def begin(self, share: float):
         "Another share; its tests begin anew."
-        self.share, self.tests = share, {k: Difference() for k in (self.stop.effect, self.stop.damage)}
+        self.share, self.begun = share, self.begun + (0 < share < 100)
+        self.tests = {k: Difference() for k in (self.stop.effect, self.stop.damage)}
 
-    def take(self, row: dict):
-        "What a row of the log changes."
+    def take(self, row: dict) -> bool:
+        "Whether a row of the log counts in the tests that go on."
         if row["event"] in ("plan", "share"):
             self.begin(row["share"])
-        elif row["event"] == "request":
-            below, on = self.seen.get(row["unit"], 0), row["arm"] != "off"
-            if below < self.share < 100 and row["share"] == self.share:
-                self.seen[row["unit"]] = 100 if on else self.share
-                for name, test in self.tests.items():
-                    test.add(row["scores"][name], on, (self.share - below) / (100 - below))
+        if row["event"] != "request" or row["arm"] == "no flag" or row["share"] != self.share:
+            return False
+        below, on = self.seen.get(row["unit"], 0), row["arm"] != "off"
+        if not below < self.share < 100:
+            return False
+        self.seen[row["unit"]] = 100 if on else self.share
+        for name, test in self.tests.items():
+            x, worst = row["scores"][name], on if name == self.stop.damage else not on
+            test.add(float(worst) if x is None else x, on, (self.share - below) / (100 - below))
+        return True
 
     def look(self) -> dict:
         "Units that count, where the differences of effect and damage are, and the verdict."
-        alpha = self.stop.alpha / (2 * max(1, sum(stage < 100 for stage in self.stages)))
-        effect, damage = (test.ends(alpha) for test in self.tests.values())
+        k = max(1, self.begun)
+        effect, damage = (test.ends(self.stop.alpha / (2 * k * (k + 1))) for test in self.tests.values())
         off, on = self.tests[self.stop.effect].units.astype(int).tolist()
         ends = {"effect": effect, "damage": damage, "verdict": self.stop.verdict(effect, damage)}
         return {"share": self.share, "units_on": on, "units_off": off} | ends
 
 
-# %% ../nbs/27_rollout.ipynb #38d74423
+# %% ../nbs/27_rollout.ipynb #af78463f
 def _flags(flag, domain, share):
     "A client of OpenFeature for a flag in memory; `share` gives the percent of units for whom it is on."
     with extra():
@@ -129,7 +135,7 @@ def _flags(flag, domain, share):
         from openfeature.provider.in_memory_provider import InMemoryFlag, InMemoryProvider
 
     def decide(ours, context):
-        name = "on" if bucket(flag, context.targeting_key) < 100 * share() else "off"
+        name = "on" if bucket(flag, context.targeting_key) < round(100 * share()) else "off"
         return FlagResolutionDetails(ours.variants[name], variant=name, reason=Reason.SPLIT)
 
     ours = InMemoryFlag("off", {"on": 1.0, "off": 0.0}, context_evaluator=decide)
@@ -137,11 +143,20 @@ def _flags(flag, domain, share):
     return api.get_client(domain)
 
 
-# %% ../nbs/27_rollout.ipynb #02eaaf55
+# %% ../nbs/27_rollout.ipynb #93b01d40
+def _percent(*shares):
+    "The first of some shares. Raises ValueError where one is no percentage, to two places."
+    if wrong := [x for x in shares if not 0 <= x <= 100 or x != round(x, 2)]:
+        raise ValueError(f"a share of {wrong[0]}; give percents of units, from 0 to 100 in steps of 0.01.")
+    return shares[0]
+
+
+# %% ../nbs/27_rollout.ipynb #ed47717f
 @dataclass(eq=False, repr=False)
 class Rollout:
-    """A transplant in use, called with a unit and a prompt. Raises ValueError for scores that are missing and
-    for a log of another plan or one that was changed, ImportError where OpenFeature is not installed."""
+    """A transplant in use, called with a unit and a prompt. Raises ValueError for scores that are missing,
+    for stages that do not rise, and for a log of another plan or one that was changed, ImportError where
+    OpenFeature is not installed."""
 
     transplant: Transplant
     log: UseLog
@@ -158,11 +173,11 @@ class Rollout:
     def __post_init__(self):
         if missing := {self.stop.effect, self.stop.damage} - {*self.scores}:
             raise ValueError(f"no score {', '.join(missing)}: give a function of prompt and answer for it.")
-        share = self.stages[0] if self.share is None else self.share
-        self.course, self._turn = Course(self.stop, self.stages, share), RLock()
+        if [*self.stages] != sorted({*self.stages}) or not self.stages:
+            raise ValueError(f"stages are {self.stages}; give percents that rise, as 1, 5, 25, 100.")
+        share = _percent(self.stages[0] if self.share is None else self.share, *self.stages)
+        self.course, self._turn = Course(self.stop), RLock()
         self.of, self.flag = used(self.transplant), f"{self.transplant.name}-strength"
-        domain = f"{self.flag}:{self.log.path}"
-        self.client = self.client or _flags(self.flag, domain, lambda: self.course.share)
         plan = plain({"stop": asdict(self.stop), "stages": self.stages, "shadow": self.shadow})
         rows = []
         for row, fault in read_log(self.log.path):
@@ -176,23 +191,26 @@ class Rollout:
                 raise ValueError(f"{self.log.path} {why}; go on with that one, or begin another log.")
             self.course.take(row)
             self.watch(row)
+        domain = f"{self.flag}:{self.log.path}"  # one that was refused has not taken it over
+        self.client = self.client or _flags(self.flag, domain, lambda: self.course.share)
         if not rows:
             self._note("plan", plan=plan, share=share, why="begun")
 
 
-# %% ../nbs/27_rollout.ipynb #8f54c551
+# %% ../nbs/27_rollout.ipynb #7004f11d
 @patch
 def _note(self: Rollout, event, **values):
     "A row about this rollout, and what it changes."
     about = {k: self.of[k] for k in ("artefact", "concept")} | {"flag": self.flag}
-    self.course.take(self.log.write(event, **about, **values))
+    with self._turn:
+        self.course.take(self.log.write(event, **about, **values))
 
 
-# %% ../nbs/27_rollout.ipynb #5d6113ba
+# %% ../nbs/27_rollout.ipynb #af4d827a
 @patch
 def to(self: Rollout, share: float, why: str):
     "From now on another percent of units, 0 for nobody. Its tests begin anew."
-    self._note("share", share=share, why=why)
+    self._note("share", share=_percent(share), why=why)
 
 
 # %% ../nbs/27_rollout.ipynb #083859ec
@@ -220,7 +238,7 @@ def _decide(self: Rollout):
         self.to(later[0], why)
 
 
-# %% ../nbs/27_rollout.ipynb #5b931122
+# %% ../nbs/27_rollout.ipynb #27072c57
 @patch
 def __call__(
     self: Rollout,
@@ -232,33 +250,48 @@ def __call__(
 
     if self.course.share and os.path.exists(f"{self.log.path}.off"):
         self.to(0, "its .off file is there")
-    share = self.course.share
-    details = self.client.get_float_details(self.flag, 0.0, EvaluationContext(unit))
-    strength = details.value if share else 0.0
-    arm, ask = "off", partial(self.answer, self.transplant, prompt)
-    base = got = ask(0.0, False) if self.shadow or not strength else None
+    share, strength, arm = self.course.share, 0.0, "off"
+    if share:
+        details = self.client.get_float_details(self.flag, 0.0, EvaluationContext(unit))
+        strength = details.value
+        if details.error_code:
+            self._note("failed", why=f"flag: {details.error_code.value}")
+            strength, arm = 0.0, "no flag"
+    ask = partial(self.answer, self.transplant, prompt)
+    base: Any = ask(0.0, False) if self.shadow or not strength else None
+    got = base
     if strength:
         try:
             got, arm = ask(strength, random.random() < self.twin), "shadow" if self.shadow else "on"
         except Exception as e:
             self._note("failed", why=type(e).__name__)
-            base = got = base or ask(0.0, False)
+            got = base = base or ask(0.0, False)
             strength, arm = 0.0, "failed"
+    scores = {name: self._score(name, prompt, got.text) for name in self.scores}
+    where = {"flag": self.flag, "arm": arm, "bucket": bucket(self.flag, unit) // 100, "share": share}
+    instead = base.text if arm == "shadow" else None
     with self._turn:
-        scores = {name: self._score(name, prompt, got.text) for name in self.scores}
-        where = {"flag": self.flag, "arm": arm, "bucket": bucket(self.flag, unit), "share": share}
-        row = self.log.request(self.of, unit, prompt, got, strength, scores=scores, **where)
-        self.course.take(row)
+        row = self.log.request(self.of, unit, prompt, got, strength, instead, scores=scores, **where)
+        counts = self.course.take(row)
         for alarm in self.watch(row):
             self._note("alarm", **vars(alarm))
-        self._decide()
+        if counts:
+            self._decide()
     return (base or got).text
 
 
-# %% ../nbs/27_rollout.ipynb #c25237e3
+# %% ../nbs/27_rollout.ipynb #21ae8a4b
 @patch
 def _score(self: Rollout, name, prompt, text):
-    "A score of an answer. Raises ValueError where it is not from 0 to 1."
-    if not 0 <= (x := float(self.scores[name](prompt, text))) <= 1:
+    "A score of an answer, None where it cannot be had. Raises ValueError where it is not from 0 to 1."
+    x, why = math.nan, "no number"
+    try:
+        x = float(self.scores[name](prompt, text))
+    except Exception as e:
+        why = type(e).__name__
+    if math.isnan(x):
+        self._note("failed", why=f"score {name}: {why}")
+        return None
+    if not 0 <= x <= 1:
         raise ValueError(f"score {name!r} gave {x}; the tests need numbers from 0 to 1, so bring it there.")
     return x

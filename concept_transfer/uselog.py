@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ["TORN", "Answer", "answer", "extra", "UseLog", "used", "unit_hash", "read_log", "Audit", "audit"]
 
-# %% ../nbs/26_uselog.ipynb #fd9a3215
+# %% ../nbs/26_uselog.ipynb #8fc6ac29
 import errno
 import glob
 import hashlib
@@ -15,7 +15,7 @@ import os
 import secrets
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from functools import cache
@@ -29,6 +29,7 @@ from fastcore.basics import patch
 from filelock import FileLock, Timeout
 from torch import Tensor
 
+from . import __version__
 from .artefacts import disk_space, fingerprint, linked, plain
 from .cards import card, table
 from .concepts import position_name
@@ -64,7 +65,7 @@ def _watching(t, seen):
     return watch
 
 
-# %% ../nbs/26_uselog.ipynb #0d5fc72a
+# %% ../nbs/26_uselog.ipynb #2f132264
 def answer(
     t: Transplant,
     prompt: str | Sequence,  # a text or a chat
@@ -74,19 +75,19 @@ def answer(
     **options,  # as for `generate`
 ) -> Answer:
     "A continuation of one prompt, measured where the model runs on this machine. Raises as `generate` does."
-    start, looks = time.perf_counter(), ([], [])
+    start = time.perf_counter()
+    looks: tuple[list, list] = [], []
     first, last = (steered(t.model, t.layer, _watching(t, seen)) for seen in looks)
-    with first, t(strength), last:
-        text = generate(t.model, prompt, max_new_tokens, **options)
+    with first, t(strength) as model, last:
+        text = "".join(generate(model, [prompt], max_new_tokens, **options))
     seconds, norm, projection, kl = time.perf_counter() - start, None, None, None
     if looks[0]:
         norm, projection = torch.stack([torch.cat(x, 1).median(1).values for x in looks], 1).tolist()
     if not isinstance(prompt, str):
-        chat = t.model.tokenizer.apply_chat_template
-        prompt = chat(prompt, tokenize=False, add_generation_prompt=True)
-    n, both = (len(encode(t.model, [x])[0]) for x in (prompt, prompt + text))
+        prompt = str(model.tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True))
+    n, both = (len(encode(model, [x])[0]) for x in (prompt, prompt + text))
     if twin and strength and both > n:
-        probe = neutral_text(t.model, t.layer, [prompt + text], keep=both - n)
+        probe = neutral_text(model, t.layer, [prompt + text], keep=both - n)
         kl = probe(replace(t, dose=strength * t.dose)).mean
     return Answer(text, [n, both - n], norm, projection, kl, seconds)
 
@@ -145,12 +146,35 @@ def _end(path):
     return 0, "", torn
 
 
-# %% ../nbs/26_uselog.ipynb #af363bf9
+# %% ../nbs/26_uselog.ipynb #7ee73ee3
+def _salt(path):
+    "The secret of a log. Raises ValueError where it is gone."
+    if not (salt := _beside(path, "salt")):
+        raise ValueError(
+            f"{path}.salt is gone, and with it the way from a unit to its rows. Begin another log."
+        )
+    return salt
+
+
+# %% ../nbs/26_uselog.ipynb #05aa296b
+def _stands(path) -> tuple[int, int, int]:
+    "This process, a file and its size; zeros where it is gone."
+    with suppress(FileNotFoundError):
+        now = os.stat(path)
+        return os.getpid(), now.st_ino, now.st_size
+    return 0, 0, 0
+
+
+# %% ../nbs/26_uselog.ipynb #c2886097
+_FORMAT = 1  # of rows; what has none is of the first
+
+
 class UseLog:
     """An append-only file of JSON lines, each with a digest of itself and of all before it.
 
     Beside `path` lie its head, its salt and its lock; a file that is full is renamed to `NAME.ROWS.jsonl`.
-    Threads may share a log. Raises ValueError where another process writes to it, or its end is no row."""
+    Threads may share a log. Raises ValueError where another process writes to it, its end is no row, or its
+    salt is gone."""
 
     def __init__(
         self,
@@ -159,56 +183,81 @@ class UseLog:
         size: int = 1 << 26,  # bytes of a file
     ):
         self.path, self.redact, self.size = Path(path).expanduser(), redact, size
-        self._turn, self._lock = RLock(), FileLock(f"{self.path}.lock", timeout=0)
-        try:
-            self._lock.acquire()
-        except Timeout:
-            raise ValueError(f"{path} is written to by another process; give each its own log.") from None
-        self.rows, self.digest, torn = _end(self.path)
-        if not _beside(self.path, "salt"):  # who deletes it later has made the log anonymous
-            (salt := Path(f"{self.path}.salt")).touch(0o600)
-            salt.write_text(secrets.token_hex())
-        self._file = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-        self._head = os.open(f"{self.path}.head", os.O_WRONLY | os.O_CREAT, 0o644)
-        self.write("opened", head=_beside(self.path, "head"), torn=torn)
+        self._turn, self._lock = RLock(), FileLock(f"{self.path}.lock", timeout=0, thread_local=False)
+        with ExitStack() as stack:
+            try:
+                stack.enter_context(self._lock)
+            except Timeout:
+                raise ValueError(f"{path} is written to by another process; give each its own log.") from None
+            self.rows, self.digest, torn = _end(self.path)
+            if not self.rows and not _beside(self.path, "salt"):
+                (salt := Path(f"{self.path}.salt")).touch(0o600)
+                salt.write_text(secrets.token_hex())
+            self.salt = _salt(self.path)  # who deletes the file when all is over has made the log anonymous
+            self._head = os.open(f"{self.path}.head", os.O_WRONLY | os.O_CREAT, 0o644)
+            self._open()
+            about = {"format": _FORMAT, "package": __version__}
+            self.write("opened", head=_beside(self.path, "head"), torn=torn, **about)
+            stack.pop_all()
 
     def close(self):
         "Let another process have it."
+        self._state = -1, 0, 0
         os.close(self._file)
         os.close(self._head)
         self._lock.release()
 
 
-# %% ../nbs/26_uselog.ipynb #103fa325
+# %% ../nbs/26_uselog.ipynb #e4cf66f3
+@patch
+def _open(self: UseLog):
+    "Have the file at hand, to add to it."
+    self._file = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    self._state = _stands(self.path)
+
+
+# %% ../nbs/26_uselog.ipynb #d6e6b630
+@patch
+def _rotate(self: UseLog):
+    "Put the file aside, named by how many rows there are up to its end, and begin another."
+    self.path.rename(self.path.with_name(f"{self.path.stem}.{self.rows:012d}{self.path.suffix}"))
+    os.close(self._file)
+    self._open()
+
+
+# %% ../nbs/26_uselog.ipynb #e4e591f6
 @patch
 def write(
     self: UseLog,
     event: str,  # what happened, in a word
     **values: Any,  # what JSON can hold
 ) -> dict:  # the row
-    "Add a row. When this returns, killing the process does not lose it. Raises OSError where it cannot be."
+    """Add a row. When this returns, killing the process does not lose it. Raises OSError where it cannot be,
+    ValueError for values that every row has of its own."""
+    if taken := {"n", "time", "digest"} & values.keys():
+        raise ValueError(f"a row has its own {', '.join(taken)}; give yours another name.")
     with self._turn, disk_space(self.path):
+        if self._state != _stands(self.path):
+            why = "was closed, moved or written to by somebody else, or this process was forked since"
+            raise OSError(f"{self.path} {why}. Audit it, and open it anew, in each process another log.")
         now = datetime.now(UTC).isoformat(timespec="milliseconds")
         row = plain({"n": self.rows, "time": now, "event": event} | values)
         digest, line = linked(self.digest, row)
-        if (size := os.fstat(self._file).st_size) and size + len(line) > self.size:
+        if self._state[-1] and self._state[-1] + len(line) > self.size:
             self._rotate()
-            size = 0
+        process, file, size = self._state
         if os.write(self._file, line) != len(line):
-            os.truncate(self.path, size)
+            os.ftruncate(self._file, size)
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         self.rows, self.digest = self.rows + 1, digest
-        os.pwrite(self._head, f"{row['n']:012d}:{digest}\n".encode(), 0)
+        self._state = process, file, size + len(line)
+        os.pwrite(self._head, f"{_name(row | {'digest': digest})}\n".encode(), 0)
     return row | {"digest": digest}
 
 
-# %% ../nbs/26_uselog.ipynb #ffb37f75
-@patch
-def _rotate(self: UseLog):
-    "Put the file aside, named by how many rows there are up to its end, and begin another."
-    self.path.rename(self.path.with_name(f"{self.path.stem}.{self.rows:012d}{self.path.suffix}"))
-    os.close(self._file)
-    self._file = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+def _name(row):
+    "A row and all before it, in short: what a head holds."
+    return f"{row['n']:012d}:{row['digest']}"
 
 
 # %% ../nbs/26_uselog.ipynb #2411e21b
@@ -224,18 +273,20 @@ def used(t: Transplant) -> dict:
     }
 
 
-# %% ../nbs/26_uselog.ipynb #5020893d
+# %% ../nbs/26_uselog.ipynb #637e9c85
+def _hashed(salt, unit):
+    return hmac.new(salt.encode(), unit.encode(errors="surrogatepass"), hashlib.sha256).hexdigest()[:16]
+
+
 def unit_hash(
     path: str | Path,  # of a log
     unit: str,  # who gets answers
 ) -> str:  # 16 hex digits
     "A unit as this log knows it. Raises ValueError where the salt is gone."
-    if not (salt := _beside(Path(path).expanduser(), "salt")):
-        raise ValueError(f"{path}.salt is gone, and with it the way from a unit to its rows.")
-    return hmac.new(salt.encode(), unit.encode(), hashlib.sha256).hexdigest()[:16]
+    return _hashed(_salt(Path(path).expanduser()), unit)
 
 
-# %% ../nbs/26_uselog.ipynb #c0c3fc03
+# %% ../nbs/26_uselog.ipynb #0de2b9c3
 @patch
 def request(
     self: UseLog,
@@ -244,13 +295,16 @@ def request(
     prompt: str | Sequence,
     got: Answer,
     strength: float = 1.0,
+    base: str | None = None,  # answer of the base model, where that was given instead
     **more: Any,  # scores, arm, bucket and the like
 ) -> dict:  # the row
-    "Write down a request before its answer is given, and tell it to OpenTelemetry and Prometheus."
+    """Write down a request before its answer is given, and tell it to OpenTelemetry and Prometheus. Raises as
+    `write` does, and what `redact` raises; then nothing was written."""
     known = asdict(got) | {"repetition": repetition(got.text)}
-    texts = {"prompt": prompt if isinstance(prompt, str) else json.dumps(prompt), "answer": known.pop("text")}
-    kept = {k: self.redact(x) for k, x in texts.items()} if self.redact else {}
-    who = {"strength": strength, "unit": unit_hash(self.path, unit)}
+    said = prompt if isinstance(prompt, str) else json.dumps(prompt, ensure_ascii=False)
+    texts = {"prompt": said, "answer": known.pop("text"), "base": base}
+    kept = {k: self.redact(x) for k, x in texts.items() if x is not None} if self.redact else {}
+    who = {"strength": strength, "unit": _hashed(self.salt, unit)}
     row = self.write("request", **of, **who, **known, **{"arm": "", "scores": {}} | more, **kept)
     _told(row)
     return row
@@ -274,7 +328,7 @@ def _instruments():
     return tracer, count, clock
 
 
-# %% ../nbs/26_uselog.ipynb #c23ae0b7
+# %% ../nbs/26_uselog.ipynb #02100282
 def _told(row):
     "A span and counts for a row."
     tracer, count, clock = _instruments()
@@ -288,7 +342,7 @@ def _told(row):
             "feature_flag.key": row.get("flag"),
             "feature_flag.result.variant": row["arm"],
             "feature_flag.context.id": row["unit"],
-            "concept_transfer.head": f"{row['n']:012d}:{row['digest']}",
+            "concept_transfer.head": _name(row),
         } | {f"concept_transfer.{k}": row[k] for k in ("concept", "artefact", "strength", "dose", "kl")}
         end = time.time_ns()
         span = tracer.start_span(
@@ -301,39 +355,59 @@ def _told(row):
         clock.labels(row["concept"], row["arm"]).observe(row["seconds"])
 
 
-# %% ../nbs/26_uselog.ipynb #7eb62ded
+# %% ../nbs/26_uselog.ipynb #a5c92869
+def _each_file(path):
+    "The files that a log has now, open, one after the other. The last may be put aside on the way."
+    *older, part = _parts(path)
+    for whole in older:
+        with whole.open("rb") as file:
+            yield whole, file
+    with suppress(FileNotFoundError):
+        file = part.open("rb")
+    while part != (now := _parts(path)[len(older)]):
+        part = now
+        with suppress(FileNotFoundError):
+            file = part.open("rb")
+    with file:
+        yield part, file
+
+
+# %% ../nbs/26_uselog.ipynb #565842bd
 def read_log(
     path: str | Path,
 ) -> Iterator[tuple[dict, str]]:  # a row, and what is wrong there or nothing
-    "All rows of a log; {} for a line that is none. Raises OSError where there is no log."
+    """All rows of a log, also of one that grows; {} for a line that is none. Raises OSError where there is no
+    log, ValueError for one that a newer version wrote."""
     path = Path(path).expanduser()
-    if not (parts := _parts(path)):
-        raise FileNotFoundError(f"{path}: there is no log.")
     digest: str | None = ""  # of the row before; None: not known
     n = 0
-    for part in parts:
-        for line in part.read_bytes().splitlines(keepends=True):
-            if not (row := _row(line)):
-                torn = part == path and not line.endswith(b"\n")
-                what = f"{TORN} of {len(line)} bytes" if torn else f"{part.name} holds a line that is no row"
-                yield {}, what
-                digest = None
-                continue
-            own, fault = row.pop("digest"), ""
-            if row["n"] > n:
-                fault = f"rows {n} to {row['n'] - 1} are missing"
-            elif row["n"] < n:
-                fault = f"row {row['n']} stands behind row {n - 1}"
-            elif digest is not None and linked(digest, row)[1] != line:
-                fault = f"row {n} was changed, or one before it"
-            digest, n = own, row["n"] + 1
-            yield row | {"digest": own}, fault
+    if not _parts(path):
+        raise FileNotFoundError(f"{path}: there is no log.")
+    for part, line in ((part, line) for part, file in _each_file(path) for line in file):
+        if not (row := _row(line)):
+            torn = part == path and not line.endswith(b"\n")
+            what = f"{TORN} of {len(line)} bytes" if torn else f"{part.name} holds a line that is no row"
+            yield {}, what
+            digest = None
+            continue
+        own, fault = row.pop("digest"), ""
+        if row["n"] > n:
+            fault = f"rows {n} to {row['n'] - 1} are missing"
+        elif row["n"] < n:
+            fault = f"row {row['n']} stands behind row {n - 1}"
+        elif digest is not None and linked(digest, row)[1] != line:
+            fault = f"row {n} was changed, or one before it"
+        elif row["event"] == "opened" and row.get("format", 1) > _FORMAT:
+            raise ValueError(f"{path} was written by {row['package']}, a newer version. Upgrade to it.")
+        digest, n = own, row["n"] + 1
+        yield row | {"digest": own}, fault
 
 
 TORN = "a torn line"  # what a killed process leaves: its request was not answered
 
-# %% ../nbs/26_uselog.ipynb #7be9c88a
+# %% ../nbs/26_uselog.ipynb #e8c99577
 _APPLIED = ["concept", "artefact", "dose", "strength", "arm"]
+_COLUMNS = ["n", "time", "unit", *_APPLIED]
 
 
 @dataclass(frozen=True)
@@ -345,7 +419,9 @@ class Audit:
     faults: list[str]  # none: nothing was changed, removed, moved or cut
     torn: str  # a line that a killed process left
     head: str  # note it elsewhere: a later audit can be asked whether it is still there
-    uses: pd.DataFrame  # requests by what was applied, how strongly and in which arm: how many, since when
+    uses: (
+        pd.DataFrame
+    )  # sound requests by what was applied, how strongly and in which arm: how many, since when
     events: list[dict]  # all other rows
 
     def __repr__(self):
@@ -354,10 +430,10 @@ class Audit:
 
     def _repr_html_(self):
         facts = {"rows": self.rows, "faults": "; ".join(self.faults) or "none", "torn": self.torn or None}
-        return card(f"Use log {self.path}", facts, table(self.uses.columns, self.uses.to_numpy()))
+        return card(f"Use log {self.path}", facts, table([*self.uses], self.uses.to_numpy()))
 
 
-# %% ../nbs/26_uselog.ipynb #a469156e
+# %% ../nbs/26_uselog.ipynb #4c77e3f3
 def audit(
     path: str | Path,
     unit: str | None = None,  # sum up the use for this one alone; needs the salt
@@ -365,7 +441,11 @@ def audit(
 ) -> Audit:
     "Verify a log and sum it up. Raises OSError where there is no log, ValueError for a unit without salt."
     path = Path(path).expanduser()
-    rows, faults, torn, known = [], [], "", {""}  # heads that there have been; none at the beginning
+    heads = [_beside(path, "head"), *heads]  # read first: the log may grow meanwhile
+    who = None if unit is None else unit_hash(path, unit)
+    faults: list[str] = []
+    requests, events, rows, torn, head = [], [], 0, "", ""
+    known = {""}  # heads that there have been; none at the beginning
 
     def compare(heads, when):
         faults.extend(f"cut {when}: the head {x!r} is not there" for x in heads if x not in known)
@@ -375,19 +455,20 @@ def audit(
             torn = fault
         elif fault:
             faults.append(fault)
-        if row:
-            if row["event"] == "opened":
-                compare([row.get("head")], f"before row {row['n']}")
-            rows.append(row)
-            known.add(f"{row['n']:012d}:{row['digest']}")
-            known.discard("")
-    compare([_beside(path, "head"), *heads], "at the end")
-    who = None if unit is None else unit_hash(path, unit)
-    requests = [row for row in rows if row["event"] == "request" and who in (None, row.get("unit"))]
-    uses = pd.DataFrame(requests, columns=["n", "time", "unit", *_APPLIED]).groupby(_APPLIED, as_index=False)
+        if not row:
+            continue
+        if row["event"] == "opened":
+            compare([row.get("head")], f"before row {row['n']}")
+        rows, head = rows + 1, _name(row)
+        known.add(head)
+        known.discard("")
+        if row["event"] != "request" and not fault:
+            events.append(row)
+        elif not fault and who in (None, row["unit"]):
+            requests.append([row.get(k) for k in _COLUMNS])
+    compare(heads, "at the end")
+    uses = pd.DataFrame(requests, columns=_COLUMNS).groupby(_APPLIED, as_index=False, dropna=False)
     count = dict(
         requests=("n", "size"), units=("unit", "nunique"), since=("time", "min"), until=("time", "max")
     )
-    events = [row for row in rows if row["event"] != "request"]
-    head = f"{rows[-1]['n']:012d}:{rows[-1]['digest']}" if rows else ""
-    return Audit(path.name, len(rows), faults, torn, head, uses.agg(**count), events)
+    return Audit(path.name, rows, faults, torn, head, uses.agg(**count), events)

@@ -7,7 +7,9 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 from functools import partial
 from pathlib import Path
 
@@ -17,7 +19,9 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as some
 
-from concept_transfer.artefacts import fingerprint
+from concept_transfer import rollout as rollout_room
+from concept_transfer import uselog
+from concept_transfer.artefacts import fingerprint, linked
 from concept_transfer.cli import main
 from concept_transfer.models import tiny_model
 from concept_transfer.monitor import Monitor, watched, with_reference, write_page
@@ -160,6 +164,42 @@ def test_nobody_stands_in_a_log_and_texts_only_where_asked(tmp_path):
     Path(f"{log.path}.salt").unlink()
     with pytest.raises(ValueError, match="salt is gone"):
         audit(log.path, unit="ann@example.org")
+    for _ in range(2):  # units would count twice under another salt; the refused log is not held
+        with pytest.raises(ValueError, match="Begin another log"):
+            UseLog(log.path)
+    assert not audit(log.path).faults
+
+
+def test_a_salt_that_is_lost_while_a_log_is_written_does_no_harm(tmp_path):
+    log = UseLog(tmp_path / "use.jsonl")
+    first = log.request(OF, "ann", "Hello", Answer("Hi."))
+    Path(f"{log.path}.salt").unlink()
+    assert log.request(OF, "ann", "Hello", Answer("Hi."))["unit"] == first["unit"]
+
+
+@DRAWN
+@given(unit=some.text(some.characters(exclude_categories=[])))
+def test_units_may_have_any_name(tmp_path_factory, unit):
+    log = UseLog(tmp_path_factory.mktemp("log") / "use.jsonl", redact=str)
+    row = log.request(OF, unit, unit, Answer(unit))
+    log.close()
+    assert row["unit"] == unit_hash(log.path, unit) and row["prompt"] == unit
+    found = audit(log.path, unit=unit)
+    assert (found.rows, found.faults, found.uses["requests"].sum()) == (2, [], 1)
+
+
+def test_a_hook_that_fails_leaves_nothing_in_the_log(tmp_path):
+    log = UseLog(tmp_path / "use.jsonl", redact=lambda text: 1 / len(text.strip("x")))
+    with pytest.raises(ZeroDivisionError):
+        log.request(OF, "ann", "Hello", Answer("xx"))
+    log.close()
+    assert "Hello" not in log.path.read_text() and audit(log.path).rows == 1
+
+
+def test_a_hook_sees_a_chat_as_it_is_written(tmp_path):
+    log = UseLog(tmp_path / "use.jsonl", redact=partial(re.sub, "André", "[name]"))
+    row = log.request(OF, "ann", [{"role": "user", "content": "I am André"}], Answer("André!"))
+    assert "[name]" in row["prompt"] and "Andr" not in row["prompt"] + row["answer"]
 
 
 def test_a_log_has_one_process(tmp_path):
@@ -168,6 +208,109 @@ def test_a_log_has_one_process(tmp_path):
         UseLog(log.path)
     log.close()
     UseLog(log.path).close()
+
+
+def test_another_thread_may_close(tmp_path):
+    log = UseLog(tmp_path / "use.jsonl")
+    closing = threading.Thread(target=log.close)
+    closing.start()
+    closing.join()
+    UseLog(log.path).close()
+
+
+def test_a_fork_does_not_write_into_the_log_of_its_parent(tmp_path):
+    log = UseLog(tmp_path / "use.jsonl")
+    if not (child := os.fork()):
+        try:
+            log.write("note")
+        except OSError as e:
+            os._exit(7 if "forked" in str(e) else 1)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+    log.write("note")
+    log.close()
+    assert not audit(log.path).faults and audit(log.path).rows == 2
+
+
+@pytest.mark.parametrize("what", ["moved", "removed", "cut", "added to", "closed"])
+def test_nothing_is_written_behind_what_others_did(tmp_path, what):
+    log = UseLog(tmp_path / "use.jsonl")
+    log.write("note")
+    whole = log.path.read_bytes()
+    if what == "moved":
+        log.path.rename(tmp_path / "old.jsonl")
+    elif what == "removed":
+        log.path.unlink()
+    elif what == "closed":
+        log.close()
+    else:
+        log.path.write_bytes(whole[:-9] if what == "cut" else whole + whole)
+    there = files_of(log.path)
+    with pytest.raises(OSError, match="open it anew"):
+        log.request(OF, "ann", "Hello", Answer("Hi."))
+    assert files_of(log.path) == there
+
+
+def test_a_row_has_names_of_its_own(tmp_path):
+    log = UseLog(tmp_path / "use.jsonl")
+    with pytest.raises(ValueError, match="another name"):
+        log.request(OF, "ann", "Hello", Answer("Hi."), time="noon")
+    assert not audit(log.path).faults
+
+
+def test_a_log_that_grows_can_be_audited(tmp_path):
+    log, stop = UseLog(tmp_path / "use.jsonl", size=1500), threading.Event()
+
+    def work():
+        while not stop.is_set():
+            log.request(OF, "ann", "Hello", Answer("Hi."))
+            time.sleep(0.002)
+
+    writing = threading.Thread(target=work)
+    writing.start()
+    try:
+        found = [audit(log.path) for _ in range(8)]
+    finally:
+        stop.set()
+        writing.join()
+    assert not any(x.faults for x in found) and found[-1].rows > found[0].rows
+
+
+def test_clocks_may_go_back(tmp_path, monkeypatch):
+    class Back:
+        at = datetime(2030, 1, 1, tzinfo=UTC)
+
+        @classmethod
+        def now(cls, zone):
+            cls.at -= timedelta(hours=1)
+            return cls.at
+
+    monkeypatch.setattr(uselog, "datetime", Back)
+    filled(tmp_path / "use.jsonl")
+    found = audit(tmp_path / "use.jsonl")
+    assert not found.faults and (found.uses["since"] < found.uses["until"]).all()
+    write_page(tmp_path / "use.jsonl", tmp_path / "use.html")
+
+
+def test_logs_of_other_versions(tmp_path):
+    "Rows of 0.1 had no format; what comes after us is not guessed at."
+    digest, line = linked("", {"n": 0, "time": "2030-01-01", "event": "opened", "head": "", "torn": 0})
+    Path(tmp_path, "old.jsonl").write_bytes(line)
+    Path(tmp_path, "old.jsonl.head").write_text(f"{0:012d}:{digest}\n")
+    Path(tmp_path, "old.jsonl.salt").write_text("0a")
+    filled(tmp_path / "old.jsonl")
+    assert not audit(tmp_path / "old.jsonl").faults and audit(tmp_path / "old.jsonl").rows == 14
+    _, line = linked("", {"n": 0, "time": "2030-01-01", "event": "opened", "format": 99, "package": "9.0"})
+    Path(tmp_path, "new.jsonl").write_bytes(line)
+    with pytest.raises(ValueError, match="newer version"):
+        audit(tmp_path / "new.jsonl")
+
+
+def test_what_a_row_lacks_is_summed_up_as_well(tmp_path):
+    log = UseLog(tmp_path / "use.jsonl")
+    for strength in (1.0, float("nan")):
+        log.request(OF | {"dose": None}, "ann", "Hello", Answer("Hi."), strength)
+    assert audit(log.path).uses["requests"].tolist() == [1, 1]
 
 
 def test_threads_share_a_log(tmp_path):
@@ -275,11 +418,11 @@ def test_differences_hold_at_every_look():
 
 def asked(course, unit, on, good=1.0, bad=0.0):
     row = {"event": "request", "unit": unit, "arm": "on" if on else "off", "share": course.share}
-    course.take(row | {"scores": {"good": good, "bad": bad}})
+    return course.take(row | {"scores": {"good": good, "bad": bad}})
 
 
 def test_a_unit_counts_once_a_stage_and_by_its_chance():
-    course, chances = Course(STOP, (1, 5, 100), 1), []
+    course, chances = Course(STOP), []
 
     def note(x, on, chance):
         chances.append(chance)
@@ -300,8 +443,57 @@ def test_a_unit_counts_once_a_stage_and_by_its_chance():
     asked(course, "new", False)
     assert chances[4:] == [4 / 99] * 2 + [0.05] * 2
     stage(100)
-    asked(course, "new", True)
-    assert len(chances) == 8
+    assert not asked(course, "new", True) and len(chances) == 8
+
+
+def test_tests_that_are_begun_anew_are_harder_to_please():
+    "So that all together, however many, are wrong with the chance that was planned."
+    ends = []
+    for begun in range(1, 4):
+        course = Course(STOP)
+        for _ in range(begun):
+            course.take({"event": "share", "share": 0})
+            course.take({"event": "share", "share": 50})
+        for k in range(200):
+            asked(course, f"user {k}", k % 2 == 0, good=float(k % 2 == 0))
+        ends.append(course.look()["effect"])
+    assert ends[0][0] > ends[1][0] > ends[2][0] > 0
+    spent = [STOP.alpha / (k * (k + 1)) for k in range(1, 10_000)]
+    assert sum(spent) <= STOP.alpha
+
+
+def test_a_score_that_cannot_be_had_counts_against_the_concept():
+    course, worst = Course(STOP), Course(STOP)
+    for x in (course, worst):
+        x.take({"event": "plan", "share": 50})
+    for k in range(40):
+        on = k % 3 == 0
+        assert asked(course, k, on, None, None) and asked(worst, k, on, float(not on), float(on))
+    assert course.look() == worst.look()
+
+
+@pytest.mark.parametrize("share", [0, 0.01, 1.1, 25, 99.99, 100])
+def test_a_share_is_what_it_says(share, tmp_path, joy, flags):
+    from openfeature.evaluation_context import EvaluationContext
+
+    rollout = rolled(joy, tmp_path / "use.jsonl", share=share)
+    units = {str(k): k for k in range(10_000)}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rollout_room, "bucket", lambda flag, unit: units[unit])
+        ask = partial(rollout.client.get_float_value, rollout.flag, 0.0)
+        on = sum(ask(EvaluationContext(unit)) == 1 for unit in units)
+    assert on == round(100 * share)
+
+
+def test_shares_that_are_none_are_refused(joy, tmp_path, flags):
+    rollout = rolled(joy, tmp_path / "use.jsonl")
+    for share in (-1, 101, float("nan"), 0.001):
+        with pytest.raises(ValueError, match="percents of units"):
+            rollout.to(share, "why not")
+    rollout.log.close()
+    for stages in ((), (5, 1), (5, 5), (1, 200)):
+        with pytest.raises(ValueError, match="give percents"):
+            rolled(joy, tmp_path / f"{stages}.jsonl", stages=stages)
 
 
 def rolled(joy, path, texts=("steered", "base"), **how):
@@ -338,6 +530,13 @@ def test_a_rollout_goes_on_from_its_log(joy, tmp_path, flags):
     again.log.close()
     with pytest.raises(ValueError, match="another plan"):
         rolled(joy, tmp_path / "use.jsonl", stages=(20, 100))
+
+
+def test_a_rollout_that_is_refused_leaves_the_flags_of_another_alone(joy, tmp_path, flags):
+    rollout = rolled(joy, tmp_path / "use.jsonl", share=100)
+    with pytest.raises(ValueError, match="another plan"):
+        Rollout(joy, rollout.log, rollout.scores, replace(STOP, limit=0.9), stages=(20, 60, 100))
+    assert rollout("ann", "Hello") == "steered"
 
 
 def test_a_rollout_does_not_go_on_from_a_changed_log(joy, tmp_path, flags):
@@ -381,6 +580,75 @@ def test_an_answer_that_fails_is_given_without_steering_and_counts(joy, tmp_path
     assert {rollout(f"user {k}", "Hello") for k in range(20)} == {"base"}
     assert rollout.course.look()["units_on"] > 3
     assert "stands here" not in rollout.log.path.read_text()
+
+
+@pytest.mark.parametrize("fails", [lambda: 1 / 0, lambda: float("nan"), lambda: None])
+def test_a_judge_that_fails_keeps_nobody_from_an_answer(joy, tmp_path, flags, fails):
+    rollout = rolled(joy, tmp_path / "use.jsonl", stages=(50,))
+    rollout.scores["bad"] = lambda p, x: fails() if x == "steered" else 0.0
+    got = [rollout(f"user {k}", "Hello") for k in range(60)]
+    assert {*got} == {"steered", "base"} and rollout.course.share == 0  # it stopped
+    failed = [row["why"] for row in audit(rollout.log.path).events if row["event"] == "failed"]
+    assert failed[0].startswith("score bad") and len(failed) == got.count("steered")
+    rollout.log.close()
+    assert rolled(joy, rollout.log.path, stages=(50,)).course.share == 0
+    write_page(rollout.log.path, tmp_path / "use.html")
+    assert "score bad" in (tmp_path / "use.html").read_text()
+
+
+def test_a_provider_that_fails_gives_nobody_the_concept_and_nobody_counts(joy, tmp_path, flags):
+    from openfeature import api
+    from openfeature.provider.in_memory_provider import InMemoryProvider
+
+    class Down(InMemoryProvider):
+        def resolve_float_details(self, *args, **options):
+            raise ConnectionError("no answer")
+
+    api.set_provider_and_wait(Down({}), "down")
+    rollout = rolled(joy, tmp_path / "use.jsonl", client=api.get_client("down"), stages=(50,))
+    assert {rollout(f"user {k}", "Hello") for k in range(9)} == {"base"} and not rollout.course.seen
+    found = audit(rollout.log.path)
+    assert found.uses["arm"].tolist() == ["no flag"] and found.events[-1]["why"].startswith("flag")
+
+
+def test_a_bucket_in_the_log_finds_nobody(joy, tmp_path, flags):
+    rollout = rolled(joy, tmp_path / "use.jsonl")
+    for k in range(50):
+        rollout(f"user {k}", "Hello")
+    rows = [row for row, _ in read_log(rollout.log.path) if row["event"] == "request"]
+    assert [row["bucket"] for row in rows] == [bucket(rollout.flag, f"user {k}") // 100 for k in range(50)]
+
+
+def test_in_the_shadow_both_answers_are_kept_with_texts(joy, tmp_path, flags):
+    rollout = rolled(joy, tmp_path / "use.jsonl", shadow=True, stages=(50,))
+    rollout.log.redact = str.upper
+    for k in range(20):
+        rollout(f"user {k}", "Hello")
+    rows = [row for row, _ in read_log(rollout.log.path) if row["event"] == "request"]
+    kept = {(row["arm"], row["answer"], row.get("base")) for row in rows}
+    assert kept == {("shadow", "STEERED", "BASE"), ("off", "BASE", None)}
+    write_page(rollout.log.path, tmp_path / "use.html")
+    assert "given instead: BASE" in (tmp_path / "use.html").read_text()
+
+
+def test_threads_share_a_rollout(joy, tmp_path, flags):
+    "What is counted on the way is what is counted from the log."
+    rollout = rolled(joy, tmp_path / "use.jsonl")
+
+    def work(i):
+        for k in range(80):
+            rollout(f"user {i} {k}", "Hello")
+            if k == 40:
+                rollout.to(20, "anew")
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for x in threads:
+        x.start()
+    for x in threads:
+        x.join()
+    rollout.log.close()
+    again = rolled(joy, tmp_path / "use.jsonl")
+    assert again.course.look() == rollout.course.look() and again.course.seen == rollout.course.seen
 
 
 def test_scores_outside_of_0_and_1_are_refused(joy, tmp_path, flags):
@@ -449,6 +717,14 @@ def test_what_moves_is_named_with_its_beginning(known, name, move):
     found = [a for n in range(700) for a in monitor(row(n, rng, **(move if n >= 400 else {})))]
     assert [a.number for a in found] == [name] and abs(found[0].since - 400) < 40
     assert (found[0].now > found[0].usual) == (name != "good") and found[0].advice
+
+
+def test_numbers_that_are_none_are_passed_over(known):
+    rng, monitor = np.random.default_rng(1), Monitor(known)
+    for n in range(300):
+        blind = {"norm": [None, 1.0], "projection": [float("nan")] * 2, "kl": None, "scores": {"good": None}}
+        assert not monitor(row(n, rng) | blind)
+    assert {*monitor.streams} == {"repetition"}
 
 
 def test_what_is_other_from_the_first_day_is_a_change_from_the_reference(known):
