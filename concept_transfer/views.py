@@ -73,8 +73,14 @@ from .stats import auc
 from .steering import Transplant, adding, residual_norm
 from .tasks import ChoiceTask
 
-# %% ../nbs/30_views.ipynb #070b0a40
+# %% ../nbs/30_views.ipynb #5ce41661
 _PARTS: Any = TEMPLATES.get_template("views.html").module  # its macros, as functions that give safe HTML
+
+
+def _as_html(table):
+    "A table as HTML, with a dash where nothing was measured."
+    shown = table.round(2).astype(object)
+    return html_table(list(table), shown.where(table.notna(), "-").values.tolist())
 
 
 class _View:
@@ -94,8 +100,7 @@ class _View:
 
     def parts(self) -> list[Markup]:
         "What stands on the card."
-        table = self.table.round(2)  # type: ignore[attr-defined]
-        return [html_table(list(table), table.values.tolist())]
+        return [_as_html(self.table)]  # type: ignore[attr-defined]
 
 
 # %% ../nbs/30_views.ipynb #664d2392
@@ -257,12 +262,12 @@ def verdict(self: Ladder) -> str:
     return head + (f"It shows at strength {where}." if found else "It shows at none of these strengths.")
 
 
-# %% ../nbs/30_views.ipynb #a46c50f4
+# %% ../nbs/30_views.ipynb #dcf1c6a1
 _MOST = 4.0  # nats from which a word has its full colour
 _HOW = """Coloured: words that the base model's text does not have there; blue where steering made them
     likelier, orange where less likely. KL: from the base model along this text, nats a token. Perplexity: of
-    this text for the base model. Along: where the base model reads it on the direction, in standard deviations
-    of neutral sentences; one more than in its own text counts as showing."""
+    this text for the base model. Along: where the base model reads it on the direction, in standard
+    deviations of neutral sentences; one more than in its own text counts as showing."""
 
 
 @patch
@@ -385,13 +390,13 @@ def words_of(
     return DirectionWords(name, found, alone)
 
 
-# %% ../nbs/30_views.ipynb #521ba1e8
+# %% ../nbs/30_views.ipynb #19b2a856
 def word_alone(e: Evidence) -> str:
     "What the unembedding of the asked word does alone, beside the transplant; empty where it was not asked."
     word, mine, base = (e.arms.get(k) for k in ("unembedding", "transplanted", "base"))
     if not (word and mine and base) or None in (word.choice_rate, mine.choice_rate):
         return ""
-    alone, whole = (f"{100 * (a.choice_rate - base.choice_rate):+.0f}" for a in (word, mine))  # type: ignore
+    alone, whole = (f"{100 * (a.choice_rate - base.choice_rate):+.0f}" for a in (word, mine))
     said = f"At equal damage the word alone moves the choices by {alone} points, the transplant by {whole}."
     for r in e.readouts:
         if {"unembedding", "transplanted"} <= {*r.shift}:
@@ -400,7 +405,7 @@ def word_alone(e: Evidence) -> str:
     return said
 
 
-# %% ../nbs/30_views.ipynb #78a9fd19
+# %% ../nbs/30_views.ipynb #1d996e36
 def direction_words(
     t: Transplant,
     concept: Concept | None = None,  # with `source`: for the row of the source
@@ -415,12 +420,12 @@ def direction_words(
         found[f"source ({concept.model.name})"] = source, concept[where]
     found[f"mapped ({t.target.name})"] = t.model, t.direction
     if pairs:
-        (own,) = native_direction(Trial(Bench(t.model, t.layer), t, {}), pairs)  # type: ignore[arg-type]
+        (own,) = native_direction(Trial(Bench(t.model, t.layer), t, {}), pairs)
         found[f"native ({t.target.name})"] = own.model, own.direction
     return words_of(t.name, found, alone=word_alone(evidence) if evidence else "")
 
 
-# %% ../nbs/30_views.ipynb #43929ae2
+# %% ../nbs/30_views.ipynb #272e3c69
 @dataclass(frozen=True, repr=False)
 class Along(_View):
     "Things by how far they lie along a direction."
@@ -451,11 +456,10 @@ class Along(_View):
 
     def parts(self) -> list[Markup]:
         "Both ends."
-        ends = self.ends().round(2)
-        return [html_table(list(ends), ends.values.tolist())]
+        return [_as_html(self.ends())]
 
 
-# %% ../nbs/30_views.ipynb #c8720eae
+# %% ../nbs/30_views.ipynb #f7abf549
 def nearest_concepts(
     t: Transplant,
     names: Sequence[str] = PAIRS,  # built-in pairs, read by the target
@@ -463,7 +467,7 @@ def nearest_concepts(
     "Cosines of a transplant with the target's own concepts at its layer; reads all their texts."
     found = {}
     for name in names:
-        own = extract_concept(t.model, load_pairs(name), [t.layer])  # type: ignore[arg-type]
+        own = extract_concept(t.model, load_pairs(name), [t.layer])
         found[name] = cosine_similarity(own[t.layer], t.vector(), dim=0).item()
     return Along(t.name, "concepts", "cosine", found)
 
@@ -481,7 +485,7 @@ def farthest_texts(
     )
 
 
-# %% ../nbs/30_views.ipynb #08e7b249
+# %% ../nbs/30_views.ipynb #e682b286
 def _pieces(model, text):
     "Which tokens of a text stand for characters, and these, with the space before them."
     (spans,) = tokenized(model, [text])[1]
@@ -501,8 +505,9 @@ def _reading(model, layer, unit, text, scale):
     "Each piece of a text with its place on a direction."
     at, pieces = _pieces(model, text)
     (ids,), (mean, deviation) = tokenized(model, [text])[0], scale
-    along = rows_of(model, [ids], [at], [layer])[:, 0] @ unit  # (t,)
-    return [*zip(pieces, ((along - mean) / deviation).tolist(), strict=True)]
+    along = (rows_of(model, [ids], [at], [layer])[:, 0] @ unit - mean) / deviation  # (t,)
+    along[: at[:1] == [0]] = torch.nan  # no reading: a first token is an attention sink
+    return [*zip(pieces, along.tolist(), strict=True)]
 
 
 # %% ../nbs/30_views.ipynb #380bd216
@@ -584,13 +589,13 @@ class MovedItems(_View):
         return table[: self.n], table[table.change < 0][::-1][: self.n]
 
 
-# %% ../nbs/30_views.ipynb #a2cb4020
+# %% ../nbs/30_views.ipynb #9e6fd948
 @patch
 def parts(self: MovedItems) -> list[Markup]:
     "Both ends."
     out = []
     for head, some in zip(("Most moved", "Moved the wrong way"), self.ends(), strict=True):
-        body = html_table(list(some), some.round(2).values.tolist()) if len(some) else "none"
+        body = _as_html(some) if len(some) else "none"
         out.append(Markup("<div style='margin-top:.5em'>{}</div>{}").format(head, body))
     return out
 
@@ -617,10 +622,10 @@ def moved_items(
     n: int = 5,  # shown of either end
 ) -> MovedItems:
     "Answers to a task without and with a transplant."
-    return MovedItems(t.name, *Bench(t.model, t.layer, task).ask([None, t]), n)  # type: ignore[arg-type]
+    return MovedItems(t.name, *Bench(t.model, t.layer, task).ask([None, t]), n)
 
 
-# %% ../nbs/30_views.ipynb #eb123ae2
+# %% ../nbs/30_views.ipynb #2d31030b
 @dataclass(frozen=True, repr=False)
 class Separation(_View):
     "Texts of both sides along a direction."
@@ -653,11 +658,10 @@ class Separation(_View):
 
     def parts(self) -> list[Markup]:
         "The worst misplaced."
-        worst = self.table[self.table.wrong > 0][:5].drop(columns="wrong").round(2)
-        return [html_table(list(worst), worst.values.tolist())]
+        return [_as_html(self.table[self.table.wrong > 0][:5].drop(columns="wrong"))]
 
 
-# %% ../nbs/30_views.ipynb #b6eca3c4
+# %% ../nbs/30_views.ipynb #4bf746d6
 @patch
 def show(self: Separation) -> Figure:
     "Histograms of both sides; the worst misplaced text of each stands in it."
@@ -669,7 +673,7 @@ def show(self: Separation) -> Figure:
             ax.hist(own.score, bins, color=colour, alpha=0.55, label=f"{side} ({len(own)})")
             if (worst := own.iloc[0]).wrong > 0:
                 words = shorten(worst.text, 70)
-                ax.axvline(worst.score, color=colour, ls="--", lw=1)
+                ax.axvline(worst.score, ymax=0.8, color=colour, ls="--", lw=1)
                 ax.text(
                     0.01, y, f"{worst.score:+.1f}: {words}", transform=ax.transAxes, color=colour, fontsize=8
                 )
@@ -686,12 +690,12 @@ def separation(
 ) -> Separation:
     "Contrast texts as the target reads them along a transplant."
     texts = [pairs.template.replace("{}", x) for x in pairs.texts]
-    along = _along(t, texts, position).numpy()
+    along = _along(t, texts, position).double().numpy()
     middle = (along[: len(pairs.positive)].mean() + along[len(pairs.positive) :].mean()) / 2
     return Separation(t.name, pairs, (along - middle) / along.std())
 
 
-# %% ../nbs/30_views.ipynb #8c66e836
+# %% ../nbs/30_views.ipynb #fd09bbe8
 @dataclass(frozen=True, repr=False)
 class LayerScores(_View):
     "What is known of every pair of layers."
@@ -725,14 +729,14 @@ def layer_scores(
     grid = [(s, u) for s in maps.source_layers for u in maps.target_layers]
     found = {"R2": dict(zip(grid, maps.r2.flatten().tolist(), strict=True))}
     if t and pairs:
-        area = downstream(maps, concept, t.model, pairs)[0]  # type: ignore[arg-type]
+        area = downstream(maps, concept, t.model, pairs)[0]
         found["AUC"] = dict(zip(grid, area.flatten().tolist(), strict=True))
     found |= {"causal": causal} if causal else {}
     search = sorted(t.notes.get("search", []), key=lambda x: x["round"]) if t else []
     rounds = {tuple(x["layers"]): x["round"] + 1 for x in search}
     found |= {"gain": {tuple(x["layers"]): x["margin"] for x in search}} if search else {}
     taken = (t.source_layer, t.layer) if t and search else None
-    return LayerScores(maps, found, rounds, taken)  # type: ignore[arg-type]
+    return LayerScores(maps, found, rounds, taken)
 
 
 # %% ../nbs/30_views.ipynb #91c1b800
@@ -800,7 +804,7 @@ def compare_concepts(
     return Compared(tuple(c.name for c in concepts), *((v @ v.T).numpy() for v in (before, after)))
 
 
-# %% ../nbs/30_views.ipynb #2fcb1e3b
+# %% ../nbs/30_views.ipynb #cefef47f
 @dataclass(frozen=True, repr=False)
 class Together(_View):
     "What two transplants do alone and at once."
@@ -815,10 +819,10 @@ class Together(_View):
 
     @property
     def table(self) -> pd.DataFrame:
-        "A row a task, and one for the damage; `sum` is of the two alone."
-        rows = [*self.shifts.items(), ("damage (KL)", self.kl)]
-        found = [[task, *x, x[0] + x[1]] for task, x in rows]
-        return pd.DataFrame(found, columns=["task", *self.names, "both", "sum"])
+        "A row a task, where `sum` is of the two alone, and one for the damage, which does not add up."
+        rows = [[task, *x, x[0] + x[1]] for task, x in self.shifts.items()]
+        columns = ["task", *self.names, "both", "sum"]
+        return pd.DataFrame([*rows, ["damage (KL)", *self.kl, np.nan]], columns=columns)
 
 
 def together(
@@ -829,7 +833,7 @@ def together(
     "What two transplants do alone and at once. Raises ValueError for different layers or models."
     v = one.vector() + other.vector()  # (d,)
     both = replace(one, name="both", direction=v, dose=(v.norm() / one.norm).item())
-    bench, three = Bench(one.model, one.layer), [one, other, both]  # type: ignore[arg-type]
+    bench, three = Bench(one.model, one.layer), [one, other, both]
     found = {}
     for task in tasks:
         base, *moved = bench.with_task(task).ask([None, *three])
