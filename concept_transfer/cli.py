@@ -22,7 +22,7 @@ __all__ = [
     "cmd_demo",
 ]
 
-# %% ../nbs/29_cli.ipynb #4d4cdaab
+# %% ../nbs/29_cli.ipynb #8f70f42d
 import json
 import math
 import os
@@ -69,6 +69,7 @@ from .steering import Transplant, generate
 from .suites import MEASURES, measure_suite
 from .tasks import load_task
 from .uselog import audit
+from .views import PROMPTS, direction_words, ladder, seeded, words_of
 
 # %% ../nbs/29_cli.ipynb #1b956418
 Said = tuple[dict, str]  # facts for a program, text for a person
@@ -158,7 +159,7 @@ def _answer(run, name, given):
         raise Exit(1) from None
 
 
-# %% ../nbs/29_cli.ipynb #fc951f6f
+# %% ../nbs/29_cli.ipynb #71cdb4a7
 def _everywhere(
     json: bool = False,  # one JSON object on standard output
     debug: bool = False,  # show the traceback of an error
@@ -182,7 +183,20 @@ def _beside_settings(
 ): ...
 
 
-_BESIDE = {"task": _beside_a_task, "transplant": _beside_a_transplant, "settings": _beside_settings}
+def _beside_decoding(
+    seed: int = 0,  # of sampling
+    temperature: float | None = None,  # sample, at this temperature; default: the likeliest token each time
+    top_p: float | None = None,  # sample from the likeliest tokens that have this share together
+    repetition_penalty: float | None = None,  # above 1 it keeps a text from repeating itself
+): ...
+
+
+_BESIDE = {
+    "task": _beside_a_task,
+    "transplant": _beside_a_transplant,
+    "settings": _beside_settings,
+    "decoding": _beside_decoding,
+}
 
 
 def _declared(p, words):
@@ -192,7 +206,7 @@ def _declared(p, words):
     return p.replace(annotation=Annotated[kind, Argument(help=words) if p.name == "file" else option])
 
 
-# %% ../nbs/29_cli.ipynb #ed017585
+# %% ../nbs/29_cli.ipynb #4454ce8f
 def _placed(file, model):
     "A transplant in its target, which is named by hand or by the file."
     return Transplant.load(file, load_model(model) if model else None)
@@ -203,13 +217,16 @@ def command(run: Callable) -> Callable:
     name, own = run.__name__.removeprefix("cmd_"), signature(run).parameters
     opened = [k for k in _BESIDE if k in own and own[k].annotation is not str]
     parts: list = [run, *map(_BESIDE.get, opened), _everywhere]
-    listed = [(f, k, p) for f in parts for k, p in signature(f).parameters.items() if k != "settings"]
-    options = [_declared(p, docments(f)[k]) for f, k, p in listed]
+    listed = [(f, k, p) for f in parts for k, p in signature(f).parameters.items()]
+    made = ("settings", "decoding")  # from options of other names
+    options = [_declared(p, docments(f)[k]) for f, k, p in listed if k not in made]
 
     def call(**given):
         mine = {k: given.get(k) for k in own}
         if "settings" in own:
             mine["settings"] = partial(Settings, random=given["random"], seed=given["seed"])
+        if "decoding" in own:
+            mine["decoding"] = {k: given[k] for k in signature(_beside_decoding).parameters}
         if mine.get("task"):
             choices = given["choices"] and [c.strip() for c in given["choices"].split(",")]
             mine["task"] = partial(load_task, mine["task"], choices=choices, target=given["target"])
@@ -237,15 +254,33 @@ def main(argv: list[str] | None = None) -> int:
         return e.exit_code  # type: ignore[attr-defined]
 
 
-# %% ../nbs/29_cli.ipynb #5c127d18
+# %% ../nbs/29_cli.ipynb #c5cb56fc
+def _words(file, kind, model):
+    "The words of a concept or a transplant; of a transplant texts at several strengths too."
+    if kind == Transplant.artefact:
+        t = _placed(file, model)
+        return [direction_words(t), ladder(t, PROMPTS[0])]
+    if kind != Concept.artefact:
+        raise BadParameter("--words: a map means no words; give a concept or a transplant.")
+    c = Concept.load(file)
+    read = load_model(model) if model else c.model.load()
+    c.model.require(model_info(read), f"concept {c.name!r}")
+    return [words_of(c.name, {f"layer {c.best} of {c.model.name}": (read, c[c.best])})]
+
+
 @command
 def cmd_info(
     file: str,  # concept, map or transplant
+    words: bool = False,  # load its model: the words that it means, and texts at several strengths
+    model: str | None = None,  # that model: name it where it comes from a hub, or lies elsewhere now
 ) -> Said:
     "what an artefact is"
     head = load_artefact(file)[1]
     scores = [repr(c.load(file)) for c in (Concept, LayerGrid, AffineMap) if c.artefact == head["kind"]]
-    return head, "\n".join(scores + [f"{k}: {json.dumps(v)[:300]}" for k, v in head.items()])
+    shown = _words(file, head["kind"], model) if words else []
+    lines = scores + [f"{k}: {json.dumps(v)[:300]}" for k, v in head.items()]
+    found = {"words": [view.data for view in shown]} if words else {}
+    return head | found, "\n".join([*lines, *(f"\n{view!r}" for view in shown)])
 
 
 # %% ../nbs/29_cli.ipynb #a8837914
@@ -355,22 +390,48 @@ def cmd_transplant(
         return _made(t, out, dose=t.dose, layers=[t.source_layer, t.layer], **names, **notes)
 
 
-# %% ../nbs/29_cli.ipynb #91733f43
+# %% ../nbs/29_cli.ipynb #54d518e0
+def _strengths(text):
+    "Numbers with commas between."
+    try:
+        return [float(x) for x in text.split(",")]
+    except ValueError:
+        raise BadParameter(
+            f"--strengths {text!r}: give numbers with commas between, such as 0,1,2."
+        ) from None
+
+
 @command
 def cmd_generate(
     transplant: Callable,  # file
-    prompt: str,  # text
+    decoding: dict,  # how texts are written
+    prompt: str | None = None,  # text
     strength: float = 1.0,  # 0 is the base model
     max_new_tokens: int = 40,  # length
     compare: bool = False,  # show the base model's text too
+    strengths: str | None = None,  # such as 0,1,2: a text at each, beside what it costs
+    prompts: str | None = None,  # in the place of a prompt: file with one a line
 ) -> Said:
     "text of the steered target"
+    if (prompt is None) == (prompts is None):
+        raise BadParameter("give --prompt TEXT, or --prompts FILE.")
+    steps = _strengths(strengths) if strengths else [strength]
+    starts = load_corpus(prompts).texts if prompts else [prompt]
+    options = {k: v for k, v in decoding.items() if v is not None} | {"max_new_tokens": max_new_tokens}
+    seed = options.pop("seed")
+    options |= {"do_sample": True} if {"temperature", "top_p"} & {*options} else {}
     t = transplant()
-    text = t.generate(prompt, strength, max_new_tokens=max_new_tokens)
+    if strengths or prompts:
+        found = [ladder(t, start, steps, seed, **options) for start in starts]
+        rows = [{"prompt": x.prompt, "verdict": x.verdict, **x.data} for x in found]
+        return {"ladders": rows, "decoding": found[0].decoding}, "\n\n".join(map(repr, found))
+    with seeded(seed):
+        text = t.generate(prompt, strength, **options)
     facts = dict(prompt=prompt, strength=strength, text=text)
     if not compare:
         return facts, f"{prompt}{text}"
-    base = generate(t.model, prompt, max_new_tokens)
+    with seeded(seed):
+        base = generate(t.model, prompt, **options)
     return facts | dict(base=base), f"base:    {prompt}{base}\n\nsteered: {prompt}{text}"
 
 
@@ -457,7 +518,7 @@ def cmd_serve(
     return dict(command=argv, url=url, request=ask), "stopped"
 
 
-# %% ../nbs/29_cli.ipynb #0d125925
+# %% ../nbs/29_cli.ipynb #72d504fe
 @command
 def cmd_evaluate(
     transplant: Callable,  # file
@@ -480,20 +541,27 @@ def cmd_evaluate(
     t = transplant()
     e = evaluate(t, items, texts, settings=chosen, path=folder / "arms.jsonl", pairs=own, other=foreign)
     e.save(folder / "evidence.json")
+    shown = _looks(t, pairs=own, evidence=e) | figures(e)
     if not names:
-        return _reported(e, folder, {})
+        return _reported(e, folder, shown)
     found = measure_suite(t, items, names, own, path=folder / "suite.jsonl", neutral=texts)
     found.save(folder / "suite.json")
-    facts, text = _reported(e, folder, {}, found)
+    facts, text = _reported(e, folder, shown, found)
     (folder / "suite.jsonl").unlink()
     return facts | {"suite": found.data}, f"{text}\n\n{found!r}"
 
 
-def _reported(e, folder, more, suite=None):
+def _looks(t, **given):
+    "What a report shows first: texts at several strengths, and words."
+    shown = {f"What it writes: {prompt} ...": ladder(t, prompt) for prompt in PROMPTS[:2]}
+    return shown | {"The words it means": direction_words(t, **given)}
+
+
+def _reported(e, folder, pictures, suite=None):
     "Write the report, and say what stands in it."
     (folder / "arms.jsonl").unlink(missing_ok=True)  # what an interrupted run had finished
     report = folder / "report.html"
-    write_report(e, report, figures(e) | more, suite=suite)
+    write_report(e, report, pictures, suite=suite)
     text = f"{e!r}\n\n{verdict(e)}\n{' '.join(details(e))}\n\nReport: {report}"
     return e.data | dict(report=str(report)), text
 
@@ -531,7 +599,7 @@ def _steps(folder):
     return keep
 
 
-# %% ../nbs/29_cli.ipynb #b07d0880
+# %% ../nbs/29_cli.ipynb #1e53e4dd
 @command
 def cmd_demo(
     out: str = "demo",  # folder of the report
@@ -572,5 +640,6 @@ def cmd_demo(
     e = keep("evidence.json", judge, Evidence.load, test.hash, other.hash, seed)
     _say("6/6  report")
     where = {"Where the concept is found": plot_separation(joy), "Where it can be carried": plot_grid(maps)}
-    facts, text = _reported(e, folder, where)
+    shown = _looks(t, concept=joy, source=source, pairs=pairs, evidence=e) | figures(e)
+    facts, text = _reported(e, folder, shown | where)
     return facts | dict(seconds=round(time.time() - start)), text

@@ -5,12 +5,14 @@
 # %% auto #0
 __all__ = ["verdict", "details", "png", "write_report"]
 
-# %% ../nbs/25_report.ipynb #04d754b1
+# %% ../nbs/25_report.ipynb #06b57b56
 import base64
 import io
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from .arms import ARMS, STARTS, WORD_ARMS, Arm
@@ -122,7 +124,7 @@ def details(e: Evidence) -> list[str]:
     return out
 
 
-# %% ../nbs/25_report.ipynb #91b31f5f
+# %% ../nbs/25_report.ipynb #ff6e96eb
 def png(picture: Figure) -> str:
     "A picture as text that can stand in a page, the same bytes each time."
     buffer = io.BytesIO()
@@ -130,11 +132,18 @@ def png(picture: Figure) -> str:
     return base64.b64encode(buffer.getvalue()).decode()
 
 
-# %% ../nbs/25_report.ipynb #470eeb43
+def _drawn(heading, shown):
+    "A picture, or what else shows itself as HTML, for a page."
+    if isinstance(shown, Figure):
+        return Markup('<img alt="{}" src="data:image/png;base64,{}">').format(heading, png(shown))
+    return Markup('<div class="view">{}</div>').format(Markup(shown._repr_html_()))
+
+
+# %% ../nbs/25_report.ipynb #dc93cccb
 def write_report(
     e: Evidence,
     path: str | Path,
-    pictures: dict[str, Figure] | None = None,  # heading: picture; default: `figures`
+    pictures: dict[str, Any] | None = None,  # heading: figure, or view (see `views`); default: `figures`
     arms: dict[str, Arm] = ARMS,  # how arms are shown
     suite: SuiteResult | None = None,  # public measures of the same transplant
 ):
@@ -145,7 +154,7 @@ def write_report(
         verdict=verdict,
         details=details,
         shown=pictures,
-        png=png,
+        drawn=_drawn,
         starts=STARTS,
         look=look,
         arms=arms,

@@ -185,11 +185,11 @@ def _rung(t, prompt, strength, text, base, sentences):  # texts at this strength
     return Rung(strength, text, words, *costs, (along.item() - mean) / deviation)
 
 
-# %% ../nbs/30_views.ipynb #28401b23
+# %% ../nbs/30_views.ipynb #1e895c97
 PROMPTS = (
-    "The letter from the bank said that",
     "After the funeral, the family",
-    "She sat alone at the kitchen table and",
+    "It had rained for three days, and the old man",
+    "The doctor looked at the results and",
 )
 RUNGS = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0)
 DECODING = {"repetition_penalty": 1.2, "max_new_tokens": 40}
@@ -204,8 +204,15 @@ def seeded(seed: int) -> Iterator[None]:
         yield
 
 
+def _marks(tokenizer):
+    "Ids of marks such as <start_of_image> that a tokenizer added and does not call special: no text has them."
+    added = tokenizer.added_tokens_decoder.items()
+    return [i for i, x in added if not x.special and re.fullmatch(r"<\|?[a-z]+_\w+\|?>", x.content)]
+
+
 def _written(t, prompt, strengths, seed, options):
     "A text for each strength."
+    options = {"suppress_tokens": _marks(t.model.tokenizer) or None} | options
     if not options.get("do_sample"):
         return t.generate([prompt] * len(strengths), strengths, **options)
     said = []

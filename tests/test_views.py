@@ -72,6 +72,15 @@ def test_decoding_is_the_same_in_every_row(tiny, t):
     assert one.decoding["seed"] == 1 and "seed" not in up.decoding
 
 
+def test_marks_of_a_tokenizer_are_never_written(t, monkeypatch):
+    marked, seen = tiny_model("llama", max_position_embeddings=256), {}
+    marked.tokenizer.add_tokens(["<start_of_image>", "<strong>", " a_word"])
+    new = marked.tokenizer.convert_tokens_to_ids("<start_of_image>")
+    monkeypatch.setattr(Transplant, "generate", lambda self, *a, **k: seen.update(k) or ["", ""])
+    ladder(replace(t, model=marked), "It rained", [1])
+    assert seen["suppress_tokens"] == [new]
+
+
 def test_a_model_that_stops_at_once_has_an_empty_row(t, monkeypatch):
     monkeypatch.setattr(Transplant, "generate", lambda self, *a, **k: ["", " again", ""])
     up = ladder(t, "It rained", [1, 2])
