@@ -34,7 +34,7 @@ __all__ = [
     "together",
 ]
 
-# %% ../nbs/30_views.ipynb #cf46fbca
+# %% ../nbs/30_views.ipynb #302fd10c
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -60,8 +60,8 @@ from .arms import Number, Trial, native_direction
 from .artefacts import plain
 from .cards import TEMPLATES, card
 from .cards import table as html_table
-from .concepts import Concept, PositionLike, activations, extract_concept
-from .data import PAIRS, ContrastPairs, load_corpus, load_pairs
+from .concepts import POSITIONS, Concept, PositionLike, activations, extract_concept
+from .data import PAIRS, ContrastPairs, fill, load_corpus, load_pairs
 from .engine import encode, engine, layer_numbers, left_batches, rows_of, tokenized
 from .evidence import Evidence
 from .maps import AffineMap, LayerGrid, downstream
@@ -142,7 +142,7 @@ def _moved_words(text, base, ends, moves):  # a text and the base model's; ends 
     )
 
 
-# %% ../nbs/30_views.ipynb #26ab9538
+# %% ../nbs/30_views.ipynb #67491794
 def _unit(t):
     "Where strength 1 pushes, (d,) of length 1."
     return normalize(t.vector(), dim=0)
@@ -153,10 +153,13 @@ def _along(t, texts, position="mean"):  # (n,)
     return torch.stack([*activations(t.model, texts, [t.layer], position)])[:, 0] @ _unit(t)
 
 
-def _sentences(t):
-    "Mean and standard deviation of neutral sentences along a transplant."
-    along = _along(t, load_corpus("neutral").texts[:64])
-    return along.mean().item(), along.std().item()
+def _read(t, texts):  # (n,)
+    "The same in standard deviations of neutral sentences; all are read as the concept was."
+    neutral, position = load_corpus("neutral").texts[:64], t.notes.get("position")
+    both = fill(t.notes.get("template", "{}"), [*neutral, *texts])
+    along = _along(t, both, position if position in POSITIONS else "mean")
+    usual = along[: len(neutral)]
+    return (along[len(neutral) :] - usual.mean()) / usual.std()
 
 
 @dataclass(frozen=True)
@@ -171,21 +174,18 @@ class Rung:
     along: Number = None  # where the base model reads it, in standard deviations of neutral sentences
 
 
-# %% ../nbs/30_views.ipynb #84539c7a
-def _rung(t, prompt, strength, text, base, sentences):  # texts at this strength and at 0; of `_sentences`
-    "A text, traced and read."
+# %% ../nbs/30_views.ipynb #53ee0f61
+def _rung(t, prompt, strength, text, base, along):  # texts at this strength and at 0; of `_read`
+    "A text, traced."
     ids, ends = _new_tokens(t.model, prompt, text)
     if not ends:
         return Rung(strength, text, _moved_words(text, base, [], []))
     kl, before, after = _trace(replace(t, dose=strength * t.dose), ids, len(ends))
-    (mean, deviation), new = sentences, [range(len(ids) - len(ends), len(ids))]
-    along = rows_of(t.model, [ids], new, [t.layer])[:, 0].mean(0) @ _unit(t)
     words = _moved_words(text, base, ends, after - before)
-    costs = float(kl.mean()), float(np.exp(-before.mean()))
-    return Rung(strength, text, words, *costs, (along.item() - mean) / deviation)
+    return Rung(strength, text, words, float(kl.mean()), float(np.exp(-before.mean())), along)
 
 
-# %% ../nbs/30_views.ipynb #1e895c97
+# %% ../nbs/30_views.ipynb #6418cc99
 PROMPTS = (
     "After the funeral, the family",
     "It had rained for three days, and the old man",
@@ -205,7 +205,7 @@ def seeded(seed: int) -> Iterator[None]:
 
 
 def _marks(tokenizer):
-    "Ids of marks such as <start_of_image> that a tokenizer added and does not call special: no text has them."
+    "Ids of marks such as <start_of_image> that a tokenizer added and does not call special."
     added = tokenizer.added_tokens_decoder.items()
     return [i for i, x in added if not x.special and re.fullmatch(r"<\|?[a-z]+_\w+\|?>", x.content)]
 
@@ -295,7 +295,7 @@ def __repr__(self: Ladder):
     return "\n".join([*lines, self.verdict])
 
 
-# %% ../nbs/30_views.ipynb #27bfdc65
+# %% ../nbs/30_views.ipynb #de22c07e
 @strict
 def ladder(
     t: Transplant,
@@ -307,11 +307,11 @@ def ladder(
     "A prompt written on at several strengths, with the same decoding. Raises ValueError as `generate` does."
     steps, options = sorted({0.0, *strengths}), DECODING | decoding
     texts = _written(t, prompt, steps, seed, options)
-    base, sentences = texts[steps.index(0)], _sentences(t)
-    rungs = [_rung(t, prompt, s, text, base, sentences) for s, text in zip(steps, texts, strict=True)]
-    return Ladder(
-        t.name, prompt, tuple(rungs), options | ({"seed": seed} if options.get("do_sample") else {})
-    )
+    base, along = texts[steps.index(0)], _read(t, [prompt + text for text in texts]).tolist()
+    rows = zip(steps, texts, along, strict=True)
+    rungs = [_rung(t, prompt, s, text, base, x) for s, text, x in rows]
+    options |= {"seed": seed} if options.get("do_sample") else {}
+    return Ladder(t.name, prompt, tuple(rungs), options)
 
 
 # %% ../nbs/30_views.ipynb #2473d869
@@ -358,7 +358,7 @@ def ranked_words(
     return [*found.values()]
 
 
-# %% ../nbs/30_views.ipynb #2619b3b1
+# %% ../nbs/30_views.ipynb #ea6849e9
 @dataclass(frozen=True, repr=False)
 class DirectionWords(_View):
     "Nearest and farthest words of some directions, each in its model's vocabulary."
@@ -377,6 +377,12 @@ class DirectionWords(_View):
         sides = [[", ".join(w for w, _ in side) for side in both] for both in self.columns.values()]
         found = [[who, *both] for who, both in zip(self.columns, sides, strict=True)]
         return pd.DataFrame(found, columns=["direction", "nearest", "farthest"])
+
+    def __repr__(self):
+        rows = [
+            f"{who}\n   nearest: {near}\n  farthest: {far}" for who, near, far in self.table.values.tolist()
+        ]
+        return "\n".join([self.title, *rows, self.alone]).rstrip()
 
     def parts(self) -> list[Markup]:
         "The table, and what the word does alone."
@@ -466,7 +472,7 @@ class Along(_View):
         return [_as_html(self.ends())]
 
 
-# %% ../nbs/30_views.ipynb #f7abf549
+# %% ../nbs/30_views.ipynb #3e3ef7d0
 def nearest_concepts(
     t: Transplant,
     names: Sequence[str] = PAIRS,  # built-in pairs, read by the target
@@ -484,9 +490,8 @@ def farthest_texts(
     texts: Sequence[str],
     n: int = 5,  # of either end
 ) -> Along:
-    "Texts by the mean of their tokens along a transplant, as the target reads them unsteered."
-    mean, deviation = _sentences(t)
-    scores = ((_along(t, texts) - mean) / deviation).tolist()  # (n,)
+    "Texts along a transplant, as the unsteered target reads them, all as the concept was read."
+    scores = _read(t, texts).tolist()  # (n,)
     return Along(
         t.name, "texts", "standard deviations of sentences", dict(zip(texts, scores, strict=True)), n
     )
@@ -596,7 +601,7 @@ class MovedItems(_View):
         return table[: self.n], table[table.change < 0][::-1][: self.n]
 
 
-# %% ../nbs/30_views.ipynb #9e6fd948
+# %% ../nbs/30_views.ipynb #31684d5f
 @patch
 def parts(self: MovedItems) -> list[Markup]:
     "Both ends."
@@ -629,7 +634,8 @@ def moved_items(
     n: int = 5,  # shown of either end
 ) -> MovedItems:
     "Answers to a task without and with a transplant."
-    return MovedItems(t.name, *Bench(t.model, t.layer, task).ask([None, t]), n)
+    before, after = Bench(t.model, t.layer, task).ask([None, t])
+    return MovedItems(t.name, before, after, n)
 
 
 # %% ../nbs/30_views.ipynb #2d31030b
