@@ -390,15 +390,16 @@ def cmd_transplant(
         return _made(t, out, dose=t.dose, layers=[t.source_layer, t.layer], **names, **notes)
 
 
-# %% ../nbs/29_cli.ipynb #54d518e0
+# %% ../nbs/29_cli.ipynb #ed03ae83
 def _strengths(text):
     "Numbers with commas between."
     try:
-        return [float(x) for x in text.split(",")]
+        found = [float(x) for x in text.split(",")]
     except ValueError:
-        raise BadParameter(
-            f"--strengths {text!r}: give numbers with commas between, such as 0,1,2."
-        ) from None
+        found = [math.nan]
+    if not all(map(math.isfinite, found)):
+        raise BadParameter(f"--strengths {text!r}: give numbers with commas between, such as 0,1,2.")
+    return found
 
 
 @command
