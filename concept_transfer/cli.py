@@ -390,7 +390,7 @@ def cmd_transplant(
         return _made(t, out, dose=t.dose, layers=[t.source_layer, t.layer], **names, **notes)
 
 
-# %% ../nbs/29_cli.ipynb #ed03ae83
+# %% ../nbs/29_cli.ipynb #7ae8b14d
 def _strengths(text):
     "Numbers with commas between."
     try:
@@ -406,15 +406,15 @@ def _strengths(text):
 def cmd_generate(
     transplant: Callable,  # file
     decoding: dict,  # how texts are written
-    prompt: str | None = None,  # text
+    prompt: str = "",  # text
     strength: float = 1.0,  # 0 is the base model
     max_new_tokens: int = 40,  # length
     compare: bool = False,  # show the base model's text too
     strengths: str | None = None,  # such as 0,1,2: a text at each, beside what it costs
-    prompts: str | None = None,  # in the place of a prompt: file with one a line
+    prompts: str = "",  # in the place of a prompt: file with one a line
 ) -> Said:
     "text of the steered target"
-    if (prompt is None) == (prompts is None):
+    if bool(prompt) == bool(prompts):
         raise BadParameter("give --prompt TEXT, or --prompts FILE.")
     steps = _strengths(strengths) if strengths else [strength]
     starts = load_corpus(prompts).texts if prompts else [prompt]
