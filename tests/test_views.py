@@ -23,8 +23,8 @@ from concept_transfer.views import (
     ranked_words,
     seeded,
     separation,
-    token_heat,
     together,
+    token_heat,
     words_of,
 )
 
@@ -139,7 +139,8 @@ def test_items_are_those_of_the_bench(tiny, t):
     most, wrong = moved.ends()
     assert most.change.iloc[0] == table.change.max() and (wrong.change < 0).all()
     assert table.prompt.tolist() == task.prompts
-    assert all(c.strip() in said for i, said in zip(task.items, table.choices, strict=True) for c in i.choices)
+    for item, said in zip(task.items, table.choices, strict=True):
+        assert all(c.strip() in said for c in item.choices)
 
 
 def test_two_at_once_add_up_where_steps_are_small(tiny, t):
