@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = []
 
-# %% ../nbs/index.ipynb #ac8b99cc
+# %% ../nbs/index.ipynb #e1ba1e8f
 from .arms import *
 from .concepts import *
 from .data import *
@@ -25,6 +25,7 @@ from .steering import *
 from .suites import *
 from .tasks import *
 from .uselog import *
+from .views import *
 
 # %% ../nbs/index.ipynb #a733e64d
 __all__ = [name for name in dir() if not name.startswith("_")]  # all that the rooms above call public

@@ -145,6 +145,30 @@ def test_strength_zero_is_the_base_model(here, graft, capsys):
 
 
 @pytest.mark.slow
+def test_ladders_of_a_file_of_prompts(here, graft, capsys):
+    (here / "starts.txt").write_text("It rained and\nShe said\n")
+    climb = ["generate", *graft, "--prompts", "starts.txt", "--strengths", "0,2", "--max-new-tokens", "4"]
+    capsys.readouterr()
+    assert main(*climb, "--top-p", ".9", "--seed", "2", "--json") == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert [x["prompt"] for x in facts["ladders"]] == ["It rained and", "She said"]
+    assert [r["strength"] for r in facts["ladders"][0]["rows"]] == [0, 2]
+    assert facts["decoding"]["top_p"] == 0.9 and facts["decoding"]["seed"] == 2
+    assert main(*climb) == 0
+    assert capsys.readouterr().out.count("It shows at ") == 2
+
+
+@pytest.mark.slow
+def test_words_of_files(here, graft, made, capsys):
+    for file, kind in ((graft[1], "mapped"), ("made.safetensors", "layer")):
+        capsys.readouterr()
+        assert main("info", file, "--words") == 0
+        out = capsys.readouterr().out
+        assert "nearest: " in out and kind in out and ("strength" in out) == (kind == "mapped")
+    assert main("info", "grid.safetensors", "--words") == 2
+
+
+@pytest.mark.slow
 def test_arms_without_input_are_null_with_a_reason(here, graft, little, capsys):
     judged = ["--task", "task.json", "--neutral", "short.txt", "--out", "bare", "--random", "0"]
     capsys.readouterr()
@@ -376,6 +400,8 @@ USAGE = [
     (["align", "--source", "a"], "--target"),
     ([*ALL, "--method", "magic"], "ridge"),
     (["transplant", "--concept", "a", "--map", "b", "--out", "c", "--layers", "deep"], "LS:LT"),
+    (["generate", "--transplant", "a"], "--prompt"),
+    (["generate", "--transplant", "a", "--prompt", "b", "--prompts", "c"], "--prompts"),
 ]
 
 
@@ -401,6 +427,9 @@ NUMBERS = [
     (SAY, "--strength", "inf"),
     (SAY, "--strength", "1e999"),
     (SAY, "--max-new-tokens", "-3"),
+    (SAY, "--strengths", "0,nan"),
+    (SAY, "--strengths", "1;2"),
+    (SAY, "--temperature", "inf"),
     (PLACE, "--damage", "nan"),
     (PLACE, "--damage", "0"),
     (PLACE, "--damage", "-.1"),

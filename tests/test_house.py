@@ -15,11 +15,11 @@ import pytest
 ROOT = Path(__file__).parents[1]
 LIB = ROOT / "concept_transfer"
 ORDER = """cards data tasks stats artefacts toys engine remote ndif zoo models concepts pairing moments maps
-    steering measure arms evidence suites selection drift vllm_plugin export plots report uselog rollout
+    steering measure arms evidence suites selection drift vllm_plugin export plots views report uselog rollout
     monitor cli all""".split()
 MODULES = sorted(p.stem for p in LIB.glob("[!_]*.py"))
 ROOMS = sorted((ROOT / "nbs").glob("[0-9]*.ipynb"))
-TOKENS = 89_400  # rises with a feature, by what that needs; 48,000 was the goal for what 0.1.0 did
+TOKENS = 96_700  # rises with a feature, by what that needs; 48,000 was the goal for what 0.1.0 did
 WIDTH = 110
 LAYOUT = {
     tokenize.NL,
