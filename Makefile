@@ -22,7 +22,7 @@ demo: .venv/.runtime ## the whole flow on two small embedded models, result in d
 	$(BIN)/concept-transfer demo --out demo
 
 test: .venv/.dev ## notebooks, then all tests but those of `test-remote`
-	$(NOTEBOOKS) --skip_folder_re '^([_.]|studies$$)' --skip_file_re '^(_|\.|index)'
+	$(NOTEBOOKS) --skip_folder_re '^([_.]|studies$$)' --skip_file_re '^(_|\.|index|walkthrough|own_concept)'
 	@echo "notebook cells skipped: $$(cat nbs/*.ipynb | grep -cE '#\| *(eval: *false|notest)|skip_exec: *true')"
 	$(PYTEST) -m "not remote"
 

@@ -1,4 +1,4 @@
-"The index runs, and every study from top to bottom with parameters that make it quick."
+"The pages of real models run on tiny ones, and every study with parameters that make it quick."
 
 import os
 from concurrent.futures import ProcessPoolExecutor
@@ -14,10 +14,10 @@ STUDIES = sorted((NBS / "studies").glob("*.ipynb"))
 APART = get_context("forkserver")  # a process of its own for each, in which the package is imported already
 APART.set_forkserver_preload(["concept_transfer.all", "execnb.shell"])
 TINY = """
-load_model = {
-    "smollm2-135m-instruct": tiny_model("qwen2", max_position_embeddings=2048),
-    "gemma-3-270m": tiny_model("gemma3_text", 1, max_position_embeddings=2048),
-}.__getitem__
+load_model = {{
+    "smollm2-135m-instruct": tiny_model("qwen2", max_position_embeddings=2048, num_hidden_layers={0}),
+    "gemma-3-270m": tiny_model("gemma3_text", 1, max_position_embeddings=2048, num_hidden_layers={0}),
+}}.__getitem__
 """
 
 
@@ -40,11 +40,13 @@ def run_apart(cells, folder):
 
 
 @pytest.mark.study
-def test_the_index_runs():
-    "On tiny models under the names of the embedded ones, with which its evidence takes minutes."
-    cells = [c.source for c in code(NBS / "index.ipynb")]
+@pytest.mark.parametrize("page, layers", [("index", 4), ("walkthrough", 27), ("tutorials/own_concept", 27)])
+def test_page_runs(page, layers):
+    "On tiny models under the names of the embedded ones, deep enough for the layers that it names."
+    path = NBS / f"{page}.ipynb"
+    cells = [c.source for c in code(path)]
     at = next(i for i, c in enumerate(cells) if "load_model(" in c)
-    run_apart([*cells[:at], TINY, *cells[at:]], NBS)
+    run_apart([*cells[:at], TINY.format(layers), *cells[at:]], path.parent)
 
 
 @pytest.mark.study
