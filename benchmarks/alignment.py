@@ -10,18 +10,16 @@ products:  the matrix products of the grid alone
 from functools import partial
 
 import torch
-from shared import NAMES, apart, arguments, fastest, interleave, over, peak, report
+from shared import BATCHES, CPU, NAMES, apart, arguments, bare, fastest, interleave, over, peak, report
 
 from concept_transfer.data import Corpus, load_corpus
-from concept_transfer.engine import encode, fast_matmul, length_batches, pad
+from concept_transfer.engine import fast_matmul
 from concept_transfer.maps import SourceLayer, contrans, control, ridge
 from concept_transfer.models import load_model
 from concept_transfer.moments import Moments, collect
 from concept_transfer.pairing import paired_states, spread_layers
 
-CPU = torch.device("cpu")
 LAMBDAS = [10.0**k for k in range(-5, 5)]
-BATCHES = (256, 512, 1024, 2048)  # padded tokens
 READING, BARE = "reading for a map", "bare forward"
 PUBLISHED, GRID, CHOSEN = "published, all pairs", "grid", "grid, 5 folds, 10 lambdas"
 PRODUCTS = "its matrix products"
@@ -64,13 +62,9 @@ def products(X, Y):
         R.float() @ S.float()
 
 
-def bare(models, texts, batch_tokens):
-    for m in models:
-        ids = encode(m, texts)
-        with torch.no_grad(), fast_matmul(CPU):
-            for rows in length_batches(ids, batch_tokens):
-                x, mask = pad(m, [ids[i] for i in rows])
-                m._module.base_model(input_ids=x, attention_mask=mask, use_cache=False)
+def each(models, texts, sizes):
+    for m, size in zip(models, sizes, strict=True):
+        bare(m, texts, size)
 
 
 def memory(moments, count) -> int:
@@ -105,8 +99,8 @@ def main():
     X, Y, _ = paired_states(*models, texts[: a.rows // 11], range(30), range(18))
     X, Y = X[: a.rows].clone(), Y[: a.rows].clone()
     few, layers = texts[: a.texts], [range(len(m.layers)) for m in models]
-    best = fastest(partial(bare, models, few), BATCHES)
-    reads = {READING: partial(paired_states, *models, few, *layers), BARE: partial(bare, models, few, best)}
+    best = [fastest(partial(bare, m, few), BATCHES) for m in models]
+    reads = {READING: partial(paired_states, *models, few, *layers), BARE: partial(each, models, few, best)}
     solved = {  # the published way solves for one target layer of 18
         "grid_vs_svd": lambda t: 18 * t[PUBLISHED] / t[GRID],
         "grid_cv_vs_svd": lambda t: 18 * t[PUBLISHED] / t[CHOSEN],

@@ -10,18 +10,16 @@ plain:     transformers' own generation, of a model that nothing was hooked into
 from functools import partial
 
 import torch
-from shared import NAMES, arguments, fastest, interleave, over, rate, report
+from shared import BATCHES, NAMES, arguments, bare, fastest, interleave, over, plain, rate, report
 from transformers import AutoModelForCausalLM
 
 from concept_transfer.concepts import activations
 from concept_transfer.data import load_corpus
-from concept_transfer.engine import encode, fast_matmul, length_batches, pad
+from concept_transfer.engine import encode
 from concept_transfer.models import load_model
 from concept_transfer.steering import place
 from concept_transfer.zoo import fetch
 
-CPU = torch.device("cpu")
-BATCHES = (256, 512, 1024, 2048)  # padded tokens
 NEW = 24  # tokens
 
 
@@ -40,29 +38,6 @@ def published(model, texts):
         hook.remove()
         out.append(torch.stack([*(h[0, -1] for h in states[1:-1]), seen["h"][0, -1]]))  # (L, d)
     return torch.stack(out)
-
-
-def bare(model, texts, batch_tokens):
-    "The blocks alone."
-    ids = encode(model, texts)
-    with torch.no_grad(), fast_matmul(CPU):
-        for rows in length_batches(ids, batch_tokens):
-            x, mask = pad(model, [ids[i] for i in rows])
-            model._module.base_model(input_ids=x, attention_mask=mask, use_cache=False)
-
-
-def plain(module, model, prompts):
-    "Greedy generation without anything of ours but the batch."
-    ids, mask = pad(model, encode(model, prompts), left=True)
-    with torch.no_grad(), fast_matmul(CPU):
-        out = module.generate(
-            input_ids=ids,
-            attention_mask=mask,
-            do_sample=False,
-            max_new_tokens=NEW,
-            min_new_tokens=NEW,
-        )
-    return model.tokenizer.batch_decode(out[:, ids.shape[1] :])
 
 
 def each(what, models, texts):
@@ -89,7 +64,7 @@ def main():
         "ours": partial(each, activations, full, texts),
         "ours, bfloat16": partial(each, activations, half, texts),
         "bare forward": lambda: [bare(m, texts, b) for m, b in zip(full, best, strict=True)],
-        "plain generate": partial(plain, untouched, gemma, prompts),
+        "plain generate": partial(plain, untouched, gemma, prompts, NEW),
         "steered generate": partial(steered.generate, prompts, 1, NEW, min_new_tokens=NEW),
     }
     worst = []

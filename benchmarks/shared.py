@@ -24,7 +24,11 @@ import psutil
 import torch
 from scipy.stats import bootstrap
 
+from concept_transfer.engine import encode, fast_matmul, length_batches, pad
+
 NAMES = ("smollm2-135m-instruct", "gemma-3-270m")
+CPU = torch.device("cpu")
+BATCHES = (256, 512, 1024, 2048)  # padded tokens
 SURE = 6  # the range of so many rounds holds the median with 97 %, that of five with 94
 BUSY = 0.05  # share of the processors
 PASSIVE = {"OMP_WAIT_POLICY": "PASSIVE"}  # a thread that spins takes time from whatever comes next
@@ -46,7 +50,7 @@ def others(since) -> float:
 def arguments(minutes=15, **defaults):
     "The command line, in a process whose threads do not spin, and the load of the machine before it begins."
     if os.environ.get("OMP_WAIT_POLICY") != "PASSIVE":  # which is read while torch is loaded
-        os.execve(sys.executable, sys.orig_argv, os.environ | PASSIVE)
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], os.environ | PASSIVE)
     parser = argparse.ArgumentParser()
     parser.add_argument("--json", action="store_true", help="one object of ratios")
     parser.add_argument("--minutes", type=float, default=minutes, help="after which no round begins")
@@ -119,6 +123,24 @@ def fastest(job: Callable, options: Sequence):
     "The option with which a job takes least, in the better of two tries."
     tries = [(seconds(lambda x=x: job(x)), x) for x in (*options, *reversed(options))]
     return min(tries)[1]
+
+
+def bare(model, texts, batch_tokens):
+    "The blocks alone, without a head: the least that reading a text takes."
+    ids = encode(model, texts)
+    with torch.no_grad(), fast_matmul(CPU):
+        for rows in length_batches(ids, batch_tokens):
+            x, mask = pad(model, [ids[i] for i in rows])
+            model._module.base_model(input_ids=x, attention_mask=mask, use_cache=False)
+
+
+def plain(module, model, prompts, new):
+    "Greedy generation by a module that nothing is hooked into: of ours there is but the batch."
+    ids, mask = pad(model, encode(model, prompts), left=True)
+    exactly = dict(max_new_tokens=new, min_new_tokens=new, do_sample=False)
+    with torch.no_grad(), fast_matmul(CPU):
+        out = module.generate(input_ids=ids, attention_mask=mask, **exactly)
+    return model.tokenizer.batch_decode(out[:, ids.shape[1] :])
 
 
 def rate(m, k, n, dtype, runs=12) -> float:
