@@ -7,8 +7,9 @@ torch and transformers, and get a model that nothing is hooked into and the size
 best. Ours gives besides a direction its held-out scores, at every layer. `--minutes` are those of a model in
 one precision.
 
-extract:  the better of the two over ours
-most:     the better of the two over the bare blocks: what no package could exceed
+extract:  the better of the two over ours, all in one precision
+halved:   the better of the two in float32, which is what both take by themselves, over ours in bfloat16
+most:     the better of the two over the bare blocks: the most that `extract` can be
 generate: the better of the two over ours
 """
 
@@ -146,9 +147,12 @@ def compared(name, dtype, pairs, a):
     model, peers, seen = load_model(name, dtype=dtype), Peers(fetch(name), dtype), []
     prompts = [" ".join(t.split()[:12]) for t in load_corpus("neutral").texts[:8]]
     sizes, jobs = jobs_of(model, peers, pairs, prompts)
-    times, ratios = interleave(
-        jobs, WANTED, a, lambda got: seen.append(alike(got, dtype == "float32")), warm=False
-    )
+    exact, wanted = dtype == "float32", WANTED
+    if exact:
+        half = load_model(name, dtype="bfloat16")
+        jobs["ours, bfloat16"] = partial(extract_concept, half, pairs)
+        wanted = WANTED | {"halved": lambda t: better(t) / t["ours, bfloat16"]}
+    times, ratios = interleave(jobs, wanted, a, lambda got: seen.append(alike(got, exact)), warm=False)
     means, parts, same = seen[-1]
     best = ", ".join(f"{k} {n}" for k, n in sizes.items())
     note = (

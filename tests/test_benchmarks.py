@@ -1,5 +1,6 @@
 "What the benchmarks have in common, and that growth is found where it is known. No test measures time."
 
+import runpy
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -7,7 +8,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))
 import growth
 import shared
 
@@ -82,6 +84,11 @@ def test_tables_replace_those_of_their_processor(tmp_path):
     shared.main(part, results)
     expected = "## A\n\n### x\n\n1\n\n### y\n\n2\n\n## B\n\n### x\n\n4\n\n### z\n\n5\n\n"
     assert results.read_text() == expected
+
+
+@pytest.mark.parametrize("path", sorted(BENCHMARKS.glob("*.py")), ids=lambda p: p.stem)
+def test_every_script_loads(path):
+    assert runpy.run_path(str(path), run_name="loaded")["__doc__"]
 
 
 def test_a_slope_is_the_power():
