@@ -23,10 +23,11 @@ from concept_transfer.measure import Bench
 from concept_transfer.models import load_model
 from concept_transfer.moments import Moments
 from concept_transfer.steering import adding, generate
-from concept_transfer.tasks import load_task
+from concept_transfer.tasks import choice_task
 from concept_transfer.toys import tiny_module
 
 TIMES = (1, 2, 4, 8)
+PAGE = 4096  # bytes: less cannot be seen
 
 
 def model(width, layers):
@@ -37,7 +38,7 @@ def model(width, layers):
 
 
 def sentences(n):
-    "Texts of one length."
+    "Texts of one length in characters."
     return [t[:60].ljust(60, ".") for t in load_corpus("general").texts[:n]]
 
 
@@ -59,9 +60,9 @@ def fitting(texts, width, layers):
 
 
 def measuring(texts, arms):
-    "Answers and damage of some arms; half of the texts are questions."
+    "Answers of some arms to a question on each text, and their damage on the texts that are always the same."
     target, corpus = model(128, 4), load_corpus("neutral")
-    task = load_task("emotions/happiness").take(texts)
+    task = choice_task(sentences(texts), ["joy", "fear", "anger"], "joy")
     changes = [adding(v) for v in torch.randn(arms, 128)]
 
     def job():
@@ -118,7 +119,7 @@ def slope(sizes, values):
 def memory(name, k, sizes):
     small = steps(1)[name]
     small.make(**small.least)()  # so that the code itself is in memory
-    return peak(steps(k)[name].make(**sizes))
+    return max(peak(steps(k)[name].make(**sizes)), PAGE)
 
 
 def grown(name, what, a):
