@@ -125,7 +125,7 @@ def alike(got, exact):
     if exact and not means.min() > 0.999:
         raise SystemExit(f"directions differ (cosine {means.min():.4f}): the comparison is void")
     same = [
-        sum(x == y for x, y in zip(got["ours, steered"], got[f"{p}, steered"], strict=True))
+        sum(x.strip() == y.strip() for x, y in zip(got["ours, steered"], got[f"{p}, steered"], strict=True))
         for p in ("repeng", "steering-vectors")
     ]
     return float(means.min()), float(parts.median()), same
