@@ -85,7 +85,7 @@ def notes(rows, few, bytes, fewer):
         f"at {600 * ours / stored:,.0f} sentences.",
     ]
     for n, got in fewer.items():
-        plain, chosen = (f"{x.value:.1f} ({x.low:.1f} to {x.high:.1f})" for x in got.values())
+        plain, chosen = (f"{x.value:.1f} ({x.span('.1f')})" for x in got.values())
         out.append(
             f"At {n:,} rows, where a solve by SVD is cheaper and cross-validation costs the same: "
             f"grid_vs_svd {plain}, grid_cv_vs_svd {chosen}."

@@ -138,7 +138,7 @@ def less(x, most):
 
 
 def shown(x, most):
-    return f"{x.value:.2f} ({x.low:.2f} to {x.high:.2f}) | {most:g}"
+    return f"{x.value:.2f} ({x.span('.2f')}) | {most:g}"
 
 
 def main():

@@ -80,6 +80,9 @@ class Found:
     high: float
     rounds: int
 
+    def span(self, form: str) -> str:
+        return f"{self.low:{form}} to {self.high:{form}}" if self.rounds > 1 else "one round"
+
     def close(self, within):
         "Whether it is known within so many percent; a number below 1 within so many hundredths."
         return self.rounds >= SURE and self.high - self.low <= within / 50 * max(1, abs(self.value))
@@ -180,7 +183,7 @@ def processor() -> str:
 def ratio_row(name, x) -> str:
     if not isinstance(x, Found):
         return f"| {name} | {x:.3g} | | |"
-    return f"| {name} | {x.value:.3g} | {x.low:.3g} to {x.high:.3g} | {x.rounds} |"
+    return f"| {name} | {x.value:.3g} | {x.span('.3g')} | {x.rounds} |"
 
 
 def report(title, times, ratios, a, notes=()):

@@ -67,6 +67,11 @@ def test_rounds_differ_in_their_order(clock):
     assert len({*map(tuple, orders[:-1])}) > 1 and all(sorted(x) == [*"abc"] for x in orders[:-1])
 
 
+def test_one_round_has_no_interval():
+    assert shared.found([2.0]).span(".1f") == "one round"
+    assert shared.found([2.0, 1.0]).span(".1f") == "1.0 to 2.0"
+
+
 def test_the_fastest_option_is_found(clock):
     assert shared.fastest(lambda n: setattr(clock, "t", clock.t + (n - 3) ** 2), (1, 2, 3, 8)) == 3
 
