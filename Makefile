@@ -10,6 +10,7 @@ NOTEBOOKS := OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2 --do_print
 QUICK := not real and not study and not slow and not remote and not engines
 ENGINES ?=
 SELECT ?= engines
+BENCHMARKS ?= peers extraction alignment evidence remote rollout engines growth
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
@@ -65,10 +66,10 @@ studies: .venv/.dev ## run all of nbs/studies again, each replaced when it is th
 	  $(BIN)/papermill --kernel python3 --cwd nbs/studies --no-progress-bar $$nb nbs/studies/.part.ipynb && mv nbs/studies/.part.ipynb $$nb || exit 1; done
 	$(BIN)/nbdev_clean
 
-benchmarks: .venv/.dev ## tables of run times, into benchmarks/RESULTS.md and nbs/benchmarks.ipynb (long)
+benchmarks: .venv/.dev ## tables of run times of this processor, into benchmarks/RESULTS.md and nbs/benchmarks.ipynb (three hours; BENCHMARKS=peers for one)
 	export CONCEPT_TRANSFER_ENGINES=$${CONCEPT_TRANSFER_ENGINES:-$(CURDIR)/.venv-engines}; \
-	  for f in extraction alignment evidence remote rollout engines; do $(BIN)/python benchmarks/$$f.py || exit 1; done > benchmarks/RESULTS.part
-	mv benchmarks/RESULTS.part benchmarks/RESULTS.md
+	  for f in $(BENCHMARKS); do $(BIN)/python benchmarks/$$f.py || exit 1; done > benchmarks/RESULTS.part
+	$(BIN)/python benchmarks/shared.py benchmarks/RESULTS.part benchmarks/RESULTS.md && rm benchmarks/RESULTS.part
 	$(BIN)/papermill --kernel python3 --cwd nbs --no-progress-bar nbs/benchmarks.ipynb nbs/.part.ipynb && mv nbs/.part.ipynb nbs/benchmarks.ipynb
 	$(BIN)/nbdev_clean
 

@@ -1,7 +1,7 @@
 """Exported transplants in the engines that serve them: how far log-probabilities are from ours, and what
 steering costs there, as ratios of throughput in interleaved rounds.
 
-    python benchmarks/engines.py [--json] [--rounds 7] [--requests 16] [--words 32] [--tiny 0]
+    python benchmarks/engines.py [--json] [--minutes 5] [--within 5] [--requests 16] [--words 32] [--tiny 0]
 
 The engines are those that `make test-engines` installs (CONCEPT_TRANSFER_ENGINES names their folder); what
 is not installed has no rows. Both embedded models, two concepts each, a dozen prompts, four strengths.
@@ -9,7 +9,6 @@ is not installed has no rows. Both embedded models, two concepts each, a dozen p
 
 import json
 import os
-import statistics
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -168,9 +167,13 @@ def same_work(got):
         raise SystemExit(f"not the same number of words: {got}")
 
 
+def speed(alone, name, seconds):
+    return seconds[alone] / seconds[name]
+
+
 def throughput(a):
-    "Seconds of every job, and throughput over that of the same engine without us: median, least and most."
-    times = {}
+    "Seconds of every job, and throughput over that of the same engine without us."
+    times, ratios = {}, {}
     for to in SERVED:
         with ExitStack() as stack:
             folder = Path(stack.enter_context(TemporaryDirectory()))
@@ -180,15 +183,9 @@ def throughput(a):
             except NotCompared as e:
                 print(e, file=sys.stderr)
                 continue
-            times |= interleave(jobs, a.rounds, same_work)
-    ratios = {}
-    for name in times:
-        engine, _, kind = name.partition(", ")
-        if kind:
-            each = [x / y for x, y in zip(times[engine], times[name], strict=True)]
-            ratios |= {
-                f"{name}{k}": f(each) for k, f in (("", statistics.median), (", least", min), (", most", max))
-            }
+            alone, *ours = jobs
+            took, found = interleave(jobs, {k: partial(speed, alone, k) for k in ours}, a, same_work)
+            times, ratios = times | took, ratios | found
     return times, ratios
 
 
@@ -202,7 +199,7 @@ def table(rows):
 
 
 def main():
-    a = arguments(rounds=7, requests=16, words=32, tiny=0, only_lm_eval=0)
+    a = arguments(minutes=5, requests=16, words=32, tiny=0, only_lm_eval=0)
     os.environ |= ALONE
     if a.only_lm_eval:
         return print(json.dumps([*differences(["lm-eval"], a.tiny)]))
@@ -210,7 +207,7 @@ def main():
     times, ratios = throughput(a)
     if a.json:
         ratios |= {f"{who} {model} {concept}": max(off) for who, model, concept, *off, _, _, _ in rows}
-    report("Engines", times, ratios, a.json, table(rows))
+    report("Engines", times, ratios, a, table(rows))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Evidence for one concept on the embedded pair.
 
-    python benchmarks/evidence.py [--json] [--items 24] [--arms 6] [--rounds 2]
+    python benchmarks/evidence.py [--json] [--items 24] [--arms 6] [--minutes 15] [--within 5]
 
 loop: every text of every arm alone through the whole model with all its logits, steered by a forward hook
 ours: the same answers and the same damage from shared states, in batches, with the logits that are needed
@@ -11,7 +11,7 @@ from functools import partial
 
 import numpy as np
 import torch
-from shared import NAMES, arguments, interleave, ratio, report, seconds
+from shared import NAMES, arguments, interleave, over, report, seconds
 
 from concept_transfer.concepts import extract_concept
 from concept_transfer.data import Corpus, load_corpus, load_pairs
@@ -75,7 +75,7 @@ def check(got):
 
 
 def main():
-    a = arguments(items=24, arms=6, rounds=2)
+    a = arguments(items=24, arms=6)
     _, target = (load_model(n) for n in NAMES)
     task, texts = load_task("emotions/happiness").take(a.items), load_corpus("neutral").texts[:32]
     pairs, other = load_pairs("emotions/happiness"), load_pairs("emotions/sadness")
@@ -86,15 +86,14 @@ def main():
         "loop": partial(loop, target, task, texts[16:], vectors),
         "ours": partial(ours, target, task, texts, vectors),
     }
-    times = interleave(jobs, a.rounds, check, warm=False)
+    times, ratios = interleave(jobs, {"vs_loop": over("loop", "ours")}, a, check, warm=False)
     whole = seconds(partial(evaluate, joy, load_task("emotions/happiness"), pairs=pairs, other=other))
     times["full evidence"] = [whole]
-    ratios = {"vs_loop": ratio(times, "loop", "ours"), "seconds": whole}
     note = (
         f"{a.items} items, {len(texts) // 2} neutral texts, {a.arms} directions and the base model; "
         "the same answers both ways."
     )
-    report("Evidence", times, ratios, a.json, [note])
+    report("Evidence", times, ratios | {"seconds": whole}, a, [note])
 
 
 if __name__ == "__main__":

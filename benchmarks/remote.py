@@ -1,7 +1,7 @@
 """Moments of a target on an NDIF server on this machine, as ratios: bytes and seconds of fetching all its
 states over those of the moments, and seconds over those of a local target.
 
-    python benchmarks/remote.py [--json] [--texts 1000] [--rounds 1] [--tiny 0]
+    python benchmarks/remote.py [--json] [--texts 1000] [--tiny 0] [--minutes 15] [--within 5]
 
 The server is that of tests/remote (`make test-remote` installs it). Without one, requests are packed,
 unpacked and run here, and their packed size is counted.
@@ -17,7 +17,7 @@ import torch
 import zstandard
 from nnsight import CONFIG
 from nnsight.schema.request import RequestModel
-from shared import NAMES, arguments, interleave, ratio, report
+from shared import NAMES, arguments, interleave, over, report
 
 from concept_transfer import remote
 from concept_transfer.data import Corpus, load_corpus
@@ -101,7 +101,7 @@ def check(got):
 
 
 def main():
-    a, moved = arguments(texts=1000, rounds=1, tiny=0), {}
+    a, moved = arguments(texts=1000, tiny=0), {}
     corpus = Corpus("general", load_corpus("general").texts[: a.texts])
     hosted, where = (
         (simulated, "no server, requests packed and unpacked here")
@@ -133,18 +133,18 @@ def main():
                 "all states": counted("all states", all_states),
                 "local": counted("local", lambda: collect(source, near, corpus, *layers)),
             }
-            times = interleave(jobs, a.rounds, check, warm=False)
+            wanted = {
+                "seconds_vs_states": over("all states", "remote"),
+                "overhead_vs_local": over("remote", "local"),
+            }
+            times, ratios = interleave(jobs, wanted, a, check, warm=False)
         states = 4 * sum(map(len, ids)) * len(near.layers) * model_info(near).width
-    ratios = {
-        "bytes_vs_states": moved["all states"] / moved["remote"],
-        "seconds_vs_states": ratio(times, "all states", "remote"),
-        "overhead_vs_local": ratio(times, "remote", "local"),
-    }
+    ratios = {"bytes_vs_states": moved["all states"] / moved["remote"]} | ratios
     note = (
         f"{len(corpus.texts)} texts, one layer pair, {where}: {moved['remote'] / 1e6:.2f} MB on the wire; "
         f"all states of the target {moved['all states'] / 1e6:.1f} MB, {states / 1e6:.1f} MB before packing."
     )
-    report("Remote", times, ratios, a.json, [note])
+    report("Remote", times, ratios, a, [note])
 
 
 if __name__ == "__main__":

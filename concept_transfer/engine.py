@@ -500,12 +500,13 @@ def left_batches(
 
 # %% ../nbs/06_engine.ipynb #49d2a5c4
 def _inputs(model, ids, mask):
-    "What a model is called with. With a mask (b, 1, t, t), a token stands after all that it sees."
+    "What a model is called with, once. With a mask (b, 1, t, t), a token stands after all that it sees."
+    once = dict(input_ids=ids, use_cache=False)
     if mask.ndim == 2:
-        return dict(input_ids=ids, attention_mask=mask)
+        return once | dict(attention_mask=mask)
     dtype = model._module.dtype
     shut = (~mask).to(dtype) * torch.finfo(dtype).min
-    return dict(input_ids=ids, attention_mask=shut, position_ids=(mask.sum(-1) - 1)[:, 0])
+    return once | dict(attention_mask=shut, position_ids=(mask.sum(-1) - 1)[:, 0])
 
 
 # %% ../nbs/06_engine.ipynb #bcecb672

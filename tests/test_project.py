@@ -202,10 +202,16 @@ def test_a_failing_benchmark_keeps_the_last_tables(project):
     shutil.copy(ROOT / "nbs" / "benchmarks.ipynb", page)
     names = sorted(p.stem for p in (ROOT / "benchmarks").glob("*.py") if p.stem != "shared")
     scripts = [folder / "benchmarks" / f"{name}.py" for name in names]
+    shutil.copy(ROOT / "benchmarks" / "shared.py", folder / "benchmarks")
+    old = "## Another processor\n\n### table of peers\n\nold\n\n"
+    results.write_text(old + "## A processor\n\n### table of peers\n\nold\n\n")
     for script in scripts:
-        script.write_text(f"print('## table of {script.stem}')")
-    assert make(folder, "benchmarks").returncode == 0
-    assert sorted(line.split()[-1] for line in results.read_text().splitlines()) == names
+        script.write_text(f"print('## A processor\\n\\n### table of {script.stem}\\n\\nnew\\n')")
+    done = make(folder, "benchmarks")
+    assert done.returncode == 0, done.stderr
+    kept, made = results.read_text().split("## A processor\n\n")
+    assert kept == old and "old" not in made
+    assert sorted(line.split()[-1] for line in made.splitlines() if line.startswith("### ")) == names
     assert all(f"table of {name}" in page.read_text() for name in names)
     before = results.read_text()
     scripts[-1].write_text("1 / 0")
