@@ -26,7 +26,7 @@ __all__ = [
     "cmd_demo",
 ]
 
-# %% ../nbs/29_cli.ipynb #9a3fbfe8
+# %% ../nbs/29_cli.ipynb #41520611
 import json
 import math
 import os
@@ -40,7 +40,7 @@ import warnings
 from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout, suppress
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from inspect import Signature, cleandoc, signature
 from pathlib import Path
 from typing import Annotated, Any
@@ -179,7 +179,7 @@ def _answer(run, name, given):
         raise Exit(1) from None
 
 
-# %% ../nbs/29_cli.ipynb #b293b370
+# %% ../nbs/29_cli.ipynb #d27eeacf
 def _everywhere(
     json: bool = False,  # one JSON object on standard output
     debug: bool = False,  # show the traceback of an error
@@ -204,6 +204,7 @@ def _beside_settings(
 ): ...
 
 
+_words = cache(docments)  # reading the comments of a function takes a while
 _BESIDE = {"task": _beside_a_task, "transplant": _beside_a_transplant, "settings": _beside_settings}
 
 
@@ -245,14 +246,14 @@ def _help(run):
     return f"{words}\n\n\b\nExample:\n  {example}" if example else words
 
 
-# %% ../nbs/29_cli.ipynb #acc8b3e6
+# %% ../nbs/29_cli.ipynb #557d8563
 def command(run: Callable) -> Callable:
     "Decorator: the function `cmd_name` becomes the command `name`."
     name, own = run.__name__.removeprefix("cmd_"), signature(run).parameters
     opened = [k for k in _BESIDE if k in own and own[k].annotation is not str]
     parts: list = [run, *map(_BESIDE.get, opened), _everywhere]
     listed = [(f, k, p) for f in parts for k, p in signature(f).parameters.items() if k != "settings"]
-    options = [_declared(p, docments(f)[k]) for f, k, p in listed]
+    options = [_declared(p, _words(f)[k]) for f, k, p in listed]
 
     def call(**given):
         mine = {k: given.get(k) for k in own}
