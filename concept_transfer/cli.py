@@ -364,7 +364,7 @@ def _writable(path, folder=False):
     return out
 
 
-# %% ../nbs/29_cli.ipynb #9658493e
+# %% ../nbs/29_cli.ipynb #218a0755
 def _seconds(model, texts):  # of all texts
     "How long a model takes to read texts here, by the time that a few of them take; nothing for a server."
     from concept_transfer.concepts import activations
@@ -380,10 +380,11 @@ def _seconds(model, texts):  # of all texts
 
 
 def _expect(what, reads, memory=0):  # models with their texts, bytes beside the models
-    "Say how long a step will take, and how much memory."
+    "Say of a long step how long it will take, and how much memory."
     minutes = sum(_seconds(model, texts) for model, texts in reads) / 60
-    long = f"about {minutes:.0f} min" if minutes >= 1 else "less than a minute"
-    _say(f"{what}: {long}" + (f", {memory / 1e9:.1f} GB beside the models" if memory > 1e8 else ""))
+    if minutes >= 1 or memory > 1e9:
+        more = f", {memory / 1e9:.1f} GB of memory beside the models" if memory else ""
+        _say(f"{what}: about {minutes:.0f} min{more}")
 
 
 # %% ../nbs/29_cli.ipynb #40024ebf

@@ -9,7 +9,9 @@ import re
 import subprocess
 import sys
 from functools import partial
+from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from tqdm import tqdm
@@ -218,10 +220,18 @@ def test_maps_are_fitted_inside_the_words_of_a_concept(here, capsys):
 
 def test_layers_and_number_of_texts_of_the_maps_are_chosen(here, capsys):
     argv = [*TO_LARGE, "--corpus", "short.txt", "--out", "some.safetensors", "--texts", "50", "--layers"]
-    assert main(*argv, "1,2:0") == 0 and "reading the corpus: less than a minute" in capsys.readouterr().err
+    assert main(*argv, "1,2:0") == 0
     grid = LayerGrid.load("some.safetensors")
     assert (grid.source_layers, grid.target_layers, grid.texts) == ((1, 2), (0,), 50)
     assert main(*argv, "1:99") == 1 and "99" in capsys.readouterr().err
+
+
+def test_a_long_step_says_how_long(here, monkeypatch, capsys):
+    clock = count(0, 40)  # at least 40 seconds for eight of the 60 texts, twice
+    monkeypatch.setattr(cli, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    assert main(*TO_LARGE, "--corpus", "short.txt", "--out", "long.safetensors") == 0
+    said = re.search(r"reading the corpus: about (\d+) min, 0.0 GB of memory", capsys.readouterr().err)
+    assert said and int(said[1]) >= 10  # a bar looks at the clock too
 
 
 def test_a_corpus_may_be_jsonl(here):
@@ -592,7 +602,8 @@ def test_pairs_are_linted(here, capsys):
     assert main("lint", "uneven.json", "--json") == 0
     found = json.loads(capsys.readouterr().out)
     assert found["pairs"] == 3 and any("only 3 pairs" in x for x in found["problems"])
-    assert main("lint", "joy.json", "--task", "task.json", "--items", "4") == 0
+    asked = ["--task", "joy.json", "--choices", "happiness,fear", "--target", "happiness", "--items", "4"]
+    assert main("lint", "joy.json", *asked) == 0
     assert "leakage" in capsys.readouterr().out
 
 
@@ -739,8 +750,8 @@ def test_items_of_one_scenario_cannot_choose_and_judge(here, capsys):
 
 
 def test_in_a_log_a_bar_is_a_line_now_and_then(here, made, monkeypatch, capsys):
-    clock = iter(range(0, 10_000, 20))
-    monkeypatch.setattr(cli.time, "monotonic", lambda: next(clock))
+    clock = count(0, 20)
+    monkeypatch.setattr(cli, "time", SimpleNamespace(monotonic=lambda: next(clock)))
     show = dict(disable=None, leave=False, mininterval=0, bar_format="{desc} {n}")
 
     def slow(*args, **given):
