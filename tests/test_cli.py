@@ -31,7 +31,7 @@ from concept_transfer import (
     selection,
     tasks,
 )
-from concept_transfer.artefacts import KEPT
+from concept_transfer.artefacts import KEPT, load_fields
 from concept_transfer.concepts import Concept
 from concept_transfer.data import EMOTIONS, PAIRS, Corpus, load_corpus, load_pairs, text_key, texts_hash
 from concept_transfer.evidence import Evidence
@@ -735,7 +735,7 @@ def test_one_command_goes_from_pairs_to_a_report(demo, here, capsys):
     assert demo(*asked, command="run") == ["extract_concept", "fit_maps", "choose", "evaluate"]
     out, err = capsys.readouterr()
     found = json.loads(out)
-    tuned = Transplant.load(demo.out / "transplant.safetensors").notes["tuning_items"]
+    tuned = load_fields(Transplant, demo.out / "transplant.safetensors").notes["tuning_items"]
     asked_of = {data.data_hash([i.prompt]) for i in load_task(here / "task.json").items}
     assert found["n"] == 8 and len(tuned) == 4 and {*tuned} < asked_of
     assert "chose layers and dose" not in err and Path(found["report"]).exists()
@@ -754,7 +754,8 @@ def test_in_a_log_a_bar_is_a_line_now_and_then(here, made, monkeypatch, capsys):
     monkeypatch.setattr(cli, "time", SimpleNamespace(monotonic=lambda: next(clock)))
     show = dict(disable=None, leave=False, mininterval=0, bar_format="{desc} {n}")
 
-    def slow(*args, **given):
+    def slow(*args, path):
+        path.mkdir()
         for k in tqdm(range(3), desc="outer", **show):
             for _ in tqdm(range(4), desc="inner", **show):
                 print(f"line {k}")
@@ -762,7 +763,6 @@ def test_in_a_log_a_bar_is_a_line_now_and_then(here, made, monkeypatch, capsys):
 
     concept = Concept.load("made.safetensors")
     monkeypatch.setattr(concepts, "extract_concept", slow)
-    monkeypatch.setattr(cli.shutil, "rmtree", lambda path: None)
     capsys.readouterr()
     assert main(*EXTRACT, "honesty", "--out", "slow.safetensors") == 0
     lines = capsys.readouterr().err.splitlines()
