@@ -850,7 +850,7 @@ def _two_parts(task):
     return [replace(test, items=part) for part in parts]
 
 
-def _quick(texts, tune, test):
+def _smaller(texts, tune, test):
     "A corpus and items of which some minutes are enough."
     return texts.take(300), (tune.take(32), test.take(50))
 
@@ -876,7 +876,7 @@ def cmd_run(
     for problem in lint(data):
         _warn(problem)
     if quick:
-        texts, items = _quick(texts, *items)
+        texts, items = _smaller(texts, *items)
     folder = _writable(out, folder=True)
     return _flow(folder, (source, target), data, texts, items, chosen, 4 if quick else 12)
 
@@ -893,7 +893,7 @@ def cmd_demo(
     from concept_transfer.data import load_corpus, load_pairs
 
     pairs, other = load_pairs("emotions/happiness"), load_pairs("emotions/sadness")
-    texts, items = _quick(load_corpus("general"), *_two_parts(pairs.name))
+    texts, items = _smaller(load_corpus("general"), *_two_parts(pairs.name))
     models = "smollm2-135m-instruct", "gemma-3-270m"
     folder = _writable(out, folder=True)
     return _flow(folder, models, pairs, texts, items, Settings(seed=seed), 4, other)
