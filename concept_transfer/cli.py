@@ -9,8 +9,11 @@ __all__ = [
     "command",
     "main",
     "cmd_info",
+    "cmd_list",
+    "cmd_lint",
     "cmd_extract",
     "cmd_align",
+    "cmd_plot",
     "cmd_transplant",
     "cmd_generate",
     "cmd_check",
@@ -19,10 +22,11 @@ __all__ = [
     "cmd_serve",
     "cmd_evaluate",
     "cmd_audit",
+    "cmd_run",
     "cmd_demo",
 ]
 
-# %% ../nbs/30_cli.ipynb #8f70f42d
+# %% ../nbs/30_cli.ipynb #41520611
 import json
 import math
 import os
@@ -34,51 +38,39 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable
-from contextlib import redirect_stdout, suppress
-from functools import partial
-from inspect import Signature, signature
+from contextlib import redirect_stderr, redirect_stdout, suppress
+from dataclasses import replace
+from functools import cache, partial
+from inspect import Signature, cleandoc, signature
 from pathlib import Path
 from typing import Annotated, Any
 
-import numpy as np
 from fastcore.docments import docments
 from typer import Argument, BadParameter, Exit, Option, Typer
 
-from .arms import Settings
-from concept_transfer.artefacts import (
-    Journal,
-    file_hash,
-    keeping,
-    load_artefact,
-    load_fields,
-    plain,
-    versions,
-)
-from .concepts import Concept, extract_concept
-from .data import data_hash, lint, load_corpus, load_pairs
-from .drift import adopt, check
-from .evidence import Evidence, evaluate
-from .export import FORMATS, export, server_command
-from .maps import MAP_METHODS, AffineMap, LayerGrid, fit_maps
-from .models import load_model, model_info
-from .monitor import write_page
-from .plots import figures, plot_grid, plot_separation
-from .report import details, verdict, write_report
-from .selection import choose, offline_scores, transplant
-from .steering import Transplant, generate
-from .suites import MEASURES, measure_suite
-from .tasks import load_task
-from .uselog import audit
-from .views import PROMPTS, direction_words, ladder, seeded, words_of
+from . import __version__
 
-# %% ../nbs/30_cli.ipynb #1b956418
+# %% ../nbs/30_cli.ipynb #4697cabb
 Said = tuple[dict, str]  # facts for a program, text for a person
 app = Typer(
-    help="Carry a concept from one language model into another.",
     rich_markup_mode=None,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+
+def _version(asked: bool):
+    if asked:
+        print(f"concept-transfer {__version__}")
+        raise Exit
+
+
+_Version = Annotated[bool, Option("--version", is_eager=True, callback=_version)]
+
+
+@app.callback()
+def _program(version: _Version = False):
+    "Carry a concept from one language model into another."
 
 
 # %% ../nbs/30_cli.ipynb #a78d23b4
@@ -96,6 +88,31 @@ def _say(text):
 def _warn(message, *_, **__):
     "A warning, ours or one of Python's."
     _say(f"warning: {message}")
+
+
+# %% ../nbs/30_cli.ipynb #2841d62a
+class _Lines:
+    "A stream that is no terminal, for bars that write over their line: one line every so many seconds."
+
+    def __init__(self, stream, every=30.0):
+        self.stream, self.every, self.due = stream, every, time.monotonic() + every
+        self.within = False  # a line of others
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def isatty(self):
+        "Bars ask this before they show themselves."
+        return True
+
+    def write(self, text):
+        if text.startswith("\r"):
+            if text.strip() and time.monotonic() >= self.due:
+                self.stream.write(text.strip() + "\n")
+                self.due = time.monotonic() + self.every
+        elif self.within or text.strip("\n\x1b[A"):  # that alone is a bar which looks for its line
+            self.stream.write(text)
+            self.within = not text.endswith("\n")
 
 
 # %% ../nbs/30_cli.ipynb #fc55098a
@@ -136,12 +153,15 @@ def _error(e, why):
     print(json.dumps({"error": why, "kind": type(e).__name__}), flush=True)
 
 
-# %% ../nbs/30_cli.ipynb #26608f23
+# %% ../nbs/30_cli.ipynb #ebdfc864
 def _answer(run, name, given):
     "Print the facts or the text of a command. Raises `Exit` with code 1 where it fails, or all with `debug`."
+    from concept_transfer.artefacts import plain
+
     out = Path(given.get("out", "")).expanduser()
+    told: Any = sys.stderr if sys.stderr.isatty() else _Lines(sys.stderr)
     try:
-        with redirect_stdout(sys.stderr), warnings.catch_warnings():
+        with redirect_stderr(told), redirect_stdout(told), warnings.catch_warnings():
             if not given["debug"]:
                 warnings.showwarning = _warn
             _check_numbers(given)
@@ -159,7 +179,7 @@ def _answer(run, name, given):
         raise Exit(1) from None
 
 
-# %% ../nbs/30_cli.ipynb #71cdb4a7
+# %% ../nbs/30_cli.ipynb #83b31ba2
 def _everywhere(
     json: bool = False,  # one JSON object on standard output
     debug: bool = False,  # show the traceback of an error
@@ -169,6 +189,7 @@ def _everywhere(
 def _beside_a_task(
     choices: str | None = None,  # a,b,c for a task file that holds pairs
     target: str | None = None,  # the choice to favour
+    items: int | None = None,  # only so many of the task, drawn at random; default: all
 ): ...
 
 
@@ -181,6 +202,9 @@ def _beside_settings(
     random: int = 20,  # how many random directions
     seed: int = 0,  # of the random directions and the bootstrap
 ): ...
+
+
+_comments = cache(docments)  # reading the comments of a function takes a while
 
 
 def _beside_decoding(
@@ -200,18 +224,44 @@ _BESIDE = {
 
 
 def _declared(p, words):
-    "A parameter as `Typer` wants it: `file` stands alone, the others are options of their name."
+    "A parameter as `Typer` wants it: `file` and `what` stand alone, the others are options of their name."
     kind = str if p.name in _BESIDE else p.annotation
     option = Option(f"--{p.name.replace('_', '-')}", help=words)
-    return p.replace(annotation=Annotated[kind, Argument(help=words) if p.name == "file" else option])
+    alone = p.name in ("file", "what")
+    return p.replace(annotation=Annotated[kind, Argument(help=words) if alone else option])
 
 
-# %% ../nbs/30_cli.ipynb #4454ce8f
+# %% ../nbs/30_cli.ipynb #77e3d434
 def _placed(file, model):
     "A transplant in its target, which is named by hand or by the file."
+    from concept_transfer.models import load_model
+    from concept_transfer.steering import Transplant
+
     return Transplant.load(file, load_model(model) if model else None)
 
 
+def _asked(file, split, choices=None, target=None, items=None):
+    "The items of a task, all or some."
+    from concept_transfer.tasks import load_task
+
+    names = choices and [c.strip() for c in choices.split(",")]
+    task = load_task(file, split, names, target)
+    return task if items is None else task.take(items)
+
+
+def _settings(**given):
+    from concept_transfer.arms import Settings
+
+    return Settings(**given)
+
+
+def _help(run):
+    "What a command does, and an example as it is typed."
+    words, _, example = cleandoc(run.__doc__).partition("\n\n")
+    return f"{words}\n\n\b\nExample:\n  {example}" if example else words
+
+
+# %% ../nbs/30_cli.ipynb #9f20199c
 def command(run: Callable) -> Callable:
     "Decorator: the function `cmd_name` becomes the command `name`."
     name, own = run.__name__.removeprefix("cmd_"), signature(run).parameters
@@ -219,23 +269,23 @@ def command(run: Callable) -> Callable:
     parts: list = [run, *map(_BESIDE.get, opened), _everywhere]
     listed = [(f, k, p) for f in parts for k, p in signature(f).parameters.items()]
     made = ("settings", "decoding")  # from options of other names
-    options = [_declared(p, docments(f)[k]) for f, k, p in listed if k not in made]
+    options = [_declared(p, _comments(f)[k]) for f, k, p in listed if k not in made]
 
     def call(**given):
         mine = {k: given.get(k) for k in own}
         if "settings" in own:
-            mine["settings"] = partial(Settings, random=given["random"], seed=given["seed"])
+            mine["settings"] = partial(_settings, random=given["random"], seed=given["seed"])
         if "decoding" in own:
             mine["decoding"] = {k: given[k] for k in signature(_beside_decoding).parameters}
-        if mine.get("task"):
-            choices = given["choices"] and [c.strip() for c in given["choices"].split(",")]
-            mine["task"] = partial(load_task, mine["task"], choices=choices, target=given["target"])
+        if "task" in opened and mine["task"]:
+            words = {k: given[k] for k in ("choices", "target", "items")}
+            mine["task"] = partial(_asked, mine["task"], **words)
         if "transplant" in opened:
             mine["transplant"] = partial(_placed, mine["transplant"], given["model"])
         _answer(partial(run, **mine), name, given)
 
     call.__signature__ = Signature(options)  # type: ignore[attr-defined]
-    app.command(name, help=run.__doc__)(call)
+    app.command(name, help=_help(run))(call)
     return run
 
 
@@ -254,9 +304,14 @@ def main(argv: list[str] | None = None) -> int:
         return e.exit_code  # type: ignore[attr-defined]
 
 
-# %% ../nbs/30_cli.ipynb #c5cb56fc
+# %% ../nbs/30_cli.ipynb #3f7d4add
 def _words(file, kind, model):
     "The words of a concept or a transplant; of a transplant texts at several strengths too."
+    from concept_transfer.concepts import Concept
+    from concept_transfer.models import load_model, model_info
+    from concept_transfer.steering import Transplant
+    from concept_transfer.views import PROMPTS, direction_words, ladder, words_of
+
     if kind == Transplant.artefact:
         t = _placed(file, model)
         return [direction_words(t), ladder(t, PROMPTS[0])]
@@ -274,13 +329,63 @@ def cmd_info(
     words: bool = False,  # load its model: the words that it means, and texts at several strengths
     model: str | None = None,  # that model: name it where it comes from a hub, or lies elsewhere now
 ) -> Said:
-    "what an artefact is"
+    """what an artefact is
+
+    concept-transfer info joy.safetensors"""
+    from concept_transfer.artefacts import load_artefact
+    from concept_transfer.concepts import Concept
+    from concept_transfer.maps import AffineMap, LayerGrid
+
     head = load_artefact(file)[1]
     scores = [repr(c.load(file)) for c in (Concept, LayerGrid, AffineMap) if c.artefact == head["kind"]]
     shown = _words(file, head["kind"], model) if words else []
     lines = scores + [f"{k}: {json.dumps(v)[:300]}" for k, v in head.items()]
     found = {"words": [view.data for view in shown]} if words else {}
     return head | found, "\n".join([*lines, *(f"\n{view!r}" for view in shown)])
+
+
+# %% ../nbs/30_cli.ipynb #895aa3b9
+@command
+def cmd_list(
+    what: str | None = None,  # models, sets, tasks, methods or arms; default: all of them
+) -> Said:
+    """what is built in
+
+    concept-transfer list tasks"""
+    from concept_transfer.arms import ARMS
+    from concept_transfer.data import FAMILIES, PAIRS
+    from concept_transfer.maps import MAP_METHODS
+    from concept_transfer.tasks import TASKS
+
+    corpora = dict(general="a corpus, for maps", neutral="one for doses", prose="one that no model wrote")
+    there = {
+        "models": {k: m["terms"] for k, m in FAMILIES["embedded"].items()},
+        "sets": dict.fromkeys(PAIRS, "contrast pairs") | corpora,
+        "tasks": dict.fromkeys(TASKS, ""),
+        "methods": {k: m.words for k, m in MAP_METHODS.items()},
+        "arms": {k: a.words for k, a in ARMS.items()},
+    }
+    if what and what not in there:
+        raise BadParameter(f"{what!r} is not one of {', '.join(there)}.")
+    facts = {k: there[k] for k in ([what] if what else there)}
+    parts = [[k, *(f"  {name:24}{words}".rstrip() for name, words in x.items())] for k, x in facts.items()]
+    return facts, "\n\n".join(map("\n".join, parts))
+
+
+# %% ../nbs/30_cli.ipynb #30587def
+@command
+def cmd_lint(
+    file: str,  # of pairs, or a built-in set such as honesty
+    task: Callable | None = None,  # what will be asked, file or built in: do they share scenarios?
+) -> Said:
+    """what would make a direction from these pairs mean something else
+
+    concept-transfer lint pairs.jsonl --task task.json"""
+    from concept_transfer.data import lint, load_pairs
+
+    pairs = load_pairs(file)
+    problems = lint(pairs, task and task("test"))
+    return dict(pairs=len(pairs), problems=problems), "\n".join(problems) or f"{pairs!r}: nothing found"
 
 
 # %% ../nbs/30_cli.ipynb #a8837914
@@ -300,6 +405,29 @@ def _writable(path, folder=False):
     return out
 
 
+# %% ../nbs/30_cli.ipynb #218a0755
+def _seconds(model, texts):  # of all texts
+    "How long a model takes to read texts here, by the time that a few of them take; nothing for a server."
+    from concept_transfer.concepts import activations
+    from concept_transfer.models import model_info
+
+    if model_info(model).weights.startswith("remote:"):
+        return 0.0
+    few = texts[:: -(-len(texts) // 8)]
+    activations(model, few[:1], [-1])  # the first pass of a model is slower
+    start = time.monotonic()
+    activations(model, few, [-1])
+    return (time.monotonic() - start) * len(texts) / len(few)
+
+
+def _expect(what, reads, memory=0):  # models with their texts, bytes beside the models
+    "Say of a long step how long it will take, and how much memory."
+    minutes = sum(_seconds(model, texts) for model, texts in reads) / 60
+    if minutes >= 1 or memory > 1e9:
+        more = f", {memory / 1e9:.1f} GB of memory beside the models" if memory else ""
+        _say(f"{what}: about {minutes:.0f} min{more}")
+
+
 # %% ../nbs/30_cli.ipynb #40024ebf
 def _made(x, out, **facts):
     "Save an artefact, and say what it is."
@@ -307,26 +435,66 @@ def _made(x, out, **facts):
     return facts | {"out": out}, repr(x)
 
 
-# %% ../nbs/30_cli.ipynb #0f8f5660
+# %% ../nbs/30_cli.ipynb #140bc1f8
 @command
 def cmd_extract(
     model: str,  # a name, a folder or a .gguf file
     pairs: str,  # file, or a built-in set such as honesty
     out: str,  # file that is written
 ) -> Said:
-    "a concept from contrast pairs"
+    """a concept from contrast pairs
+
+    concept-transfer extract --model smollm2-135m-instruct --pairs emotions/happiness --out joy.safetensors"""
+    from concept_transfer.concepts import extract_concept
+    from concept_transfer.data import lint, load_pairs
+    from concept_transfer.models import load_model
+
     file, data = _writable(out), load_pairs(pairs)
     for problem in lint(data):
         _warn(problem)
     states = Path(f"{file}.states.part")  # until the concept is made
-    c = extract_concept(load_model(model), data, path=states)
+    read = load_model(model)
+    _expect("reading the pairs", [(read, data.texts)])
+    c = extract_concept(read, data, path=states)
     facts = dict(concept=c.name, model=c.model.name, n_pairs=c.n_pairs, layers=c.layers, auc=c.auc)
     answer = _made(c, out, **facts)
     shutil.rmtree(states)
     return answer
 
 
-# %% ../nbs/30_cli.ipynb #39425554
+# %% ../nbs/30_cli.ipynb #d60c43eb
+def _layer_lists(layers):
+    "Layers of the source and of the target from LS,LS:LT,LT; None twice for auto."
+    if layers == "auto":
+        return None, None
+    if not re.fullmatch(r"\d+(,\d+)*:\d+(,\d+)*", layers):
+        raise BadParameter(f"--layers {layers!r} is neither auto nor LS,LS:LT,LT, such as 15,20:9,12.")
+    return [[int(k) for k in side.split(",")] for side in layers.split(":")]
+
+
+def _fitted(source, target, texts, file, method, template, layers):
+    "Maps of two models. What an interrupted run left of the sums is used, and stays where we stop again."
+    from concept_transfer.data import data_hash
+    from concept_transfer.maps import MAP_METHODS, fit_maps
+    from concept_transfer.models import model_info
+    from concept_transfer.pairing import spread_layers
+
+    made_of = f"{method} {template} {texts.hash} {model_info(source)} {model_info(target)} {layers}"
+    part = Path(f"{file}.{data_hash([made_of])}.part")
+    n1, n2 = (len(k or spread_layers(m)) for k, m in zip(layers, (source, target), strict=True))
+    d1, d2 = model_info(source).width, model_info(target).width
+    sums = 5 * 8 * (n1 * d1**2 + n1 * d1 * n2 * d2 + n2 * d2**2)  # bytes, of five folds
+    _expect("reading the corpus", [(m, texts.texts) for m in (source, target)], sums)
+    keep: dict[str, Any] = {} if MAP_METHODS[method].fit else {"path": part, "every": 30}
+    try:
+        own, others = layers
+        return fit_maps(source, target, texts, own, others, method=method, template=template, **keep), part
+    except ValueError:
+        part.unlink(missing_ok=True)
+        raise
+
+
+# %% ../nbs/30_cli.ipynb #3aaeb39b
 @command
 def cmd_align(
     source: str,  # model that is read
@@ -335,20 +503,24 @@ def cmd_align(
     out: str,  # file that is written
     method: str = "ridge",  # how the maps are fitted: ridge, contrans, procrustes, lowrank
     template: str = "{}",  # words around each text ({}): those that the concept's pairs are read in
+    layers: str = "auto",  # auto, or LS,LS:LT,LT counted from 0, such as 15,20:9,12
+    texts: int | None = None,  # only the first so many of the corpus; default: all
 ) -> Said:
-    "maps between all chosen layers of two models"
+    """maps between all chosen layers of two models
+
+    concept-transfer align --source smollm2-135m-instruct --target gemma-3-270m --corpus general \\
+      --texts 300 --template "{} The main emotion in this story is" --out map.safetensors"""
+    import numpy as np
+
+    from concept_transfer.data import load_corpus
+    from concept_transfer.maps import MAP_METHODS
+    from concept_transfer.models import load_model
+
     if method not in MAP_METHODS:
         raise BadParameter(f"--method {method!r} is not one of {', '.join(MAP_METHODS)}.")
-    file = _writable(out)
-    texts, a, b = load_corpus(corpus), load_model(source), load_model(target)
-    made_of = f"{method} {template} {texts.hash} {model_info(a)} {model_info(b)}"
-    part = Path(f"{file}.{data_hash([made_of])}.part")  # what an interrupted run left
-    keep: dict[str, Any] = {} if MAP_METHODS[method].fit else {"path": part, "every": 30}
-    try:
-        m = fit_maps(a, b, texts, method=method, template=template, **keep)
-    except ValueError:
-        part.unlink(missing_ok=True)
-        raise
+    chosen, file, read = _layer_lists(layers), _writable(out), load_corpus(corpus)
+    read = read if texts is None else read.take(texts)
+    m, part = _fitted(load_model(source), load_model(target), read, file, method, template, chosen)
     names = "method rows texts source_layers target_layers r2 cosine r2_shuffled"
     facts = {k: np.asarray(getattr(m, k)).tolist() for k in names.split()}
     said = _made(m, out, source=m.source.name, target=m.target.name, **facts)
@@ -356,7 +528,37 @@ def cmd_align(
     return said
 
 
-# %% ../nbs/30_cli.ipynb #3f4596c1
+# %% ../nbs/30_cli.ipynb #81debac1
+@command
+def cmd_plot(
+    file: str,  # concept, maps, one map, or evidence.json
+    out: str,  # picture, such as grid.png or grid.svg
+) -> Said:
+    """a picture of a concept, of maps or of evidence
+
+    concept-transfer plot evidence/evidence.json --out effect.png"""
+    from concept_transfer.artefacts import load_artefact, whole_file
+    from concept_transfer.concepts import Concept
+    from concept_transfer.evidence import Evidence
+    from concept_transfer.maps import AffineMap, LayerGrid
+    from concept_transfer.plots import figures, plot_grid, plot_separation, plot_spectrum
+
+    picture = _writable(out)
+    if Path(file).suffix == ".json":
+        drawn = figures(Evidence.load(file))["Effect"]
+    else:
+        draw: dict = {Concept: plot_separation, LayerGrid: plot_grid, AffineMap: plot_spectrum}
+        kind = load_artefact(file)[1]["kind"]
+        known = [c for c in draw if c.artefact == kind]
+        if not known:
+            raise ValueError(f"{file!r} is a {kind}; a picture shows a concept, maps or evidence.json.")
+        drawn = draw[known[0]](known[0].load(file))
+    with whole_file(picture) as part:
+        drawn.savefig(part, format=picture.suffix[1:] or "png", dpi=130)
+    return {"out": out}, f"{out} is drawn."
+
+
+# %% ../nbs/30_cli.ipynb #8a16ec63
 @command
 def cmd_transplant(
     concept: str,  # file
@@ -368,7 +570,17 @@ def cmd_transplant(
     layers: str = "auto",  # auto, or LS:LT counted from 0
     model: str | None = None,  # the target: name it where it comes from a hub, or lies elsewhere now
 ) -> Said:
-    "put a concept into the target"
+    """put a concept into the target
+
+    concept-transfer transplant --concept joy.safetensors --map map.safetensors \
+      --task emotions/happiness --out happy.safetensors"""
+    from concept_transfer.artefacts import keeping
+    from concept_transfer.concepts import Concept
+    from concept_transfer.data import load_pairs
+    from concept_transfer.maps import LayerGrid
+    from concept_transfer.models import load_model
+    from concept_transfer.selection import transplant as placed
+
     pair = re.fullmatch(r"auto|(\d+):(\d+)", layers)
     if not pair:
         raise BadParameter(f"--layers {layers!r} is neither auto nor LS:LT, such as 20:12.")
@@ -384,13 +596,13 @@ def cmd_transplant(
         _warn(f"--task is not used: --layers {layers} leaves nothing to choose.")
     target = load_model(model) if model else maps.target.load()
     with keeping(f"{file}.search.part"):
-        t = transplant(read, maps, target, items, where, damage, pairs=own)
+        t = placed(read, maps, target, items, where, damage, pairs=own)
         notes = {k: t.notes[k] for k in ("kl", "damage_budget")}
         names = dict(concept=t.name, source=maps.source.name, target=t.target.name)
         return _made(t, out, dose=t.dose, layers=[t.source_layer, t.layer], **names, **notes)
 
 
-# %% ../nbs/30_cli.ipynb #7ae8b14d
+# %% ../nbs/30_cli.ipynb #23977e44
 def _strengths(text):
     "Numbers with commas between."
     try:
@@ -413,7 +625,13 @@ def cmd_generate(
     strengths: str | None = None,  # such as 0,1,2: a text at each, beside what it costs
     prompts: str = "",  # in the place of a prompt: file with one a line
 ) -> Said:
-    "text of the steered target"
+    """text of the steered target
+
+    concept-transfer generate --transplant happy.safetensors --prompt "It rained and" --compare"""
+    from concept_transfer.data import load_corpus
+    from concept_transfer.steering import generate
+    from concept_transfer.views import ladder, seeded
+
     if bool(prompt) == bool(prompts):
         raise BadParameter("give --prompt TEXT, or --prompts FILE.")
     steps = _strengths(strengths) if strengths else [strength]
@@ -436,9 +654,14 @@ def cmd_generate(
     return facts | dict(base=base), f"base:    {prompt}{base}\n\nsteered: {prompt}{text}"
 
 
-# %% ../nbs/30_cli.ipynb #f280c4b2
+# %% ../nbs/30_cli.ipynb #12ce1740
 def _known(transplant, map, source):
     "A transplant without its model, the map that carried it and the source of that, where they are given."
+    from concept_transfer.artefacts import load_artefact, load_fields
+    from concept_transfer.maps import AffineMap, LayerGrid
+    from concept_transfer.models import load_model
+    from concept_transfer.steering import Transplant
+
     t, own = load_fields(Transplant, transplant), None
     if map:
         single = load_artefact(map)[1]["kind"] == AffineMap.artefact
@@ -455,14 +678,20 @@ def cmd_check(
     source: str | None = None,  # the map's: name it where it comes from a hub, or lies elsewhere now
     neutral: str | None = None,  # the text that set the dose, if it was another than neutral
 ) -> Said:
-    "whether a transplant holds in a target that was trained on"
+    """whether a transplant holds in a target that was trained on
+
+    concept-transfer check --transplant happy.safetensors --target ./tuned --old ./base"""
+    from concept_transfer.data import load_corpus
+    from concept_transfer.drift import check
+    from concept_transfer.models import load_model
+
     t, own, read = _known(transplant, map, source)
     text = load_corpus(neutral) if neutral else None
     found = check(t, load_model(target), old and load_model(old), own, read, text)
     return vars(found), "\n".join((found.verdict, *found.reasons))
 
 
-# %% ../nbs/30_cli.ipynb #554c72f5
+# %% ../nbs/30_cli.ipynb #30604fe9
 @command
 def cmd_adopt(
     transplant: str,  # file
@@ -473,7 +702,13 @@ def cmd_adopt(
     source: str | None = None,  # the map's: name it where it comes from a hub, or lies elsewhere now
     neutral: str | None = None,  # the text that set the dose, if it was another than neutral
 ) -> Said:
-    "a transplant for a descendant of its target, where it still holds"
+    """a transplant for a descendant of its target, where it still holds
+
+    concept-transfer adopt --transplant happy.safetensors --target ./tuned --out happy-tuned.safetensors"""
+    from concept_transfer.data import load_corpus
+    from concept_transfer.drift import adopt
+    from concept_transfer.models import load_model
+
     _writable(out)
     t, own, read = _known(transplant, map, source)
     given = dict(map=own, source=read, neutral=neutral and load_corpus(neutral))
@@ -481,7 +716,7 @@ def cmd_adopt(
     return _made(a, out, target=a.target.name, dose=a.dose, descends=a.notes["descends"])
 
 
-# %% ../nbs/30_cli.ipynb #da148838
+# %% ../nbs/30_cli.ipynb #c635a349
 @command
 def cmd_export(
     transplant: Callable,  # file
@@ -489,7 +724,12 @@ def cmd_export(
     out: str,  # file, or folder of baked and hub
     evidence: str | None = None,  # evidence.json, for the model card of hub
 ) -> Said:
-    "a file for another engine, and a receipt of what it does there"
+    """a file for another engine, and a receipt of what it does there
+
+    concept-transfer export --transplant happy.safetensors --to gguf --out happy.gguf"""
+    from concept_transfer.evidence import Evidence
+    from concept_transfer.export import FORMATS, export
+
     if to not in FORMATS or evidence and to != "hub":
         raise BadParameter(f"--to {to}: use one of {', '.join(FORMATS)}; only hub takes --evidence.")
     _writable(out)
@@ -498,7 +738,7 @@ def cmd_export(
     return vars(receipt) | {"out": out}, repr(receipt)
 
 
-# %% ../nbs/30_cli.ipynb #40aa28b2
+# %% ../nbs/30_cli.ipynb #fd188f40
 @command
 def cmd_serve(
     transplant: str,  # file exported for the engine
@@ -507,7 +747,11 @@ def cmd_serve(
     strength: float | None = None,  # of llama.cpp, for all requests; default: 1
     port: int = 8080,  # on this machine
 ) -> Said:
-    "start a server of llama.cpp or vLLM with a transplant in it"
+    """start a server of llama.cpp or vLLM with a transplant in it
+
+    concept-transfer serve --transplant happy.gguf --engine llama.cpp --model model.gguf"""
+    from concept_transfer.export import server_command
+
     argv, variables, ask = server_command(engine, transplant, model, strength, port)
     url = f"http://127.0.0.1:{port}/v1/completions"
     _say(f"Ask it: curl {url} -H 'Content-Type: application/json' -d '{json.dumps(ask)}'")
@@ -519,19 +763,28 @@ def cmd_serve(
     return dict(command=argv, url=url, request=ask), "stopped"
 
 
-# %% ../nbs/30_cli.ipynb #72d504fe
+# %% ../nbs/30_cli.ipynb #57427c51
 @command
 def cmd_evaluate(
     transplant: Callable,  # file
     task: Callable,  # file, or a built-in one such as emotions/fear, behaviours/honesty, truthfulness
-    neutral: str,  # file, or neutral
     out: str,  # folder of the report
     settings: Callable,  # of the controls
+    neutral: str = "neutral",  # file, or neutral
     pairs: str | None = None,  # the concept's, file or built-in set: they give the native arm
     other: str | None = None,  # another concept's pairs
     suite: str | None = None,  # public measures too: standard, or names and task files with commas
 ) -> Said:
-    "effect and damage beside controls"
+    """effect and damage beside controls
+
+    concept-transfer evaluate --transplant happy.safetensors --task emotions/happiness \
+      --pairs emotions/happiness --out evidence"""
+    from concept_transfer.data import load_corpus, load_pairs
+    from concept_transfer.evidence import evaluate
+    from concept_transfer.plots import figures
+    from concept_transfer.suites import MEASURES, measure_suite
+    from concept_transfer.tasks import load_task
+
     chosen, folder = settings(), _writable(out, folder=True)
     own, foreign = (load_pairs(p) if p else None for p in (pairs, other))
     items, texts = task("test"), load_corpus(neutral)
@@ -554,12 +807,16 @@ def cmd_evaluate(
 
 def _looks(t, **given):
     "What a report shows first: texts at several strengths, and words."
+    from concept_transfer.views import PROMPTS, direction_words, ladder
+
     shown = {f"What it writes: {prompt} ...": ladder(t, prompt) for prompt in PROMPTS[:2]}
     return shown | {"The words it means": direction_words(t, **given)}
 
 
 def _reported(e, folder, pictures, suite=None):
     "Write the report, and say what stands in it."
+    from concept_transfer.report import details, verdict, write_report
+
     (folder / "arms.jsonl").unlink(missing_ok=True)  # what an interrupted run had finished
     report = folder / "report.html"
     write_report(e, report, pictures, suite=suite)
@@ -567,7 +824,7 @@ def _reported(e, folder, pictures, suite=None):
     return e.data | dict(report=str(report)), text
 
 
-# %% ../nbs/30_cli.ipynb #6fd1a5f8
+# %% ../nbs/30_cli.ipynb #8f94cc2b
 @command
 def cmd_audit(
     file: str,  # a use log
@@ -575,7 +832,12 @@ def cmd_audit(
     head: str | None = None,  # noted at an earlier audit: it must still be there
     out: str = "",  # page to look at
 ) -> Said:
-    "a use log, verified and summed up"
+    """a use log, verified and summed up
+
+    concept-transfer audit use.jsonl --out use.html"""
+    from concept_transfer.monitor import write_page
+    from concept_transfer.uselog import audit
+
     found = audit(file, unit, [head] if head else [])
     if out:
         write_page(file, _writable(out))
@@ -585,9 +847,11 @@ def cmd_audit(
     return vars(found) | {"uses": found.uses.to_dict("records")}, text
 
 
-# %% ../nbs/30_cli.ipynb #adb0f069
+# %% ../nbs/30_cli.ipynb #68cd89e3
 def _steps(folder):
     "A function that makes one file after the other in a folder, or takes what stands there."
+    from concept_transfer.artefacts import Journal, file_hash, versions
+
     journal = Journal(folder / "made_of.jsonl", "demo")
     made_of: list = [versions()]
 
@@ -600,47 +864,117 @@ def _steps(folder):
     return keep
 
 
-# %% ../nbs/30_cli.ipynb #1e53e4dd
+# %% ../nbs/30_cli.ipynb #4eb03245
+def _two_parts(task):
+    "Items to choose with, a third, and items to judge with, of a task by name or from a file."
+    from concept_transfer.stats import scenario_folds
+    from concept_transfer.tasks import load_task
+
+    tune, test = (load_task(task, split) for split in ("tune", "test"))
+    if tune.hash != test.hash:
+        return tune, test
+    fold = scenario_folds(test.groups, 3)
+    if not fold.any():
+        raise ValueError(f"{test!r}: items that choose and items that judge need scenarios of their own.")
+    parts = (
+        [i for i, f in zip(test.items, fold, strict=True) if (f == 0) == first] for first in (True, False)
+    )
+    return [replace(test, items=part) for part in parts]
+
+
+def _smaller(texts, tune, test):
+    "A corpus and items of which some minutes are enough."
+    return texts.take(300), (tune.take(32), test.take(50))
+
+
+# %% ../nbs/30_cli.ipynb #5118ab7e
+def _flow(folder, models, pairs, texts, items, settings, most, other=None):
+    """From pairs to the report, each step in a file of the folder. `items` choose, and judge; `most` layer
+    pairs are tried."""
+    from concept_transfer.concepts import Concept, extract_concept
+    from concept_transfer.data import load_corpus
+    from concept_transfer.evidence import Evidence, evaluate
+    from concept_transfer.maps import LayerGrid, fit_maps
+    from concept_transfer.models import load_model, model_info
+    from concept_transfer.plots import figures, plot_grid, plot_separation
+    from concept_transfer.selection import choose, offline_scores
+    from concept_transfer.steering import Transplant
+
+    start, keep, neutral, (tune, test) = time.time(), _steps(folder), load_corpus("neutral"), items
+    _say("1/6  models")
+    source, target = map(load_model, models)
+    read, written = model_info(source), model_info(target)
+    _say(f"     {read}\n     {written}")
+
+    _say(f"2/6  concept: {pairs.name.split('/')[-1]}, from {len(pairs)} pairs")
+    find = partial(extract_concept, source, pairs)
+    concept = keep("concept.safetensors", find, Concept.load, read, pairs.hash)
+    _say(f"     {concept!r}\n3/6  maps: both models read {len(texts)} texts")
+    fit = partial(fit_maps, source, target, texts, template=concept.template)
+    maps = keep("map.safetensors", fit, LayerGrid.load, written, texts.hash)
+
+    _say(f"     {maps!r}\n4/6  layers and dose, on {len(tune)} items kept for tuning")
+
+    def select():
+        best = [layers for _, layers in offline_scores(concept, maps, target, pairs)[:most]]
+        return choose(concept, maps, target, tune, neutral, candidates=best)
+
+    load = partial(Transplant.load, target=target)
+    t = keep("transplant.safetensors", select, load, tune.hash, neutral.hash, most)
+
+    _say(f"     {t!r}\n5/6  evidence, on {len(test)} items that made and chose nothing here")
+    given: dict = dict(pairs=pairs, other=other, source=source, map=maps[t.source_layer, t.layer])
+    judge = partial(evaluate, t, test, neutral, settings=settings, path=folder / "arms.jsonl", **given)
+    e = keep("evidence.json", judge, Evidence.load, test.hash, other and other.hash, str(settings))
+    _say("6/6  report")
+    where = {
+        "Where the concept is found": plot_separation(concept),
+        "Where it can be carried": plot_grid(maps),
+    }
+    shown = _looks(t, concept=concept, source=source, pairs=pairs, evidence=e) | figures(e)
+    facts, text = _reported(e, folder, shown | where)
+    return facts | dict(seconds=round(time.time() - start)), text
+
+
+# %% ../nbs/30_cli.ipynb #682ad392
+@command
+def cmd_run(
+    pairs: str,  # of the concept: file, or a built-in set such as honesty
+    task: str,  # what is asked: file of items, or a built-in one such as emotions/fear
+    out: str,  # folder of the report and of what each step made
+    settings: Callable,  # of the controls
+    source: str = "smollm2-135m-instruct",  # model that has the concept
+    target: str = "gemma-3-270m",  # model that gets it
+    corpus: str = "general",  # file, or general
+    quick: bool = False,  # 300 texts, 32 and 50 items, 4 layer pairs
+) -> Said:
+    """extract, align, transplant and evaluate in one
+
+    concept-transfer run --pairs pairs.jsonl --task task.json --out joy --quick"""
+    from concept_transfer.data import lint, load_corpus, load_pairs
+
+    data, texts, items, chosen = load_pairs(pairs), load_corpus(corpus), _two_parts(task), settings()
+    for problem in lint(data):
+        _warn(problem)
+    if quick:
+        texts, items = _smaller(texts, *items)
+    folder = _writable(out, folder=True)
+    return _flow(folder, (source, target), data, texts, items, chosen, 4 if quick else 12)
+
+
 @command
 def cmd_demo(
     out: str = "demo",  # folder of the report
     seed: int = 0,  # of the random directions and the bootstrap
 ) -> Said:
-    "the whole transplant on the two embedded models"
-    start, folder = time.time(), _writable(out, folder=True)
-    keep = _steps(folder)
-    _say("1/6  models")
-    source, target = load_model("smollm2-135m-instruct"), load_model("gemma-3-270m")
-    read, written = model_info(source), model_info(target)
-    _say(f"     {read}\n     {written}")
+    """the whole transplant on the two embedded models
+
+    concept-transfer demo"""
+    from concept_transfer.arms import Settings
+    from concept_transfer.data import load_corpus, load_pairs
 
     pairs, other = load_pairs("emotions/happiness"), load_pairs("emotions/sadness")
-    corpus, neutral = load_corpus("general").take(300), load_corpus("neutral")
-    _say(f"2/6  concept: happiness, from {len(pairs)} pairs of scenarios")
-    joy = keep("concept.safetensors", lambda: extract_concept(source, pairs), Concept.load, read, pairs.hash)
-    _say(f"     {joy!r}\n3/6  maps: both models read {len(corpus)} sentences")
-    fit = partial(fit_maps, source, target, corpus, template=joy.template)
-    maps = keep("map.safetensors", fit, LayerGrid.load, written, corpus.hash)
-
-    _say(f"     {maps!r}\n4/6  layers and dose, on scenarios kept for tuning")
-    tune: Any = load_task("emotions/happiness", "tune").take(32)
-    test: Any = load_task("emotions/happiness").take(50)
-
-    def select():
-        best = [layers for _, layers in offline_scores(joy, maps, target, pairs)[:4]]
-        return choose(joy, maps, target, tune, neutral, candidates=best)
-
-    load = partial(Transplant.load, target=target)
-    t = keep("transplant.safetensors", select, load, tune.hash, neutral.hash)
-
-    _say(f"     {t!r}\n5/6  evidence, on scenarios that made and chose nothing here")
-    given: dict = dict(pairs=pairs, other=other, source=source, map=maps[t.source_layer, t.layer])
-    judge = partial(
-        evaluate, t, test, neutral, settings=Settings(seed=seed), path=folder / "arms.jsonl", **given
-    )
-    e = keep("evidence.json", judge, Evidence.load, test.hash, other.hash, seed)
-    _say("6/6  report")
-    where = {"Where the concept is found": plot_separation(joy), "Where it can be carried": plot_grid(maps)}
-    shown = _looks(t, concept=joy, source=source, pairs=pairs, evidence=e) | figures(e)
-    facts, text = _reported(e, folder, shown | where)
-    return facts | dict(seconds=round(time.time() - start)), text
+    texts, items = _smaller(load_corpus("general"), *_two_parts(pairs.name))
+    models = "smollm2-135m-instruct", "gemma-3-270m"
+    folder = _writable(out, folder=True)
+    return _flow(folder, models, pairs, texts, items, Settings(seed=seed), 4, other)

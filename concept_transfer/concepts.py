@@ -29,7 +29,6 @@ import torch
 from fastcore.basics import patch
 from nnsight import TransformersModel
 from pydantic import InstanceOf
-from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
 from .artefacts import Artefact, Count, Journal, Layers, Score, Template, fingerprint
@@ -174,6 +173,8 @@ def pca(P: Tensor, N: Tensor) -> Tensor:  # (n, d), (m, d) -> (d,)
 
 def logistic(P: Tensor, N: Tensor) -> Tensor:  # (n, d), (m, d) -> (d,)
     "Weights of an L2-regularised logistic regression on standardised states."
+    from sklearn.linear_model import LogisticRegression
+
     X = torch.cat([P, N])  # (n + m, d)
     scale = X.std(0).clamp_min(1e-6)  # (d,)
     sides = [1] * len(P) + [0] * len(N)

@@ -60,7 +60,6 @@ import numpy as np
 import pandas as pd
 from fastcore.basics import patch
 from pydantic import PositiveInt, TypeAdapter, ValidationError
-from scipy.stats import mannwhitneyu
 
 import concept_transfer
 from .cards import card, table
@@ -462,6 +461,8 @@ def alike(
 # %% ../nbs/01_data.ipynb #6dae1d9b
 def _length_tells(pairs):
     "A sentence where length alone tells the sides apart."
+    from scipy.stats import mannwhitneyu
+
     p, n = ([len(split_words(t)) for t in getattr(pairs, side)] for side in _SIDES)
     auc = mannwhitneyu(p, n).statistic / (len(p) * len(n))
     if abs(auc - 0.5) > 0.2:

@@ -38,7 +38,6 @@ import torch
 from fastcore.basics import patch
 from nnsight import TransformersModel
 from pydantic import Field, InstanceOf
-from scipy.optimize import brentq
 from torch import Tensor
 from tqdm import tqdm
 
@@ -583,6 +582,8 @@ def _after_raise(nats, mass):
 @patch
 def raise_to_damage(self: Bench, tokens: Sequence[int]) -> tuple[float, Damage]:
     "By how many nats the logits of some tokens can be raised at the damage of the bench, and that damage."
+    from scipy.optimize import brentq
+
     mass = neutral_text(self.model, self.layer, self.hurt.texts, tokens=tokens)()  # (2, texts, keep)
     nats = brentq(lambda b: _after_raise(b, mass).mean - self.damage, 0, 100)
     return nats, _after_raise(nats, mass)

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from fastcore.basics import patch
@@ -21,7 +22,6 @@ from nnsight.intervention.interleaver import OutOfOrderError
 from nnsight.intervention.iterator import Iterations
 from nnsight.modeling import huggingface as hub
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from .artefacts import Journal
 from concept_transfer.engine import (
@@ -42,6 +42,10 @@ from concept_transfer.engine import (
     wrapped,
 )
 from .remote import Remote, foreign, host_name, in_flight, job
+
+# %% ../nbs/08_ndif.ipynb #8e2b4a17
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel  # takes seconds, and only hints name it
 
 
 # %% ../nbs/08_ndif.ipynb #4a3df080
@@ -84,7 +88,7 @@ def turn(self: Ndif):
 
 
 # %% ../nbs/08_ndif.ipynb #ee2477bf
-def served_mark(there: dict, module: PreTrainedModel) -> str:  # there: what `server` says of the model
+def served_mark(there: dict, module: "PreTrainedModel") -> str:  # there: what `server` says of the model
     "Fingerprint of a hosted model: precision, then a hash of repository, revision and configuration."
     cfg = foreign(dict, there.get("config") or module.config.to_json_string())
     for k in ("_name_or_path", "transformers_version", "dtype", "torch_dtype"):

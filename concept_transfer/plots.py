@@ -25,7 +25,6 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-import seaborn as sns
 import torch
 from fastcore.basics import patch
 from matplotlib.figure import Figure
@@ -66,6 +65,8 @@ def plot_separation(*concepts: Concept) -> Figure:
 # %% ../nbs/24_plots.ipynb #381df4a0
 def _heat(ax, z, rows, columns, label, low, high, **look):
     "A matrix with its numbers, drawn into `ax`; the colours end at `low` and `high`."
+    import seaborn as sns
+
     style = (
         dict(annot=True, fmt=".2f", annot_kws={"size": 8}, cmap="cividis", cbar_kws={"label": label}) | look
     )

@@ -23,10 +23,6 @@ from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import ArrayLike
-from scipy.optimize import brentq
-from scipy.stats import mannwhitneyu, norm
-from statsmodels.stats import contingency_tables
-from statsmodels.stats.proportion import proportion_confint
 
 
 # %% ../nbs/03_stats.ipynb #f3e2bee9
@@ -35,6 +31,8 @@ def auc(
     n: np.ndarray,  # (m, ...) scores of the negatives
 ) -> np.ndarray:  # (...)
     "Probability that a positive scores above a negative; ties count half (Mann and Whitney 1947)."
+    from scipy.stats import mannwhitneyu
+
     return mannwhitneyu(p, n, axis=0, method="asymptotic").statistic.astype(float) / (len(p) * len(n))
 
 
@@ -80,6 +78,8 @@ def interval(draws: ArrayLike, level: float = 0.95) -> list[float]:
 # %% ../nbs/03_stats.ipynb #e94bc47c
 def wilson(successes: int, n: int, level: float = 0.95) -> list[float]:
     "Wilson's score interval of a proportion (1927)."
+    from statsmodels.stats.proportion import proportion_confint
+
     return np.array(proportion_confint(successes, n, 1 - level, "wilson")).tolist()
 
 
@@ -89,6 +89,8 @@ def mcnemar(
     b: ArrayLike,  # (n,) the same items in the other arm
 ) -> float:  # two-sided p
     "McNemar's exact test of two arms on the same items (1947)."
+    from statsmodels.stats import contingency_tables
+
     gained, lost = np.less(a, b).sum(), np.greater(a, b).sum()
     return float(contingency_tables.mcnemar([[0, lost], [gained, 0]]).pvalue)
 
@@ -120,6 +122,8 @@ def power(
     level: float = 0.05,
 ) -> float:
     "Power of McNemar's two-sided test, normal approximation (Connor 1987)."
+    from scipy.stats import norm
+
     spread = max(discordant, effect)
     above = effect * n**0.5 - norm.ppf(1 - level / 2) * spread**0.5
     return float(norm.cdf(above / max(spread - effect**2, 1e-12) ** 0.5))
@@ -133,6 +137,8 @@ def smallest_effect(
     chance: float = 0.8,  # of seeing it
 ) -> float:  # difference of rates
     "The difference that n paired items would have shown with this chance. Raises ValueError for few."
+    from scipy.optimize import brentq
+
     if power(1, n, 1, level) < chance:
         raise ValueError(f"{n} paired items cannot show any difference at level {level}; use more.")
     return brentq(lambda d: power(d, n, discordant, level) - chance, 0, 1)

@@ -34,11 +34,6 @@ import pandas as pd
 from fastcore.basics import patch
 from markupsafe import Markup
 from pydantic import PositiveInt
-from scipy.stats import norm, spearmanr
-from sklearn.feature_extraction.text import TfidfVectorizer
-from sklearn.linear_model import Ridge
-from sklearn.model_selection import GroupKFold, cross_val_predict
-from sklearn.pipeline import make_pipeline
 from tqdm import tqdm
 
 from .arms import Trial, described, made_of, native_direction, written
@@ -173,6 +168,12 @@ def graded_scorer(
     groups: Sequence[str],  # request that each text answers
 ) -> Scorer:
     "1 for a text free of what was graded, 0 for one full of it; its words say how it agrees with people."
+    from scipy.stats import spearmanr
+    from sklearn.feature_extraction.text import TfidfVectorizer
+    from sklearn.linear_model import Ridge
+    from sklearn.model_selection import GroupKFold, cross_val_predict
+    from sklearn.pipeline import make_pipeline
+
     letters = TfidfVectorizer(analyzer="char_wb", ngram_range=(2, 5), sublinear_tf=True)
     model = make_pipeline(letters, Ridge())
     held_out = cross_val_predict(model, texts, grades, groups=groups, cv=GroupKFold(5))
@@ -244,6 +245,8 @@ class Measured(Strict):
 # %% ../nbs/19_suites.ipynb #3f3fc54e
 def _detectable(change, n):
     "The smallest change of a mean that n scenarios show with power .8."
+    from scipy.stats import norm
+
     if not np.isin(change, (-1, 0, 1)).all():
         return (norm.ppf(0.975) + norm.ppf(0.8)) * change.std() / n**0.5
     with suppress(ValueError):  # too few to show anything

@@ -16,14 +16,18 @@ __all__ = [
 # %% ../nbs/05_toys.ipynb #0dcbe534
 import copy
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch.nn.functional import normalize
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from .data import EMOTION_PROMPT, EMOTIONS, FAMILIES, builtin_rows
+
+# %% ../nbs/05_toys.ipynb #5c1d7e03
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel  # takes seconds, and only hints name it
 
 
 # %% ../nbs/05_toys.ipynb #d01c7994
@@ -67,7 +71,7 @@ def tiny_module(
     family: str = "llama",  # a key of TINY
     seed: int = 0,
     **config,  # overrides, such as hidden_size=64
-) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
+) -> tuple["PreTrainedModel", PreTrainedTokenizerFast]:
     """A random model of a family, and its tokenizer. Raises ValueError for an unknown family.
 
     Gains of norms are random too, so that folding them is a real test."""
@@ -135,10 +139,10 @@ def _turn_writer(writer, Q):
 
 # %% ../nbs/05_toys.ipynb #872e38e2
 def twin_module(
-    module: PreTrainedModel,  # of a family in LAYOUTS
+    module: "PreTrainedModel",  # of a family in LAYOUTS
     widen: int = 0,  # how many dimensions to add (RMSNorm families)
     seed: int = 0,
-) -> tuple[PreTrainedModel, torch.Tensor]:  # the twin, and Q (d, d + widen) float32: twin state = state @ Q
+) -> tuple["PreTrainedModel", torch.Tensor]:  # the twin, and Q (d, d + widen) float32: twin state = state @ Q
     "The same function in another basis, the ground truth for maps. Raises ValueError where there is none."
     family, d = module.config.model_type, module.config.hidden_size
     if family not in LAYOUTS:
@@ -182,7 +186,7 @@ def _log_odds(tokenizer, kinds):
 def planted_module(
     seed: int = 0,
     **config,  # as for `tiny_module`
-) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
+) -> tuple["PreTrainedModel", PreTrainedTokenizerFast]:
     """A tiny Llama that answers with the emotion whose scenario it read, a little above chance.
 
     Tokens that are typical of an emotion carry a hint in their embedding, and the unembedding row of its

@@ -372,7 +372,7 @@ def _each_file(path):
         yield part, file
 
 
-# %% ../nbs/27_uselog.ipynb #565842bd
+# %% ../nbs/27_uselog.ipynb #246b0808
 def read_log(
     path: str | Path,
 ) -> Iterator[tuple[dict, str]]:  # a row, and what is wrong there or nothing
@@ -384,7 +384,7 @@ def read_log(
     if not _parts(path):
         raise FileNotFoundError(f"{path}: there is no log.")
     for part, line in ((part, line) for part, file in _each_file(path) for line in file):
-        if not (row := _row(line)):
+        if not line.endswith(b"\n") or not (row := _row(line)):
             torn = part == path and not line.endswith(b"\n")
             what = f"{TORN} of {len(line)} bytes" if torn else f"{part.name} holds a line that is no row"
             yield {}, what

@@ -1,5 +1,6 @@
 """The command line as another process sees it: files, JSON, exit codes, one-line errors."""
 
+import ast
 import contextlib
 import csv
 import json
@@ -8,14 +9,31 @@ import re
 import subprocess
 import sys
 from functools import partial
+from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from tqdm import tqdm
 
-from concept_transfer import arms, cli, moments
-from concept_transfer.artefacts import KEPT
+from concept_transfer import (
+    __version__,
+    arms,
+    artefacts,
+    cli,
+    concepts,
+    data,
+    evidence,
+    maps,
+    models,
+    moments,
+    plots,
+    selection,
+    tasks,
+)
+from concept_transfer.artefacts import KEPT, load_fields
 from concept_transfer.concepts import Concept
-from concept_transfer.data import EMOTIONS, Corpus, load_corpus, load_pairs, text_key, texts_hash
+from concept_transfer.data import EMOTIONS, PAIRS, Corpus, load_corpus, load_pairs, text_key, texts_hash
 from concept_transfer.evidence import Evidence
 from concept_transfer.maps import MAP_METHODS, LayerGrid, fit_maps
 from concept_transfer.measure import prose_damage
@@ -23,6 +41,7 @@ from concept_transfer.models import tiny_model
 from concept_transfer.steering import Transplant
 from concept_transfer.tasks import TASKS, choice_task, load_task
 from concept_transfer.toys import tiny_module
+from concept_transfer.zoo import EMBEDDED
 
 EVIDENCE = set("transplant task n damage_budget layers arms recovery p_value versions seed".split())
 ARM = {"dose", "target_rate", "choice_rate", "logit_shift", "ci", "kl", "perplexity_ratio"}
@@ -223,6 +242,22 @@ def test_maps_are_fitted_inside_the_words_of_a_concept(here, capsys):
     assert main(*argv, "It was") == 1 and "'template'" in capsys.readouterr().err
 
 
+def test_layers_and_number_of_texts_of_the_maps_are_chosen(here, capsys):
+    argv = [*TO_LARGE, "--corpus", "short.txt", "--out", "some.safetensors", "--texts", "50", "--layers"]
+    assert main(*argv, "1,2:0") == 0
+    grid = LayerGrid.load("some.safetensors")
+    assert (grid.source_layers, grid.target_layers, grid.texts) == ((1, 2), (0,), 50)
+    assert main(*argv, "1:99") == 1 and "99" in capsys.readouterr().err
+
+
+def test_a_long_step_says_how_long(here, monkeypatch, capsys):
+    clock = count(0, 40)  # at least 40 seconds for eight of the 60 texts, twice
+    monkeypatch.setattr(cli, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    assert main(*TO_LARGE, "--corpus", "short.txt", "--out", "long.safetensors") == 0
+    said = re.search(r"reading the corpus: about (\d+) min, 0.0 GB of memory", capsys.readouterr().err)
+    assert said and int(said[1]) >= 10  # a bar looks at the clock too
+
+
 def test_a_corpus_may_be_jsonl(here):
     lines = (here / "short.txt").read_text().split("\n")
     (here / "short.jsonl").write_text("".join(json.dumps(dict(text=t)) + "\n" for t in lines))
@@ -240,7 +275,7 @@ def test_every_map_method_is_a_choice(here, method):
 
 @pytest.mark.slow
 def test_a_built_in_task_by_name(here, made, little, monkeypatch, capsys):
-    monkeypatch.setattr(cli, "load_task", lambda *a, **given: load_task(*a, **given).take(12))
+    monkeypatch.setattr(tasks, "load_task", lambda *a, **given: load_task(*a, **given).take(12))
     assert main(*made, "--out", "named.safetensors", "--task", "behaviours/brevity") == 0
     tuning = load_task("behaviours/brevity", "tune").take(12).hash
     assert Transplant.load("named.safetensors").notes["tuning"] == tuning
@@ -320,7 +355,7 @@ def test_truthfulqa_csv(here, made, little, capsys):
     [("/proc/nowhere/x", "cannot write"), ("corpus.txt", "File exists"), ("corpus.txt/x", "Not a directory")],
 )
 def test_an_unwritable_folder_is_found_before_the_work(here, out, says, capsys, monkeypatch):
-    monkeypatch.setattr(cli, "evaluate", lambda *a, **k: pytest.fail("worked first"))
+    monkeypatch.setattr(evidence, "evaluate", lambda *a, **k: pytest.fail("worked first"))
     judged = ["--task", "task.json", "--neutral", "short.txt", "--out", out]
     assert main("evaluate", "--transplant", "none.safetensors", *judged) == 1
     err = capsys.readouterr().err
@@ -399,6 +434,8 @@ USAGE = [
     (["--json", "info", "map.safetensors"], "--json"),
     (["align", "--source", "a"], "--target"),
     ([*ALL, "--method", "magic"], "ridge"),
+    ([*ALL, "--layers", "1:x"], "LS,LS:LT,LT"),
+    (["list", "colours"], "methods"),
     (["transplant", "--concept", "a", "--map", "b", "--out", "c", "--layers", "deep"], "LS:LT"),
     (["generate", "--transplant", "a"], "--prompt"),
     (["generate", "--transplant", "a", "--prompt", "b", "--prompts", "c"], "--prompts"),
@@ -518,13 +555,18 @@ def test_who_interrupts_is_told_what_is_kept(here, graft, made, monkeypatch, cap
 
     align = [*TO_LARGE, "--corpus", "short.txt", "--out", "stopped.safetensors"]
     judge = ["evaluate", *graft, "--task", "task.json", "--neutral", "short.txt", "--out", "stopped"]
-    for name, argv, kept in (
-        ("fit_maps", align, "stopped.safetensors."),
-        ("evaluate", judge, "stopped/arms.jsonl"),
-        ("extract_concept", [*EXTRACT, "honesty", "--out", "stopped.joy"], "stopped.joy.states.part"),
-        ("transplant", [*made, "--out", "stopped.put"], "stopped.put.search.part"),
+    for room, name, argv, kept in (
+        (maps, "fit_maps", align, "stopped.safetensors."),
+        (evidence, "evaluate", judge, "stopped/arms.jsonl"),
+        (
+            concepts,
+            "extract_concept",
+            [*EXTRACT, "honesty", "--out", "stopped.joy"],
+            "stopped.joy.states.part",
+        ),
+        (selection, "transplant", [*made, "--out", "stopped.put"], "stopped.put.search.part"),
     ):
-        monkeypatch.setattr(cli, name, stopped)
+        monkeypatch.setattr(room, name, stopped)
         capsys.readouterr()
         assert main(*argv, "--json") == 1
         out, err = capsys.readouterr()
@@ -558,25 +600,89 @@ def test_home_is_a_place_to_write(here, monkeypatch):
     assert Concept.load(here / "at_home.safetensors").name == "honesty"
 
 
-@pytest.mark.parametrize("name", "demo extract align transplant check adopt generate evaluate info".split())
+@pytest.mark.parametrize(
+    "name", "demo run extract align transplant check adopt generate evaluate info list lint plot".split()
+)
 def test_help_is_plain_and_names_every_option(name, capsys):
     assert main(name, "--help") == 0
     text = capsys.readouterr().out
     assert {"--json", "--debug"} <= set(re.findall(r"--[a-z-]+", text))
     assert text.isascii() and "--no-" not in text and "None" not in text
+    assert f"Example:\n    concept-transfer {name}" in text
+
+
+def test_what_is_built_in_is_listed(capsys):
+    assert main("list", "--json") == 0
+    there = json.loads(capsys.readouterr().out)
+    assert {*there["models"]} == {*EMBEDDED} and {*there["tasks"]} == {*TASKS}
+    assert there["methods"].keys() == MAP_METHODS.keys() and there["arms"].keys() == arms.ARMS.keys()
+    for name in there["sets"]:
+        assert len((load_pairs if name in PAIRS else load_corpus)(name))
+    assert main("list", "methods") == 0
+    out = capsys.readouterr().out
+    assert out.startswith("methods\n  ridge ") and "honesty" not in out
+
+
+def test_pairs_are_linted(here, capsys):
+    rows = [("Good.", "A much, much longer way to say that it is bad.")] * 3
+    (here / "uneven.json").write_text(
+        json.dumps(dict(zip(("pos", "neg"), zip(*rows, strict=True), strict=True)))
+    )
+    assert main("lint", "uneven.json", "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["pairs"] == 3 and any("only 3 pairs" in x for x in found["problems"])
+    asked = ["--task", "joy.json", "--choices", "happiness,fear", "--target", "happiness", "--items", "4"]
+    assert main("lint", "joy.json", *asked) == 0
+    assert "leakage" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("file, says", [("made", None), ("grid", None), ("graft", "is a transplant")])
+def test_files_are_drawn(here, graft, file, says, capsys):
+    code = main("plot", f"{file}.safetensors", "--out", f"{file}.png")
+    assert code == bool(says) and (says or "") in capsys.readouterr().err
+    assert Path(f"{file}.png").exists() != bool(says)
+
+
+def test_a_picture_of_an_unknown_kind_is_refused(here, made, capsys):
+    assert main("plot", "grid.safetensors", "--out", "grid.doc") == 1
+    assert "supported formats" in capsys.readouterr().err and not Path("grid.doc").exists()
+
+
+HEAVY = "torch transformers nnsight numpy pandas scipy sklearn statsmodels matplotlib seaborn jinja2".split()
+
+
+def test_help_and_version_wait_for_nothing(place):
+    look = "import sys, concept_transfer.cli as c; c.main(sys.argv[1:]); print(sorted(sys.modules))"
+    for argv in (["--version"], ["--help"], ["evaluate", "--help"]):
+        done = subprocess.run([sys.executable, "-c", look, *argv], capture_output=True, text=True, cwd=place)
+        *_, known = done.stdout.splitlines()
+        assert not {*HEAVY} & {*ast.literal_eval(known)} and done.stderr == ""
+    assert "Commands:" not in done.stdout and "--neutral" in done.stdout
+
+
+def test_the_version_is_said(capsys):
+    assert main("--version") == 0
+    assert capsys.readouterr().out == f"concept-transfer {__version__}\n"
+
+
+def test_only_some_items_of_a_task_choose(here, made):
+    argv = ["--out", "some.safetensors", "--task", "task.json", "--items", "8", "--damage", ".3"]
+    assert main(*made, *argv) == 0
+    assert len(Transplant.load("some.safetensors").notes["tuning_items"]) == 8
 
 
 @pytest.fixture
 def demo(tmp_path, monkeypatch, little):
     "The demo on tiny models and less text; what each step worked on."
     tiny = {"smollm2-135m-instruct": tiny_model("qwen2", 0), "gemma-3-270m": tiny_model("gemma3_text", 1)}
-    small, steps, names = cli.Settings, [], ("extract_concept", "fit_maps", "choose", "evaluate")
-    made = {name: getattr(cli, name) for name in names}
-    monkeypatch.setattr(cli, "load_model", tiny.__getitem__)
-    monkeypatch.setattr(cli, "load_corpus", lambda name: load_corpus(name).take(60))
-    monkeypatch.setattr(cli, "load_task", lambda *a: load_task(*a).take(8))
+    rooms = {"extract_concept": concepts, "fit_maps": maps, "choose": selection, "evaluate": evidence}
+    small, steps = arms.Settings, []
+    made = {name: getattr(room, name) for name, room in rooms.items()}
+    monkeypatch.setattr(models, "load_model", tiny.__getitem__)
+    monkeypatch.setattr(data, "load_corpus", lambda name: load_corpus(name).take(60))
+    monkeypatch.setattr(tasks, "load_task", lambda *a: load_task(*a).take(8))
     quick = dict(random=1, off=(), readouts=(), bootstrap=50, strengths=(0.0, 1.0))
-    monkeypatch.setattr(cli, "Settings", lambda **given: small(**quick | given))
+    monkeypatch.setattr(arms, "Settings", lambda **given: small(**given | quick))
 
     def counted(name):
         def step(*args, **given):
@@ -585,19 +691,19 @@ def demo(tmp_path, monkeypatch, little):
 
         return step
 
-    for name in names:
-        monkeypatch.setattr(cli, name, counted(name))
+    for name, room in rooms.items():
+        monkeypatch.setattr(room, name, counted(name))
 
-    def go(*argv):
+    def go(*argv, command="demo"):
         steps.clear()
-        assert main("demo", "--out", tmp_path / "demo", *argv) == 0
+        assert main(command, "--out", tmp_path / "demo", *argv) == 0
         return list(steps)
 
     def settle():
         "From now on the evidence stands for all that would be measured, and is not drawn."
         found = Evidence.load(go.out / "evidence.json")
         made["evaluate"] = lambda *args, **given: found
-        monkeypatch.setattr(cli, "figures", lambda e: {})
+        monkeypatch.setattr(plots, "figures", lambda e: {})
 
     go.out, go.patch, go.made, go.settle = tmp_path / "demo", monkeypatch, made, settle
     return go
@@ -626,9 +732,9 @@ def test_the_demo_makes_anew_what_other_maps_texts_or_versions_made(demo):
     assert demo() == ["fit_maps", "choose", "evaluate"]  # the same texts, inside other words
     neutral = Corpus("neutral", load_corpus("neutral").texts[60:120])
     other = {"neutral": neutral, "general": load_corpus("general").take(60)}
-    demo.patch.setattr(cli, "load_corpus", other.__getitem__)
+    demo.patch.setattr(data, "load_corpus", other.__getitem__)
     assert demo() == ["choose", "evaluate"]
-    demo.patch.setattr(cli, "versions", lambda: {"concept_transfer": "0.0.0"})
+    demo.patch.setattr(artefacts, "versions", lambda: {"concept_transfer": "0.0.0"})
     assert demo() == ["extract_concept", "fit_maps", "choose", "evaluate"]
 
 
@@ -649,3 +755,48 @@ def test_a_target_that_the_file_may_not_fetch_is_named_by_hand(here, made, graft
         assert main(*argv) == 1
         assert "--model" in capsys.readouterr().err
         assert main(*argv, "--model", "../large") == 0
+
+
+@pytest.mark.slow
+def test_one_command_goes_from_pairs_to_a_report(demo, here, capsys):
+    asked = ["--pairs", here / "joy.json", "--task", here / "task.json", "--quick", "--random", "1", "--json"]
+    demo.patch.setattr(tasks, "load_task", load_task)
+    assert demo(*asked, command="run") == ["extract_concept", "fit_maps", "choose", "evaluate"]
+    out, err = capsys.readouterr()
+    found = json.loads(out)
+    tuned = load_fields(Transplant, demo.out / "transplant.safetensors").notes["tuning_items"]
+    asked_of = {data.data_hash([i.prompt]) for i in load_task(here / "task.json").items}
+    assert found["n"] == 8 and len(tuned) == 4 and {*tuned} < asked_of
+    assert "chose layers and dose" not in err and Path(found["report"]).exists()
+    assert demo(*asked, command="run") == []
+
+
+def test_items_of_one_scenario_cannot_choose_and_judge(here, capsys):
+    items = json.loads((here / "task.json").read_text())["items"]
+    (here / "one.json").write_text(json.dumps(dict(items=[i | dict(group="the same") for i in items])))
+    assert main("run", "--pairs", "joy.json", "--task", "one.json", "--out", "one") == 1
+    assert "scenarios of their own" in capsys.readouterr().err and not Path("one").exists()
+
+
+def test_in_a_log_a_bar_is_a_line_now_and_then(here, made, monkeypatch, capsys):
+    clock = count(0, 20)
+    monkeypatch.setattr(cli, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    show = dict(disable=None, leave=False, mininterval=0, bar_format="{desc} {n}")
+
+    def slow(*args, path):
+        path.mkdir()
+        for k in tqdm(range(3), desc="outer", **show):
+            for _ in tqdm(range(4), desc="inner", **show):
+                print(f"line {k}")
+        return concept
+
+    concept = Concept.load("made.safetensors")
+    monkeypatch.setattr(concepts, "extract_concept", slow)
+    capsys.readouterr()
+    assert main(*EXTRACT, "honesty", "--out", "slow.safetensors") == 0
+    lines = capsys.readouterr().err.splitlines()
+    bars = [line for line in lines if re.fullmatch(r"(outer|inner) \d", line)]
+    assert [line for line in lines if line.startswith("line")] == [
+        f"line {k}" for k in range(3) for _ in range(4)
+    ]
+    assert len(bars) > 2 and all(line.strip() and "\x1b" not in line for line in lines)

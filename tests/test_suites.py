@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from concept_transfer import cli, suites
+from concept_transfer import cli, evidence, plots, report, steering, suites
 from concept_transfer.arms import ARMS
 from concept_transfer.cards import TEMPLATES
 from concept_transfer.concepts import extract_concept
@@ -328,12 +328,17 @@ def test_every_measure_names_its_terms_and_pins_its_files():
 def test_from_a_shell(planted, index, tmp_path, monkeypatch, capsys):
     push, task = planted
     row = dict(harmful_version="How?\n\nTake one and two and three and four.")
-    monkeypatch.setattr(cli, "MEASURES", {"refusal": stored(index, "refusal", json.dumps([row]))})
-    monkeypatch.setitem(suites.MEASURES, "refusal", cli.MEASURES["refusal"])
-    monkeypatch.setattr(cli, "Transplant", SimpleNamespace(load=lambda file, model: push))
-    monkeypatch.setattr(cli, "evaluate", lambda *a, **k: SimpleNamespace(save=lambda path: None, data={}))
-    for name in ("write_report", "figures", "verdict", "details"):
-        monkeypatch.setattr(cli, name, lambda *a, **k: {})
+    monkeypatch.setattr(suites, "MEASURES", {"refusal": stored(index, "refusal", json.dumps([row]))})
+    monkeypatch.setattr(steering, "Transplant", SimpleNamespace(load=lambda file, model: push))
+    judged = SimpleNamespace(save=lambda path: None, data={})
+    monkeypatch.setattr(evidence, "evaluate", lambda *a, **k: judged)
+    for room, name in (
+        (report, "write_report"),
+        (report, "verdict"),
+        (report, "details"),
+        (plots, "figures"),
+    ):
+        monkeypatch.setattr(room, name, lambda *a, **k: {})
     items = [i._asdict() for i in task.items]
     (tmp_path / "task.json").write_text(json.dumps(dict(name="planted", instruction="Say it. ", items=items)))
     argv = ["evaluate", "--transplant", "t", "--neutral", "neutral", "--task", tmp_path / "task.json"]
