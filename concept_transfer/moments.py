@@ -167,8 +167,8 @@ class Collected(Artefact):
         )
 
 
-# %% ../nbs/13_moments.ipynb #2280324d
-@dataclass(eq=False, kw_only=True)
+# %% ../nbs/13_moments.ipynb #0ccaa224
+@dataclass(eq=False, kw_only=True, repr=False)
 class Moments(_PairSums, Collected):
     "Sums over paired rows, by fold, with the held-out rows that will judge."
 
@@ -468,8 +468,8 @@ class _Shelf:
         return torch.from_file(self.file.name, size=size).view(-1, *self.shape) if size else rows.float()
 
 
-# %% ../nbs/13_moments.ipynb #cba9906f
-@dataclass(eq=False, kw_only=True)
+# %% ../nbs/13_moments.ipynb #a2d80f50
+@dataclass(eq=False, kw_only=True, repr=False)
 class Rows(Collected):
     "Paired rows as they are, with the held-out rows that will judge."
 
