@@ -66,7 +66,7 @@ studies: .venv/.dev ## run all of nbs/studies again, each replaced when it is th
 	$(BIN)/nbdev_clean
 
 benchmarks: .venv/.dev ## tables of run times, into benchmarks/RESULTS.md and nbs/benchmarks.ipynb (long)
-	for f in extraction alignment evidence remote rollout; do $(BIN)/python benchmarks/$$f.py || exit 1; done > benchmarks/RESULTS.part
+	for f in extraction alignment evidence remote rollout gpu; do $(BIN)/python benchmarks/$$f.py || exit 1; done > benchmarks/RESULTS.part
 	mv benchmarks/RESULTS.part benchmarks/RESULTS.md
 	$(BIN)/papermill --kernel python3 --cwd nbs --no-progress-bar nbs/benchmarks.ipynb nbs/.part.ipynb && mv nbs/.part.ipynb nbs/benchmarks.ipynb
 	$(BIN)/nbdev_clean

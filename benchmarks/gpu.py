@@ -2,8 +2,8 @@
 
     python benchmarks/gpu.py [--json] [--toy]
 
-Models are Llamas of 1, 7 and 13 billion random weights in bfloat16; without a card, or with `--toy`, far smaller
-ones on the processor in float32, which say that the script works and nothing of speed.
+Models are Llamas of 1, 7 and 13 billion random weights in bfloat16; without a card, or with `--toy`, far
+smaller ones on the processor in float32, which say that the script works and nothing of speed.
 
 read_vs_published: reading the last token of all layers against one text at a time with all hidden states
 read_vs_bare:      tokens a second against the bare blocks, without a head, on the same batches
@@ -44,16 +44,15 @@ SHAPES = {  # width, layers, heads, heads of keys, width inside
     "13B": (5120, 40, 40, 40, 13824),
 }
 TOYS = {"toy": (64, 4, 4, 2, 128), "wider toy": (128, 4, 4, 4, 256)}
-CARD = dict(texts=512, alone=12, batch=16384, items=24, rows=8192, size=8192, new=24)
-SMALL = dict(texts=24, alone=6, batch=512, items=4, rows=300, size=256, new=4)
+CARD = {"texts": 512, "alone": 12, "batch": 16384, "items": 24, "rows": 8192, "size": 8192, "new": 24}
+SMALL = {"texts": 24, "alone": 6, "batch": 512, "items": 4, "rows": 300, "size": 256, "new": 4}
 KEEP = 4
 
 
 def llama(shape, device):
     "A Llama with random weights, and a tokenizer that is at hand."
-    width, layers, heads, keys, inside = shape
     names = "hidden_size num_hidden_layers num_attention_heads num_key_value_heads intermediate_size".split()
-    config = LlamaConfig(vocab_size=32000, **dict(zip(names, (width, layers, heads, keys, inside), strict=True)))
+    config = LlamaConfig(vocab_size=32000, **dict(zip(names, shape, strict=True)))
     was = torch.get_default_dtype()
     torch.set_default_dtype(torch.float32 if device == "cpu" else torch.bfloat16)
     try:
@@ -171,11 +170,11 @@ def mapping(device, rows, width, size, L=8):
     return found
 
 
-def alone(model, text, v):
+def logp(model, text, v):
     "Log-probabilities (t, V) after every token of a text, steered by a forward hook."
 
     def add(block, inputs, output):
-        return output if v is None else (output[0] + v, *output[1:]) if isinstance(output, tuple) else output + v
+        return output if v is None else output + v
 
     hook = model.layers[len(model.layers) // 2]._module.register_forward_hook(add)
     ids = torch.tensor(encode(model, [text]), device=model._module.device)
@@ -186,25 +185,27 @@ def alone(model, text, v):
 
 
 def loop(model, task, texts, vectors):
-    "Mean log-probability of the first tokens of all choices, and mean KL, of each vector, the plain way."
-    firsts = [[encode(model, [i.prompt + c])[0][len(encode(model, [i.prompt])[0])] for c in i.choices] for i in task]
+    "All answers of each vector, and its mean KL, the plain way."
     base, found = {}, []
     for v in (None, *vectors):
-        chosen = [int(alone(model, i.prompt, v)[-1][k].argmax()) for i, k in zip(task, firsts, strict=True)]
+        for item in task.items:
+            logp(model, item.prompt, v)
         kl = []
         for text in texts:
-            q = alone(model, text, v)[-KEEP - 1 : -1]
+            q = logp(model, text, v)[-KEEP - 1 : -1]
             p = base.setdefault(text, q)
-            kl.append(torch.nn.functional.kl_div(q, p, reduction="none", log_target=True).sum(-1).mean().item())
-        found.append((chosen, float(np.mean(kl))))
+            kl.append(
+                torch.nn.functional.kl_div(q, p, reduction="none", log_target=True).sum(-1).mean().item()
+            )
+        found.append(float(np.mean(kl)))
     return found
 
 
 def batched(model, task, texts, vectors):
     bench = Bench(model, len(model.layers) // 2, task, Corpus("neutral", texts))
     changes = [None, *(adding(v.to(model._module.device)) for v in vectors)]
-    pairs = zip(bench.ask(changes), bench.hurt(changes), strict=True)
-    return [(a.chosen, float(d.kl[:, -KEEP:].mean())) for a, d in pairs]
+    bench.ask(changes)
+    return [float(d.kl[:, -KEEP:].mean()) for d in bench.hurt(changes)]
 
 
 def evidence(model, device, items, vectors):
@@ -212,11 +213,11 @@ def evidence(model, device, items, vectors):
     dtype = model._module.dtype
     vectors = [v.to(device, dtype) for v in vectors]
     jobs = {
-        "loop": partial(loop, model, task.items, texts[8:], vectors),  # damage is told on the second half
+        "loop": partial(loop, model, task, texts[8:], vectors),  # damage is told on the second half
         "ours": partial(batched, model, task, texts, vectors),
     }
     times, got = compared(jobs, device, 1)
-    for (_, plain), (_, ours) in zip(got["loop"][1:], got["ours"][1:], strict=True):
+    for plain, ours in zip(got["loop"][1:], got["ours"][1:], strict=True):
         if abs(plain - ours) > (0.01 if dtype == torch.float32 else 0.1) * plain + 1e-3:
             raise SystemExit(f"damage differs ({plain:.4f} and {ours:.4f}): the comparison is void")
     return {"evidence_vs_loop": ratio(times, "loop", "ours")}
@@ -234,18 +235,18 @@ def writing(model, device, prompts, new, steered):
     return found
 
 
-def measured(shape, device, texts, alone, batch, items, rows, size, new):
+def measured(shape, device, how):
     "All ratios of one model."
     start, model, width = time.perf_counter(), llama(shape, device), shape[0]
-    sentences = load_corpus("general").texts[:texts]
+    texts = load_corpus("general").texts[: how["texts"]]
     g = torch.Generator().manual_seed(0)
     placed = [place(torch.randn(width, generator=g), model, shape[1] // 2, dose=0.1) for _ in range(3)]
-    found = reading(model, device, sentences, alone, batch)
-    found["share_of_peak"] /= rate(size, model._module.dtype, device)
-    found |= evidence(model, device, items, [t.vector() for t in placed])
-    prompts = [" ".join(t.split()[:12]) for t in sentences[:64]]
-    found |= writing(model, device, prompts, new, placed[0])
-    found |= mapping(device, rows, width, size)
+    found = reading(model, device, texts, how["alone"], how["batch"])
+    found["share_of_peak"] /= rate(how["size"], model._module.dtype, device)
+    found |= evidence(model, device, how["items"], [t.vector() for t in placed])
+    prompts = [" ".join(t.split()[:12]) for t in texts[:64]]
+    found |= writing(model, device, prompts, how["new"], placed[0])
+    found |= mapping(device, how["rows"], width, how["size"])
     return found | {"seconds": time.perf_counter() - start}
 
 
@@ -264,7 +265,7 @@ def main():
     card = torch.cuda.is_available() and not a.toy
     found = {}
     for name, shape in (SHAPES if card else TOYS).items():
-        found[name] = measured(shape, "cuda" if card else "cpu", **(CARD if card else SMALL))
+        found[name] = measured(shape, "cuda" if card else "cpu", CARD if card else SMALL)
         gc.collect()
         if card:
             torch.cuda.empty_cache()

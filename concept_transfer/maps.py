@@ -130,7 +130,7 @@ def _folds(u, t=None):  # `SourceLayer`, index of a target layer; default: the s
     return C, torch.baddbmm(S, torch.stack([x, a], 2), torch.stack([c, y - n * c], 1), alpha=-1), c
 
 
-# %% ../nbs/14_maps.ipynb #7fef9c3c
+# %% ../nbs/14_maps.ipynb #70317e0e
 def cv_error(u: SourceLayer) -> Tensor:  # (lambdas, L2)
     "Exact k-fold cross-validated squared error of ridge, relative to the variance."
     (R, Rk, _), out, n = _folds(u), [], u.m.n[:, None]  # (K, r, r) twice, (K, 1)
@@ -139,6 +139,10 @@ def cv_error(u: SourceLayer) -> Tensor:  # (lambdas, L2)
     e, U = torch.linalg.eigh(R)  # (K, r), (K, r, r)
     V, B = U.mT.float(), (U.mT @ Rk @ U).float()  # (K, r, r)
     S = (1 / (e.clamp_min(0)[:, None] + torch.tensor(u.lambdas, device=e.device)[:, None])).float()
+    if (
+        u.side.basis is not None
+    ):  # folds span less than all rows: what they have not seen is zero, not rounding
+        S = S * (e > 1e-10 * e.amax(1, keepdim=True))[:, None]
     for t, sy in enumerate(u.sy):
         C, Ck, c = _folds(u, t)
         A, D = V @ C, V @ Ck  # (K, r, d2)

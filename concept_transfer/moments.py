@@ -532,7 +532,7 @@ def _extend(self: Rows, A, B, fold, weight, near, far):  # (r, L1, d1), (r, L2, 
     self.X, self.Y = self._shelves["X"].add(A), self._shelves["Y"].add(B)
 
 
-# %% ../nbs/13_moments.ipynb #a26becdd
+# %% ../nbs/13_moments.ipynb #486201e2
 @patch
 def add(
     self: Rows,
@@ -545,9 +545,9 @@ def add(
     fold, weight = _labels(X, Y, fold, weight)
     if not ((weight >= 0) & (weight < torch.inf) & (fold >= 0)).all():
         raise ValueError("weights must be finite and not negative, folds from 0 on, one for each row.")
-    X, Y, fold, weight = (A[weight > 0] for A in (X, Y, fold, weight))
     if self.shift_x is None and len(X):
         self.shift_x, self.shift_y = X.mean(0).double(), Y.mean(0).double()
+    X, Y, fold, weight = (A[weight > 0] for A in (X, Y, fold, weight))
     pairs = [torch.zeros(2, 0).long()]  # (2, c)
     for k in fold.unique():
         on = torch.nonzero(fold == k)[:, 0]

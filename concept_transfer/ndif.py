@@ -397,7 +397,7 @@ def planned(self: Ndif, texts, into):
     sums = jobs(x)
     R, own = len(sums), 4 * L2 * d2 * d2 * into.products
     answers = (max(K, R) if by_fold else K * R) * (one + own) + R * one
-    bring = text_tokens(texts) * (y - x) <= answers
+    bring = not hasattr(into, "tally") or text_tokens(texts) * (y - x) <= answers
     return jobs(y) if bring else sums, bring
 
 
