@@ -561,7 +561,7 @@ def fit_maps(
     return entry.fit(*given, **collecting) if entry.fit else solve(collect(*given, **collecting), entry)
 
 
-# %% ../nbs/14_maps.ipynb #b44e63ce
+# %% ../nbs/14_maps.ipynb #28e4e5ee
 @patch
 def __getitem__(self: LayerGrid, layers: Sequence[int]) -> AffineMap:
     try:
@@ -582,7 +582,8 @@ def __getitem__(self: LayerGrid, layers: Sequence[int]) -> AffineMap:
 @patch(as_prop=True)
 def layer_pairs(self: LayerGrid) -> list[tuple[int, int]]:
     "All pairs of layers, the best predicted first."
-    return sorted(product(self.source_layers, self.target_layers), key=lambda layers: -self[layers].r2)
+    pairs = [*product(self.source_layers, self.target_layers)]
+    return [pairs[i] for i in self.r2.flatten().argsort(descending=True, stable=True)]
 
 
 # %% ../nbs/14_maps.ipynb #11d12ad6

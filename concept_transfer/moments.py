@@ -20,7 +20,7 @@ __all__ = [
     "collect",
 ]
 
-# %% ../nbs/13_moments.ipynb #aca119c0
+# %% ../nbs/13_moments.ipynb #b133cdd4
 import copy
 import tempfile
 import time
@@ -32,7 +32,7 @@ from inspect import signature
 from itertools import permutations
 from pathlib import Path
 from shutil import disk_usage
-from typing import Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import numpy as np
 import torch
@@ -117,7 +117,7 @@ def tensors(self: _PairSums):  # as of `Sums.tally`
     return {k: v for k, v in vars(self).items() if isinstance(v, Tensor)}
 
 
-# %% ../nbs/13_moments.ipynb #5c90cef6
+# %% ../nbs/13_moments.ipynb #8327b5d2
 @dataclass(eq=False, kw_only=True)
 class Collected(Artefact):
     "What maps are solved from, as `Moments` or as `Rows`: with the held-out rows that will judge."
@@ -142,6 +142,10 @@ class Collected(Artefact):
     target_layers: tuple[Count, ...] = ()
     template: Template = "{}"
     settings: Notes = field(default_factory=dict)  # thin, weight, folds, held_out, precision
+
+    if TYPE_CHECKING:  # both forms have `add`, `side`, `summed`, `products`, `squares` and `squares_x`
+
+        def __getattr__(self, name: str) -> Any: ...
 
     def __post_init__(self):
         super().__post_init__()
@@ -532,7 +536,7 @@ def _extend(self: Rows, A, B, fold, weight, near, far):  # (r, L1, d1), (r, L2, 
     self.X, self.Y = self._shelves["X"].add(A), self._shelves["Y"].add(B)
 
 
-# %% ../nbs/13_moments.ipynb #486201e2
+# %% ../nbs/13_moments.ipynb #56102d0a
 @patch
 def add(
     self: Rows,
@@ -542,20 +546,20 @@ def add(
     weight: Tensor | None = None,  # (r,) default: 1
 ):
     "Add paired rows. Raises ValueError as `Moments.add` does."
-    fold, weight = _labels(X, Y, fold, weight)
-    if not ((weight >= 0) & (weight < torch.inf) & (fold >= 0)).all():
+    of, w = _labels(X, Y, fold, weight)
+    if not ((w >= 0) & (w < torch.inf) & (of >= 0)).all():
         raise ValueError("weights must be finite and not negative, folds from 0 on, one for each row.")
     if self.shift_x is None and len(X):
         self.shift_x, self.shift_y = X.mean(0).double(), Y.mean(0).double()
-    X, Y, fold, weight = (A[weight > 0] for A in (X, Y, fold, weight))
+    X, Y, of, w = (A[w > 0] for A in (X, Y, of, w))
     pairs = [torch.zeros(2, 0).long()]  # (2, c)
-    for k in fold.unique():
-        on = torch.nonzero(fold == k)[:, 0]
+    for k in of.unique():
+        on = torch.nonzero(of == k)[:, 0]
         on = on[:: 10 if len(on) >= 20 else 1]  # as for `Moments`
         pairs += [torch.stack([on, on.roll(len(on) // 2)])] if len(on) > 1 else []
     if len(X):
         A, B = X - self.shift_x.to(X), Y - self.shift_y.to(Y)
-        self._extend(A, B, fold, weight, *torch.cat(pairs, 1))
+        self._extend(A, B, of, w, *torch.cat(pairs, 1))
 
 
 # %% ../nbs/13_moments.ipynb #7d14a316
@@ -818,10 +822,16 @@ def _place(path):
     return path
 
 
-# %% ../nbs/13_moments.ipynb #f70d4b5a
+# %% ../nbs/13_moments.ipynb #0c794581
 def _kept(path, cls):
-    "Moments or rows at `path`, of which `cls` are expected."
-    other = Rows if cls is Moments else Moments
+    """Moments or rows at `path`, of which `cls` are expected.
+    Raises ValueError where memory has no room for them."""
+    other, size, memory = Rows if cls is Moments else Moments, path.stat().st_size, virtual_memory().available
+    if size > memory:
+        raise ValueError(
+            f"{path} holds {size / 1e9:.3g} GB, and going on from it needs that much memory; free are "
+            f"{memory / 1e9:.3g} GB. Free some, or give another path."
+        )
     try:
         return cls.load(path)
     except ValueError as e:
@@ -871,7 +881,7 @@ def _tell_alike(held, others):
         warnings.warn(f"{len({*near})} of {len(held)} {say}", stacklevel=4)
 
 
-# %% ../nbs/13_moments.ipynb #7079ab0b
+# %% ../nbs/13_moments.ipynb #19fcde38
 _Layers = Annotated[Annotated[Sequence[int], Field(min_length=1)] | None, Listed]
 
 
@@ -892,21 +902,21 @@ def collect(
     how = Reading(**reading)
     if how.folds < 2:
         raise ValueError("folds=1: cross-validation needs two or more.")
-    path, texts = path and _place(path), dict.fromkeys(corpus.texts)
+    file, texts = _place(path) if path else None, dict.fromkeys(corpus.texts)
     rows = text_tokens([how.template.replace("{}", t) for t in texts])
-    new = fresh(source, target, (source_layers, target_layers), how, rows, path and path.parent)
-    m = _resumed(path, new, texts)
+    new = fresh(source, target, (source_layers, target_layers), how, rows, file and file.parent)
+    m = _resumed(file, new, texts)
     todo = [t for t in texts if text_key(t) not in m.seen]
     _tell_alike(*([t for t in texts if (m.fold(t) < 0) == judge] for judge in (True, False)))
-    rest: Any = m, path and Path(f"{path}.jobs"), engine(source).tokens
+    rest: Any = m, file and Path(f"{file}.jobs"), engine(source).tokens
     need = needed(m.shape, rows, m.products)
     form = "sums" if isinstance(m, Moments) else "rows"
     said = f"{form}, {need[form] / 1e9:.2g} GB, then {(need['maps'] + need[f'from {form}']) / 1e9:.2g} GB"
     steps = engine(target).sums(todo, _preparing(source, target, m, how), *rest)
 
     def save():
-        if path and todo and m.seen:
-            m.save(path)
+        if file and todo and m.seen:
+            m.save(file)
 
     with tqdm(total=len(todo), desc=f"moments ({said})", unit="text", disable=None, leave=False) as bar:
         for add in _saving(steps, save, every):

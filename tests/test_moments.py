@@ -717,6 +717,11 @@ def test_a_corpus_kept_as_rows_gives_the_same_maps_and_goes_on(tmp_path, pair, m
     close(one.shuffled.float(), other.shuffled.float(), 1e-2)  # bfloat16
     went_on = collect(*pair, more, **how, path=tmp_path / "m")
     assert isinstance(went_on, Rows)
+    size = (tmp_path / "m").stat().st_size
+    with monkeypatch.context() as little:
+        little.setattr(moments, "virtual_memory", lambda: SimpleNamespace(available=size - 1))
+        with pytest.raises(ValueError, match="going on from it needs that much memory; free are"):
+            collect(*pair, more, **how, path=tmp_path / "m")
     alike(went_on.summed(), all_sums, 1e-4)
     collect(*pair, few, **how, path=tmp_path / "other")
     monkeypatch.setattr(moments, "chosen", lambda *a: "sums")  # of a longer corpus rows may be more than sums
@@ -748,6 +753,17 @@ def test_the_smaller_form_is_chosen_by_arithmetic(monkeypatch):
             ValueError, match=r"8 x 8 layers .* need 15 GB .* and 3.93 GB of disk for about 10,000"
         ):
             chosen(shape, 10_000, False)
+
+
+def test_what_is_kept_and_what_it_takes_is_said_before_the_work(pair, monkeypatch):
+    said, real = [], moments.tqdm
+    monkeypatch.setattr(moments, "tqdm", lambda *a, **k: said.append(k["desc"]) or real(*a, **k))
+    for form in ("sums", "rows"):
+        monkeypatch.setattr(moments, "chosen", lambda *a, form=form: form)
+        collect(*pair, only(FEW), [1], [2])
+    assert said[0].startswith("moments (sums, 0.00032 GB, then ") and said[1].startswith(
+        "moments (rows, 0.0004"
+    )
 
 
 def test_what_does_not_fit_is_refused_before_anything_is_read(pair, monkeypatch, tmp_path):
