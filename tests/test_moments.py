@@ -761,9 +761,8 @@ def test_what_is_kept_and_what_it_takes_is_said_before_the_work(pair, monkeypatc
     for form in ("sums", "rows"):
         monkeypatch.setattr(moments, "chosen", lambda *a, form=form: form)
         collect(*pair, only(FEW), [1], [2])
-    assert said[0].startswith("moments (sums, 0.00032 GB, then ") and said[1].startswith(
-        "moments (rows, 0.0004"
-    )
+    assert said[0] == "moments (sums, 0.0003 GB, then 0.0012 GB)"
+    assert said[1].startswith("moments (rows, 0.000") and said[1].endswith(" GB, then 0.0012 GB)")
 
 
 def test_what_does_not_fit_is_refused_before_anything_is_read(pair, monkeypatch, tmp_path):
