@@ -21,10 +21,10 @@ __all__ = [
     "downstream",
 ]
 
-# %% ../nbs/14_maps.ipynb #73c126c8
+# %% ../nbs/14_maps.ipynb #03a0a96c
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache, cached_property, partial
 from itertools import product
@@ -43,11 +43,11 @@ from .cards import card, heat
 from .concepts import Concept, activations, mean_difference
 from .data import ContrastPairs, Corpus, text_key
 from .models import ModelInfo, model_info
-from .moments import Listed, Moments, Reading, collect, fresh, strict
+from .moments import Collected, Listed, Reading, collect, fresh, strict
 from .pairing import last_token, paired_states
 from .stats import auc, permutation_p
 
-# %% ../nbs/14_maps.ipynb #8e9c3f1c
+# %% ../nbs/14_maps.ipynb #e6e74329
 LAMBDAS = tuple(np.logspace(-5, 1, 13))  # relative to the variance of a standardised dimension
 
 
@@ -58,102 +58,120 @@ def _deviation(variance, mean):
 
 def _inverse(R, lam):  # (..., d, d), () -> (..., d, d)
     "Of R + lam I."
-    return torch.cholesky_inverse(torch.linalg.cholesky(R + lam * torch.eye(R.shape[-1])))
+    return torch.cholesky_inverse(torch.linalg.cholesky(R + lam * torch.eye(R.shape[-1], device=R.device)))
 
 
-# %% ../nbs/14_maps.ipynb #423d83fd
+# %% ../nbs/14_maps.ipynb #d7239695
 @dataclass
 class SourceLayer:
     "One source layer with all target layers, in units of standard deviations about the overall means."
 
-    m: Moments
+    m: Collected
     s: int  # index of the source layer
     lambdas: Sequence[float] = LAMBDAS  # penalties to choose from; a single one is taken as it is
 
     def __post_init__(self):
         m, s, n = self.m, self.s, self.m.n.sum()
-        x, y, squares, R, S = (A.sum(0).div_(n) for A in (m.x[:, s], m.y, m.squares, m.xx[:, s], m.xy[:, s]))
-        R.addr_(x, x, alpha=-1)
-        self.n, self.mean_x, self.mean_y, self.S = n, x, y, S  # (), (d1,), (L2, d2), (d1, L2, d2) float64
-        self.sx = _deviation(R.diagonal(), m.shift_x[s])  # (d1,)
-        self.sy = _deviation(squares - y**2, m.shift_y)  # (L2, d2)
-        self.R = R / torch.outer(self.sx, self.sx)  # (d1, d1) float64
-        self.inverse = cache(partial(_inverse, self.R))  # penalty -> (d1, d1)
+        x, y, xx, yy = (A.sum(0) / n for A in (m.x[:, s], m.y, m.squares_x[:, s], m.squares))
+        self.n, self.mean_x, self.mean_y = n, x, y  # (), (d1,), (L2, d2)
+        self.sx = _deviation(xx - x**2, m.shift_x[s])  # (d1,)
+        self.sy = _deviation(yy - y**2, m.shift_y)  # (L2, d2)
+        self.side = m.side(s, self.sx)
+        self.centre = self.side.x.sum(0) / n  # (r,) r is d1, or less in a basis
+        self.unit = self.sx if self.side.basis is None else torch.ones_like(self.centre)  # (r,)
+        R = self.side.own.sum(0).div_(n).addr_(self.centre, self.centre, alpha=-1)
+        self.R = R / torch.outer(self.unit, self.unit)  # (r, r) float64
+        self.inverse = cache(partial(_inverse, self.R))  # penalty -> (r, r)
 
     @cached_property
     def lam(self) -> Tensor:  # (L2,) for each target layer the penalty of least error, of equals the weakest
-        lambdas = torch.tensor(self.lambdas, dtype=torch.float64)
+        lambdas = torch.tensor(self.lambdas, dtype=torch.float64, device=self.R.device)
         if len(lambdas) == 1:
             return lambdas.expand(len(self.sy))
         error = cv_error(self)  # (lambdas, L2)
         return lambdas[(error <= error.amin(0) + 1e-6).int().argmax(0)]
 
 
-# %% ../nbs/14_maps.ipynb #429b6b78
+# %% ../nbs/14_maps.ipynb #13587ad5
+@patch
+def products(self: SourceLayer, t: int) -> Tensor:  # (r, d2) float64
+    "Mean products of shifted rows with a target layer."
+    return self.side.pair(t).sum(0).div_(self.n)
+
+
 @patch
 def maps(
     self: SourceLayer,
-    make: Callable,  # (this, index of a target layer, C (d1, d2)) -> standardised map (d1, d2)
-    S: Tensor,  # (d1, L2, d2) mean products of shifted rows
-) -> Tensor:  # (L2, d1, d2)
-    "A map to each target layer; zero to a dimension that does not move."
-    x, y, sx, sy = (A.to(S) for A in (self.mean_x, self.mean_y, self.sx, self.sy))
-    out = []
-    for t, unit in enumerate(sy):
-        W = make(self, t, S[:, t].addr(x, y[t], alpha=-1).div_(torch.outer(sx, unit)))
-        out.append(W * torch.outer(1 / sx, unit.nan_to_num(posinf=0)))
-    return torch.stack(out)
+    make: Callable,  # (this, index of a target layer, C (r, d2)) -> standardised map (r, d2)
+    products: Callable,  # index of a target layer -> (r, d2)
+) -> Iterator[Tensor]:  # (d1, d2) each
+    "A map to each target layer in turn; zero to a dimension that does not move."
+    for t, sy in enumerate(self.sy):
+        S = products(t)
+        x, y, unit, sx, sy = (A.to(S) for A in (self.centre, self.mean_y[t], self.unit, self.sx, sy))
+        W = make(self, t, S.addr(x, y, alpha=-1).div_(torch.outer(unit, sy)))
+        if self.side.basis is not None:
+            W = self.side.basis.to(W) @ W
+        yield W * torch.outer(1 / sx, sy.nan_to_num(posinf=0))
 
 
-# %% ../nbs/14_maps.ipynb #5671a252
+# %% ../nbs/14_maps.ipynb #1314452f
 def _folds(u, t=None):  # `SourceLayer`, index of a target layer; default: the source itself
     "Standardised covariances of all other rows, a fold's own products about the others' means, those of y."
-    m, s = u.m, u.s
     if t is None:
-        S, y, sy = m.xx[:, s], m.x[:, s], u.sx  # (K, d1, d), (K, d), (d,)
+        S, y, sy = u.side.own, u.side.x, u.unit  # (K, r, d), (K, d), (d,)
     else:
-        S, y, sy = m.xy[:, s, :, t].float(), m.y[:, t], u.sy[t]
-    x, y, n = (A.to(S) for A in (m.x[:, s] / u.sx, y / sy, m.n[:, None]))  # (K, d1), (K, d), (K, 1)
-    S = S / torch.outer(u.sx, sy).to(S)
-    rest, others = x.sum(0) - x, n.sum() - n  # (K, d1), (K, 1)
-    a, c = rest / others, (y.sum(0) - y) / others  # (K, d1), (K, d)
+        S, y, sy = u.side.pair(t).float(), u.m.y[:, t], u.sy[t]
+    x, y, n = (A.to(S) for A in (u.side.x / u.unit, y / sy, u.m.n[:, None]))  # (K, r), (K, d), (K, 1)
+    S = S / torch.outer(u.unit, sy).to(S)
+    rest, others = x.sum(0) - x, n.sum() - n  # (K, r), (K, 1)
+    a, c = rest / others, (y.sum(0) - y) / others  # (K, r), (K, d)
     C = torch.baddbmm(S.sum(0) - S, rest[..., None], c[:, None], alpha=-1).div_(others[..., None])
     return C, torch.baddbmm(S, torch.stack([x, a], 2), torch.stack([c, y - n * c], 1), alpha=-1), c
 
 
-# %% ../nbs/14_maps.ipynb #afce3f91
+# %% ../nbs/14_maps.ipynb #70317e0e
 def cv_error(u: SourceLayer) -> Tensor:  # (lambdas, L2)
     "Exact k-fold cross-validated squared error of ridge, relative to the variance."
-    (R, Rk, _), out, n = _folds(u), [], u.m.n[:, None]  # (K, d1, d1) twice, (K, 1)
+    (R, Rk, _), out, n = _folds(u), [], u.m.n[:, None]  # (K, r, r) twice, (K, 1)
     if (n > 0).sum() < 2:
         raise ValueError("cross-validation needs rows in two folds; use more folds, or give one lambda.")
-    e, U = torch.linalg.eigh(R)  # (K, d1), (K, d1, d1)
-    V, B = U.mT.float(), (U.mT @ Rk @ U).float()  # (K, d1, d1)
-    S = (1 / (e.clamp_min(0)[:, None] + torch.tensor(u.lambdas)[:, None])).float()  # (K, lambdas, d1)
+    e, U = torch.linalg.eigh(R)  # (K, r), (K, r, r)
+    V, B = U.mT.float(), (U.mT @ Rk @ U).float()  # (K, r, r)
+    S = (1 / (e.clamp_min(0)[:, None] + torch.tensor(u.lambdas, device=e.device)[:, None])).float()
+    if (
+        u.side.basis is not None
+    ):  # folds span less than all rows: what they have not seen is zero, not rounding
+        S = S * (e > 1e-10 * e.amax(1, keepdim=True))[:, None]
     for t, sy in enumerate(u.sy):
         C, Ck, c = _folds(u, t)
-        A, D = V @ C, V @ Ck  # (K, d1, d2)
-        H = (A @ A.mT).mul_(B)  # (K, d1, d1)
-        change = S * (S @ H - 2 * (A * D).sum(-1)[:, None])  # (K, lambdas, d1)
+        A, D = V @ C, V @ Ck  # (K, r, d2)
+        H = (A @ A.mT).mul_(B)  # (K, r, r)
+        change = S * (S @ H - 2 * (A * D).sum(-1)[:, None])  # (K, lambdas, r)
         squares = u.m.squares[:, t] / sy**2 - 2 * u.m.y[:, t] / sy * c + n * c**2  # (K, d2)
         out.append(1 + change.sum((0, 2)).double() / squares.sum())
     return torch.stack(out, 1)
 
 
-# %% ../nbs/14_maps.ipynb #703e5852
+# %% ../nbs/14_maps.ipynb #1edc5a27
 def _ridge(u, t, C):
-    return u.inverse(u.lam[t].item()).to(C) @ C  # (d1, d2)
+    return u.inverse(u.lam[t].item()).to(C) @ C  # (r, d2)
 
 
 def ridge(u: SourceLayer) -> Tensor:  # (L2, d1, d2) float64
     "Centred, standardised ridge from a source layer to every target layer, at the penalties it chose."
-    return u.maps(_ridge, u.S)
+    return torch.stack([*u.maps(_ridge, u.products)])
+
+
+def _controls(u):
+    rows = u.m.n_shuffled
+    for W in u.maps(_ridge, lambda t: u.side.shuffled(t) / rows.clamp_min(1)):
+        yield W * (rows / u.n).sqrt()
 
 
 def control(u: SourceLayer) -> Tensor:  # (L2, d1, d2) float32
     "The same for rows that were paired at random, scaled to the chance of as many rows as the map has."
-    rows = u.m.n_shuffled
-    return u.maps(_ridge, u.m.shuffled[u.s] / rows.clamp_min(1)).mul_((rows / u.n).sqrt())
+    return torch.stack([*_controls(u)])
 
 
 # %% ../nbs/14_maps.ipynb #36e23a50
@@ -164,7 +182,7 @@ def _procrustes(u, t, C):  # `SourceLayer`, (), (d1, d2) -> (d1, d2)
     return Q * (S.sum() / (Q * (u.R @ Q)).sum())
 
 
-# %% ../nbs/14_maps.ipynb #a4ae8c98
+# %% ../nbs/14_maps.ipynb #444b346c
 def _whitened(u, t, C):  # `SourceLayer`, (), (d1, d2) -> (d1, d2)
     """Orthogonal map between whitened spaces, regularised (Smith et al. 2017).
     Raises ValueError where a server kept only the squares of the target."""
@@ -174,8 +192,8 @@ def _whitened(u, t, C):  # `SourceLayer`, (), (d1, d2) -> (d1, d2)
             "fit_maps(..., products=True)."
         )
     y, sy = u.mean_y[t], u.sy[t]  # (d2,)
-    Ry = (u.m.yy[:, t].sum(0) / u.n).addr_(y, y, alpha=-1) / torch.outer(sy, sy)  # (d2, d2)
-    A, B = (torch.linalg.cholesky(M + u.lam[t] * torch.eye(len(M))) for M in (u.R, Ry))  # (d1, d1), (d2, d2)
+    Ry = (u.m.target_products(t).sum(0) / u.n).addr_(y, y, alpha=-1) / torch.outer(sy, sy)  # (d2, d2)
+    A, B = (torch.linalg.cholesky(M + u.lam[t] * torch.eye(len(M))) for M in (u.R, Ry))  # (r, r), (d2, d2)
     inverse, inverse_y = map(torch.linalg.inv, (A, B))
     U, _, V = torch.linalg.svd(inverse @ C @ inverse_y.T, full_matrices=False)
     return inverse.T @ U @ V @ B.T
@@ -380,37 +398,45 @@ class LayerGrid(Artefact):
     settings: Notes = field(default_factory=dict)  # how they were read: thin, weight, folds, held_out
 
 
-# %% ../nbs/14_maps.ipynb #274333d2
-def _judged(u, W, N, x, y, last, orders):  # maps, controls (L2, d1, d2); means (d1,), (L2, d2); of `_deals`
-    "Scores on held-out rows, by name; and the mean cosine of each deal, of the best target layer."
-    T, X = u.m.held_y.transpose(0, 1), u.m.held_x[:, u.s] - x  # (L2, n, d2), (n, d1)
-    centre, sy = T.mean(1, keepdim=True), T.std(1, correction=0, keepdim=True)  # (L2, 1, d2)
-    sy = sy.where(sy > 1e-6 * sy.amax(-1, keepdim=True), torch.inf)
-    P, N = ((X @ A.float() + (y[:, None] - centre)) / sy for A in (W, N))  # (L2, n, d2)
+# %% ../nbs/14_maps.ipynb #a2a193d5
+def _judged(u, t, W, N, x, y, deals):  # map, control (d1, d2); means (d1,), (d2,); what `_deals` gave
+    "Scores on held-out rows, by name; and the mean cosine of each deal."
+    T, X, (last, orders) = u.m.held_y[:, t], u.m.held_x[:, u.s] - x, deals  # (n, d2), (n, d1)
+    centre, sy = T.mean(0), T.std(0, correction=0)  # (d2,)
+    sy = sy.where(sy > 1e-6 * sy.amax(), torch.inf)
+    P, N = ((X @ A.float() + (y - centre)) / sy for A in (W, N))  # (n, d2)
     T, W = (T - centre) / sy, W * u.sx.float().nan_to_num(posinf=0)[:, None] / sy
-    return _scores(T, P, N, W) | {"deals": _dealt(P[:, last], T[:, last], orders)}
+    return _scores(T, P, N, W) | {"deals": _dealt(P[None, last], T[None, last], orders)}
 
 
-# %% ../nbs/14_maps.ipynb #9b7e9be4
+# %% ../nbs/14_maps.ipynb #ed5fffa8
+def _span(u):
+    "Projection on the span of the standardised states that fitted (d1, d1)."
+    e, V = torch.linalg.eigh(u.R)  # (r,), (r, r)
+    V = V[:, e > 1e-8 * e[-1]]  # (r, rank)
+    V = V if u.side.basis is None else u.side.basis @ V  # (d1, rank)
+    return (V @ V.T).float()
+
+
 def _grid(m, make, method, lambdas=LAMBDAS, centred=True):
-    "The maps that `make` gives for a `SourceLayer`, with their controls (L2, d1, d2), judged."
-    rows, deals = [], _deals(m.held_of)
-    for s in tqdm(range(len(m.shift_x)), desc="solving", disable=None, leave=False):
+    "The maps and controls that `make` gives for a `SourceLayer`, one target layer after the other, judged."
+    (_, L1, d1, L2, d2), rows, layers, deals = m.shape, [], [], _deals(m.held_of)
+    W, N = (torch.empty(L1, L2, d1, d2, dtype=k) for k in (torch.float32, torch.bfloat16))
+    for s in tqdm(range(L1), desc="solving", disable=None, leave=False):
         u = SourceLayer(m, s, lambdas)
-        W, N = make(u)
-        W, N = W.float(), N.bfloat16()
         means = m.shift_x[s] + u.mean_x, m.shift_y + u.mean_y
         x, y = (A.float() * centred for A in means)  # (d1,), (L2, d2)
-        e, V = torch.linalg.eigh(u.R)  # (d1,), (d1, d1)
-        V = V[:, e > 1e-8 * e[-1]]  # (d1, rank)
-        row = {"W": W, "shuffled": N, "b": y - x @ W, "lam": u.lam.float(), "scale": u.sx.float()}
-        rows.append(row | {"span": (V @ V.T).float()} | _judged(u, W, N, x, y, *deals))
-    found = vars(m) | {k: torch.stack([row[k] for row in rows]) for k in rows[0]}
-    best = found["deals"].amax(0).numpy()  # (1 + 1000,) the best pair of layers of each deal
+        for t, (W[s, t], N[s, t]) in enumerate(make(u)):
+            one = _judged(u, t, W[s, t], N[s, t], x, y[t], deals)
+            rows.append(one | {"b": y[t] - x @ W[s, t], "lam": u.lam[t].float()})
+        layers.append({"scale": u.sx.float(), "span": _span(u)})
+    found = vars(m) | {k: torch.stack([row[k] for row in rows]).unflatten(0, (L1, L2)) for k in rows[0]}
+    found |= {"W": W, "shuffled": N} | {k: torch.stack([row[k] for row in layers]) for k in layers[0]}
+    best = found["deals"].amax((0, 1)).numpy()  # (1 + 1000,) the best pair of layers of each deal
     found |= {"method": method, "p_value": permutation_p(best[0], best[1:])}
-    for side, d in ("source", m.shape[2]), ("target", m.shape[4]):  # sums of rows alone know no model
-        layers = max(found[f"{side}_layers"]) + 1
-        found[side] = found[side] or ModelInfo("unknown", "unknown", layers, d, "unknown", "unknown")
+    for side, d in ("source", d1), ("target", d2):  # sums of rows alone know no model
+        depth = max(found[f"{side}_layers"]) + 1
+        found[side] = found[side] or ModelInfo("unknown", "unknown", depth, d, "unknown", "unknown")
     found |= {"rows": round(float(m.n.sum())), "texts": len(m.seen), "texts_hash": m.texts_hash}
     grid = LayerGrid(**{k: found[k] for k in LayerGrid.__annotations__})
     if not (grid.r2 > grid.r2_shuffled + 0.01).any():
@@ -441,7 +467,7 @@ def _cut_short(text, i):  # i: number of the text
     return " ".join(words[: max(1, len(words) - 2 - i % 3)])
 
 
-# %% ../nbs/14_maps.ipynb #1fd3da4c
+# %% ../nbs/14_maps.ipynb #8314711a
 def _published(source, target, corpus, *layers, **options):
     "The paper's maps: least squares without centring, penalty or offset, judged as all others are."
     if other := options.keys() - {"held_out", "most_rows", "template"}:
@@ -450,7 +476,7 @@ def _published(source, target, corpus, *layers, **options):
             "or use method='ridge'."
         )
     how, texts = Reading(1, products=False, **options), dict.fromkeys(corpus.texts)
-    m = fresh(source, target, layers, how)
+    m = fresh(source, target, layers, how, len(texts))
     m.seen, m.settings["thin"] = {text_key(t) for t in texts}, "last token of sentences cut short"
     fit, judge = ([t for t in texts if m.fold(t) == k] for k in (0, -1))
     if len(fit) < 2 or not judge:
@@ -466,12 +492,12 @@ def _published(source, target, corpus, *layers, **options):
 
     def make(u):
         W = contrans(X[:, u.s], Y.flatten(1))  # (d1, 2 L2 d2)
-        return W.unflatten(1, Y.shape[1:]).transpose(0, 1).chunk(2)
+        return zip(*W.unflatten(1, Y.shape[1:]).transpose(0, 1).chunk(2), strict=True)
 
     return _grid(m, make, "contrans", (0.0,), False)
 
 
-# %% ../nbs/14_maps.ipynb #65d2214a
+# %% ../nbs/14_maps.ipynb #067df7d9
 MAP_METHODS: dict = {
     m.name: m
     for m in (
@@ -485,9 +511,10 @@ MAP_METHODS: dict = {
 
 
 def map_method(
-    method: str | MapMethod | Callable,  # a name, an entry, or a function (R (d1, d1), C (d1, d2), lam) -> W
+    method: str | MapMethod | Callable,  # a name, an entry, or a function (R (r, r), C (r, d2), lam) -> W
 ) -> MapMethod:
-    "The entry that is meant. Raises ValueError, naming what there is."
+    """The entry that is meant; r is d1, or the number of rows where these are fewer: a function may not care
+    on which axes it sees the source. Raises ValueError, naming what there is."""
     entry = MAP_METHODS.get(method, method)
     if callable(entry):
         name = getattr(entry, "__name__", "custom")
@@ -499,10 +526,10 @@ def map_method(
     return entry
 
 
-# %% ../nbs/14_maps.ipynb #04ec0e8b
+# %% ../nbs/14_maps.ipynb #1d3e8dc8
 @strict
 def solve(
-    m: Moments,
+    m: Collected,  # `Moments` or `Rows`
     method: str | MapMethod | Callable = "ridge",  # as for `map_method`, but one that is solved from moments
 ) -> LayerGrid:
     "Maps between all layers from moments, judged on their held-out rows."
@@ -512,7 +539,7 @@ def solve(
             f"method {entry.name!r} is not solved from moments: use "
             f"{', '.join(k for k, e in MAP_METHODS.items() if e.solve)}."
         )
-    return _grid(m, lambda u: (u.maps(entry.solve, u.S), control(u)), entry.name)
+    return _grid(m, lambda u: zip(u.maps(entry.solve, u.products), _controls(u), strict=True), entry.name)
 
 
 # %% ../nbs/14_maps.ipynb #e0d2590a
@@ -534,7 +561,7 @@ def fit_maps(
     return entry.fit(*given, **collecting) if entry.fit else solve(collect(*given, **collecting), entry)
 
 
-# %% ../nbs/14_maps.ipynb #b44e63ce
+# %% ../nbs/14_maps.ipynb #28e4e5ee
 @patch
 def __getitem__(self: LayerGrid, layers: Sequence[int]) -> AffineMap:
     try:
@@ -555,7 +582,8 @@ def __getitem__(self: LayerGrid, layers: Sequence[int]) -> AffineMap:
 @patch(as_prop=True)
 def layer_pairs(self: LayerGrid) -> list[tuple[int, int]]:
     "All pairs of layers, the best predicted first."
-    return sorted(product(self.source_layers, self.target_layers), key=lambda layers: -self[layers].r2)
+    pairs = [*product(self.source_layers, self.target_layers)]
+    return [pairs[i] for i in self.r2.flatten().argsort(descending=True, stable=True)]
 
 
 # %% ../nbs/14_maps.ipynb #11d12ad6

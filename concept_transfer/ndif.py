@@ -386,7 +386,7 @@ def _summing(made, model, chunks, layers, start, weight):
 # %% ../nbs/08_ndif.ipynb #e9623a8c
 @patch
 def planned(self: Ndif, texts, into):
-    "Lists of chunks of texts, those of a job together, and whether a job brings rows."
+    "Lists of chunks of texts, those of a job together, and whether jobs bring rows; all do without a tally."
     K, L1, d1, L2, d2 = into.shape
     a, b = (2 if "16" in p else 4 for p in into.kind["precision"])  # bytes of a number of either side
     x, y, one, remote = a * L1 * d1, b * L2 * d2, 4 * L1 * d1 * L2 * d2, self.remote  # rows, sums of one fold
@@ -401,7 +401,7 @@ def planned(self: Ndif, texts, into):
     sums = jobs(x)
     R, own = len(sums), 4 * L2 * d2 * d2 * into.products
     answers = (max(K, R) if by_fold else K * R) * (one + own) + R * one
-    bring = text_tokens(texts) * (y - x) <= answers
+    bring = not hasattr(into, "tally") or text_tokens(texts) * (y - x) <= answers
     return jobs(y) if bring else sums, bring
 
 

@@ -1,5 +1,9 @@
-"What the benchmarks have in common, and that growth is found where it is known. No test measures time."
+"""What the benchmarks have in common, and that growth is found where it is known. No test measures time.
 
+The one for a card runs without one, at toy size, and says so; its grid is right."""
+
+import importlib
+import json
 import runpy
 import sys
 from pathlib import Path
@@ -7,6 +11,9 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
+
+from concept_transfer.maps import SourceLayer, control, ridge
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
@@ -117,3 +124,39 @@ def test_the_largest_memory_of_a_job():
         np.ones(10_000_000)  # 80 MB
 
     assert shared.peak(job) == pytest.approx(80e6, rel=0.1)
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    made = importlib.import_module("gpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(made, "TOYS", {"toy": (32, 2, 2, 1, 48)})
+    monkeypatch.setattr(
+        made, "SMALL", made.SMALL | {"texts": 6, "alone": 2, "items": 2, "rows": 60, "new": 2}
+    )
+    return made
+
+
+@pytest.mark.slow
+def test_the_card_benchmark_runs_at_toy_size_and_says_that_there_is_no_card(gpu, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--toy", "--json"])
+    gpu.main()
+    found = json.loads(capsys.readouterr().out)["toy"]
+    told = gpu.__doc__.replace("generate_N", "generate_1 generate_8 generate_64")
+    assert all(k in told for k in found.keys() - {"tokens_a_second", "seconds"}) and len(found) == 10
+    assert all(v > 0 for v in found.values())
+    monkeypatch.setattr(gpu, "measured", lambda *a: found)
+    monkeypatch.setattr(sys, "argv", ["gpu.py"])
+    gpu.main()
+    said = capsys.readouterr().out
+    assert "No GPU is at hand: toy sizes on" in said and "| read_vs_bare | " in said
+
+
+def test_its_grid_is_that_of_the_package(gpu):
+    m = gpu.random_rows(60, 2, 40, "cpu")
+    W, N = gpu.grid(m)
+    for s in range(2):
+        u = SourceLayer(m, s, [0.1])
+        assert torch.allclose(W[s], ridge(u).float()) and u.R.shape == (40, 40)
+        scale = (m.n_shuffled / u.n).sqrt().float()
+        assert torch.allclose(N[s].float() * scale, control(u), rtol=0.02, atol=1e-3)

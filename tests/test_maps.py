@@ -30,7 +30,7 @@ from concept_transfer.maps import (
     solve,
 )
 from concept_transfer.models import ModelInfo, tiny_model, twin
-from concept_transfer.moments import Moments, collect, robust_weight
+from concept_transfer.moments import Moments, Rows, collect, robust_weight
 from concept_transfer.pairing import last_token
 from concept_transfer.steering import place
 
@@ -150,7 +150,7 @@ def test_duplicate_rows_and_constant_dimensions_are_harmless(method):
     X, Y = rows(50)
     X[:, :, 3], Y[:, :, 2] = 7.0, -1.0
     u = SourceLayer(summed(torch.cat([X, X]), torch.cat([Y, Y])), 0)
-    W = u.maps(MAP_METHODS[method].solve, u.S)
+    W = torch.stack([*u.maps(MAP_METHODS[method].solve, u.products)])
     assert torch.isfinite(W).all() and not W[:, 3].any() and not W[:, :, 2].any()
 
 
@@ -367,6 +367,49 @@ def test_fewer_rows_than_dimensions(pair):
     few = Corpus("few", [t for e in ("sadness", "fear") for t in load_pairs(f"emotions/{e}").texts]).take(5)
     maps = fit_maps(tiny_model("llama", hidden_size=192), pair[1], few, [1], [1], folds=2, held_out=0.3)
     assert maps.rows < 192 and torch.isfinite(maps.W).all() and maps.r2[0, 0] > -1
+
+
+def few_rows(weight=None):
+    "Fewer rows than dimensions, one of which does not move, and as many more to judge."
+    X, Y = rows(120, d1=80, noise=30.0)
+    X[:, :, 3] = 7.0
+    m = Rows.zeros(4, 2, 80, 2, 9, source_layers=(0, 1), target_layers=(0, 1))
+    m.add(X[:60], Y[:60], torch.arange(60) % 4, weight)
+    m.held_x, m.held_y, m.held_of = X[60:].float(), Y[60:].float(), torch.arange(60)
+    return X[:60].float().double(), Y[:60].float().double(), m
+
+
+def test_fewer_rows_than_dimensions_are_solved_in_their_span_as_scikit_learn_does():
+    X, Y, m = few_rows()
+    u = SourceLayer(m, 1)
+    sx, sy = (A[:, k].std(0, correction=0) for A, k in ((X, 1), (Y, 0)))
+    sx[3] = 1.0
+    fit = Ridge(alpha=float(u.lam[0]) * 60, solver="svd").fit((X[:, 1] / sx).numpy(), (Y[:, 0] / sy).numpy())
+    assert u.R.shape == (60, 60)
+    Z, T, fold, lost = X[:, 1] / sx, Y[:, 0] / sy, torch.arange(60) % 4, []
+    for lam in (1e-5, 1e-2, 3.0):
+        parts = [(Z[fold != k], T[fold != k], Z[fold == k], T[fold == k]) for k in range(4)]
+        P = [Ridge(alpha=lam * 45, solver="svd").fit(a, b).predict(c) for a, b, c, _ in parts]
+        there = sum((d - b.mean(0)).square().sum() for _, b, _, d in parts)
+        lost.append(
+            sum((d - torch.tensor(p)).square().sum() for p, (*_, d) in zip(P, parts, strict=True)) / there
+        )
+    found = cv_error(SourceLayer(m, 1, (1e-5, 1e-2, 3.0)))[:, 0]
+    np.testing.assert_allclose(found, torch.stack(lost), rtol=1e-4)
+    close(ridge(u)[0], torch.tensor(fit.coef_.T) / sx[:, None] * sy, 1e-5)
+
+
+@pytest.mark.parametrize("method", SOLVED)
+@pytest.mark.filterwarnings("ignore:no map predicts")
+def test_rows_and_their_sums_give_the_same_grid(method):
+    for weight in (None, torch.linspace(0.1, 1, 60).double()):
+        _, _, m = few_rows(weight)
+        one, other = solve(m, method), solve(m.summed(), method)
+        close(one.lam, other.lam, 1e-6)
+        for k in ("W", "b", "r2", "rank", "span", "cosine"):
+            close(getattr(one, k), getattr(other, k), 1e-3)
+        close(one.shuffled.float(), other.shuffled.float(), 1e-2)  # bfloat16
+        assert one.rows == other.rows and one.p_value == other.p_value
 
 
 @pytest.mark.parametrize("d1, d2", [(48, 48), (48, 96), (96, 48)])

@@ -9,6 +9,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from threading import Lock
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,9 +22,9 @@ from concept_transfer import moments
 from concept_transfer.artefacts import load_artefact
 from concept_transfer.data import Corpus, load_pairs, text_key, texts_hash
 from concept_transfer.engine import Chunk
-from concept_transfer.maps import fit_maps
+from concept_transfer.maps import fit_maps, solve
 from concept_transfer.models import model_info, tiny_model, wrap
-from concept_transfer.moments import Moments, collect, robust_weight
+from concept_transfer.moments import Moments, Rows, chosen, collect, needed, robust_weight
 from concept_transfer.pairing import (
     last_token,
     paired_states,
@@ -636,3 +637,137 @@ def test_14_folds_that_are_none_are_refused():
         with pytest.raises(ValueError, match="folds from 0 on"):
             m.add(X, Y, fold)
     assert not m.n.any()
+
+
+# rows in the place of sums
+
+
+def kept(X, Y, folds=4, weight=None, cls=Rows):
+    "In two chunks, as rows or as sums."
+    m = cls.zeros(folds, *X.shape[1:], *Y.shape[1:], settings={"held_out": 0.1})
+    for i in (slice(0, 170), slice(170, None)):
+        m.add(X[i], Y[i], (torch.arange(len(X)) % folds)[i], None if weight is None else weight[i])
+    m.held_x, m.held_y, m.held_of = X[:40].float(), Y[:40].float(), torch.arange(40)
+    return m
+
+
+def same_sums(one, two, tol):
+    for k in (*SUMS, "shuffled", "n_shuffled", "shift_x", "shift_y", "held_x"):
+        close(getattr(one, k), getattr(two, k), tol)
+
+
+def test_rows_sum_up_to_the_moments():
+    X, Y = rows(300)
+    weight = torch.rand(300, generator=torch.Generator().manual_seed(1)).double()
+    weight[::7] = 0
+    for w in (None, weight):
+        same_sums(kept(X, Y, weight=w).summed(), kept(X, Y, weight=w, cls=Moments), 1e-5)
+    m = Rows.zeros(4, 2, 12, 2, 9, products=False)
+    m.add(X, Y)
+    assert m.summed().yy.ndim == 3
+
+
+def test_rows_are_added_turned_and_kept_in_a_file(tmp_path):
+    X, Y = rows(300)
+    one, two = kept(X[:200], Y[:200]), kept(X[200:], Y[200:])
+    one.seen, two.seen = {1, 2}, {3}
+    before = copy.deepcopy(vars(one.summed()))
+    both, mixed = one + two, one + two.summed()
+    for m in (both.summed(), mixed):
+        alike(m, one.summed() + two.summed(), 1e-5)
+    assert torch.equal(both.shift_x, one.shift_x) and both.n_shuffled == one.n_shuffled + two.n_shuffled
+    assert both.seen == {1, 2, 3} and len(both.X) == 300 and len(both.held_x) == 80
+    assert len(one.X) == 200 and torch.equal(one.summed().xy, before["xy"]) and one.seen == {1, 2}
+    with pytest.raises(ValueError, match="would count twice"):
+        one + one
+    alike(one.reversed().summed(), one.summed().reversed(), 1e-6)
+    one.save(tmp_path / "m")
+    again = Rows.load(tmp_path / "m")
+    assert repr(again) == repr(one) and again.kind == one.kind and "Rows" in again._repr_html_()
+    for k, v in vars(one).items():
+        assert not isinstance(v, torch.Tensor) or torch.equal(getattr(again, k), v), k
+    again.add(X[:9], Y[:9])
+    assert len(again.X) == 209 and torch.equal(again.X[:200], one.X)
+    with pytest.raises(ValueError, match="holds kind 'rows', where 'moments' is needed"):
+        Moments.load(tmp_path / "m")
+    with pytest.raises(ValueError, match="'far': holds numbers that are not from 0 to 199"):
+        replace(one, far=one.far + 200)
+
+
+def test_rows_that_are_wrong_are_refused():
+    X, Y = rows(10)
+    for fold, weight in ((-1, None), (0, -torch.ones(10)), (0, torch.full((10,), torch.nan))):
+        with pytest.raises(ValueError, match="weights must be finite and not negative, folds from 0 on"):
+            Rows.zeros(2, 2, 12, 2, 9).add(X, Y, fold, weight)
+    with pytest.raises(ValueError, match="not finite"):
+        Rows.zeros(2, 2, 12, 2, 9).add(X * torch.nan, Y)
+
+
+def test_a_corpus_kept_as_rows_gives_the_same_maps_and_goes_on(tmp_path, pair, monkeypatch):
+    few, more, how = only(FEW), only(FEW + MORE), dict(source_layers=[1], target_layers=[2])
+    sums, all_sums = (collect(*pair, c, **how) for c in (few, more))
+    monkeypatch.setattr(moments, "chosen", lambda *a: "rows")
+    found = collect(*pair, few, **how, path=tmp_path / "m")
+    assert isinstance(found, Rows) and isinstance(sums, Moments) and found.seen == sums.seen
+    same_sums(found.summed(), sums, 1e-5)
+    one, other = solve(found), solve(sums)
+    assert torch.equal(one.lam, other.lam) and one.texts_hash == other.texts_hash
+    for k in ("W", "b", "r2", "span", "rank", "p_value"):
+        close(*(torch.as_tensor(getattr(grid, k)) for grid in (one, other)), 1e-4)
+    close(one.shuffled.float(), other.shuffled.float(), 1e-2)  # bfloat16
+    went_on = collect(*pair, more, **how, path=tmp_path / "m")
+    assert isinstance(went_on, Rows)
+    size = (tmp_path / "m").stat().st_size
+    with monkeypatch.context() as little:
+        little.setattr(moments, "virtual_memory", lambda: SimpleNamespace(available=size - 1))
+        with pytest.raises(ValueError, match="going on from it needs that much memory; free are"):
+            collect(*pair, more, **how, path=tmp_path / "m")
+    alike(went_on.summed(), all_sums, 1e-4)
+    collect(*pair, few, **how, path=tmp_path / "other")
+    monkeypatch.setattr(moments, "chosen", lambda *a: "sums")  # of a longer corpus rows may be more than sums
+    now_sums = collect(*pair, more, **how, path=tmp_path / "other")
+    assert isinstance(now_sums, Moments)
+    alike(now_sums, all_sums, 1e-4)
+    assert isinstance(Moments.load(tmp_path / "other"), Moments)
+    monkeypatch.setattr(moments, "chosen", lambda *a: "rows")  # and sums are never rows again
+    assert isinstance(collect(*pair, more, **how, path=tmp_path / "other"), Moments)
+
+
+def room(monkeypatch, memory, disk=1e15):
+    monkeypatch.setattr(moments, "virtual_memory", lambda: SimpleNamespace(available=memory))
+    monkeypatch.setattr(moments, "disk_usage", lambda folder: SimpleNamespace(free=disk))
+
+
+def test_the_smaller_form_is_chosen_by_arithmetic(monkeypatch):
+    shape = (5, 8, 4096, 8, 8192)
+    need = needed(shape, 10_000, False)
+    sums = 8 * 5 * (64 * 4096 * 8192 + 8 * 4096**2 + 8 * 8192 + 8 * (4096 + 8192)) + 8 * 64 * 4096 * 8192
+    assert need["sums"] == sums and need["rows"] == 4 * 10_000 * 8 * (4096 + 8192)
+    assert need["from rows"] == need["from sums"] > needed(shape, 1000, False)["from rows"]
+    for memory, n, form in ((1e12, 10_000, "sums"), (1e12, 4000, "rows"), (80e9, 10_000, "rows")):
+        room(monkeypatch, memory)
+        assert chosen(shape, n, False) == form
+    for memory, disk in ((10e9, 1e15), (80e9, 1e9)):
+        room(monkeypatch, memory, disk)
+        with pytest.raises(
+            ValueError, match=r"8 x 8 layers .* need 15 GB .* and 3.93 GB of disk for about 10,000"
+        ):
+            chosen(shape, 10_000, False)
+
+
+def test_what_is_kept_and_what_it_takes_is_said_before_the_work(pair, monkeypatch):
+    said, real = [], moments.tqdm
+    monkeypatch.setattr(moments, "tqdm", lambda *a, **k: said.append(k["desc"]) or real(*a, **k))
+    for form in ("sums", "rows"):
+        monkeypatch.setattr(moments, "chosen", lambda *a, form=form: form)
+        collect(*pair, only(FEW), [1], [2])
+    assert said[0] == "moments (sums, 0.0003 GB, then 0.0012 GB)"
+    assert said[1].startswith("moments (rows, 0.000") and said[1].endswith(" GB, then 0.0012 GB)")
+
+
+def test_what_does_not_fit_is_refused_before_anything_is_read(pair, monkeypatch, tmp_path):
+    monkeypatch.setattr(moments, "paired_tokens", None)
+    room(monkeypatch, 1000)
+    for run in (collect, fit_maps):
+        with pytest.raises(ValueError, match="free are 1e-06 GB of memory .* Give fewer source_layers"):
+            run(*pair, only(FEW), [1], [2])

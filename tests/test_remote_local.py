@@ -235,6 +235,15 @@ def test_an_interrupted_collection_goes_on(near, distant, tmp_path, monkeypatch)
     close(covariance(again), covariance(whole), 1e-4)
 
 
+def test_rows_come_back_where_rows_are_kept(near, distant, corpus, monkeypatch):
+    one, other = (collect(near[0], m, corpus, [1], [1, 2], products=False) for m in (near[1], distant[1]))
+    monkeypatch.setattr("concept_transfer.moments.chosen", lambda *a: "rows")
+    found = collect(near[0], distant[1], corpus, [1], [1, 2])
+    assert (type(found).__name__, type(other).__name__) == ("Rows", "Moments") and found.seen == one.seen
+    for m in (found.summed(), other):
+        close(covariance(m), covariance(one), 1e-4)
+
+
 @pytest.mark.parametrize(
     "layers, texts, rows",
     [
