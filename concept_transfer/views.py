@@ -73,16 +73,18 @@ from .stats import auc
 from .steering import Transplant, adding, residual_norm
 from .tasks import ChoiceTask
 
-# %% ../nbs/25_views.ipynb #5ce41661
+# %% ../nbs/25_views.ipynb #f2b5c100
 _PARTS: Any = TEMPLATES.get_template("views.html").module  # its macros, as functions that give safe HTML
 
 
+# %% ../nbs/25_views.ipynb #e9f647e3
 def _as_html(table):
     "A table as HTML, with a dash where nothing was measured."
     shown = table.round(2).astype(object)
     return html_table(list(table), shown.where(table.notna(), "-").values.tolist())
 
 
+# %% ../nbs/25_views.ipynb #c0da3407
 class _View:
     "What shows itself by its title and its table, or by other parts."
 
@@ -103,7 +105,7 @@ class _View:
         return [_as_html(self.table)]  # type: ignore[attr-defined]
 
 
-# %% ../nbs/25_views.ipynb #664d2392
+# %% ../nbs/25_views.ipynb #56013783
 def _traced(logits, base, tokens):
     "KL, and log-probability of each token in the base and now (3, b, keep); of the base itself all of them."
     logp = logits.log_softmax(-1)  # (b, keep, vocabulary)
@@ -114,6 +116,7 @@ def _traced(logits, base, tokens):
     return torch.stack([kl, base.gather(-1, at)[..., 0], logp.gather(-1, at)[..., 0]])
 
 
+# %% ../nbs/25_views.ipynb #ea8bd3df
 def _trace(t, ids, n):  # token ids of a prompt with its text, how many of them are new -> (3, n)
     "What `_traced` says of the last `n` tokens."
     (batch,) = left_batches(t.model, [ids[:-1]], [range(len(ids) - n - 1, len(ids) - 1)])
@@ -123,13 +126,14 @@ def _trace(t, ids, n):  # token ids of a prompt with its text, how many of them 
     return probe(t)
 
 
-# %% ../nbs/25_views.ipynb #35a3e6e7
+# %% ../nbs/25_views.ipynb #b0ca0c1f
 def _new_tokens(model, prompt, text):
     "Token ids of a prompt with its text, and where each new token ends in the text."
     (ids,), (_, (spans,)) = encode(model, [prompt + text]), tokenized(model, [prompt + text])
     return ids, [end - len(prompt) for _, end in spans if end > len(prompt)][-len(ids) + 1 :]
 
 
+# %% ../nbs/25_views.ipynb #448e8610
 def _moved_words(text, base, ends, moves):  # a text and the base model's; ends and moves (n,) of its tokens
     "Words with the space before them, each with its move in nats: None where the base model has it too."
     words, ours = re.findall(r"\s*\S+", text), text.split()
@@ -142,17 +146,19 @@ def _moved_words(text, base, ends, moves):  # a text and the base model's; ends 
     )
 
 
-# %% ../nbs/25_views.ipynb #67491794
+# %% ../nbs/25_views.ipynb #f3b1ad87
 def _unit(t):
     "Where strength 1 pushes, (d,) of length 1."
     return normalize(t.vector(), dim=0)
 
 
+# %% ../nbs/25_views.ipynb #06976ab0
 def _along(t, texts, position="mean"):  # (n,)
     "Where the target reads texts along a transplant."
     return torch.stack([*activations(t.model, texts, [t.layer], position)])[:, 0] @ _unit(t)
 
 
+# %% ../nbs/25_views.ipynb #cb6d8e32
 def _read(t, texts):  # (n,)
     "The same in standard deviations of neutral sentences; all are read as the concept was."
     neutral, position = load_corpus("neutral").texts[:64], t.notes.get("position")
@@ -162,6 +168,7 @@ def _read(t, texts):  # (n,)
     return (along[len(neutral) :] - usual.mean()) / usual.std()
 
 
+# %% ../nbs/25_views.ipynb #aad852d0
 @dataclass(frozen=True)
 class Rung:
     "What was written at one strength; all None where nothing was."
@@ -185,7 +192,7 @@ def _rung(t, prompt, strength, text, base, along):  # texts at this strength and
     return Rung(strength, text, words, float(kl.mean()), float(np.exp(-before.mean())), along)
 
 
-# %% ../nbs/25_views.ipynb #6418cc99
+# %% ../nbs/25_views.ipynb #3af66774
 PROMPTS = (
     "After the funeral, the family",
     "It had rained for three days, and the old man",
@@ -196,6 +203,7 @@ DECODING = {"repetition_penalty": 1.2, "max_new_tokens": 40}
 _SHOWN = 1.0  # standard deviations further along than the base model's text
 
 
+# %% ../nbs/25_views.ipynb #ee4bc086
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
     "Within: random numbers of this seed, on this machine; the others go on behind it as if nothing had been."
@@ -204,12 +212,14 @@ def seeded(seed: int) -> Iterator[None]:
         yield
 
 
+# %% ../nbs/25_views.ipynb #9127fe00
 def _marks(tokenizer):
     "Ids of marks such as <start_of_image> that a tokenizer added and does not call special."
     added = tokenizer.added_tokens_decoder.items()
     return [i for i, x in added if not x.special and re.fullmatch(r"<\|?[a-z]+_\w+\|?>", x.content)]
 
 
+# %% ../nbs/25_views.ipynb #88e34d7e
 def _written(t, prompt, strengths, seed, options):
     "A text for each strength."
     options = {"suppress_tokens": _marks(t.model.tokenizer) or None} | options
@@ -269,7 +279,7 @@ def verdict(self: Ladder) -> str:
     return head + (f"It shows at strength {where}." if found else "It shows at none of these strengths.")
 
 
-# %% ../nbs/25_views.ipynb #dcf1c6a1
+# %% ../nbs/25_views.ipynb #8206bdaf
 _MOST = 4.0  # nats from which a word has its full colour
 _HOW = """Coloured: words that the base model's text does not have there; blue where steering made them
     likelier, orange where less likely. KL: from the base model along this text, nats a token. Perplexity: of
@@ -277,6 +287,7 @@ _HOW = """Coloured: words that the base model's text does not have there; blue w
     deviations of neutral sentences; one more than in its own text counts as showing."""
 
 
+# %% ../nbs/25_views.ipynb #8421a2b1
 @patch
 def parts(self: Ladder) -> list[Markup]:
     "What was found, the rows, and how to read them."
@@ -286,6 +297,7 @@ def parts(self: Ladder) -> list[Markup]:
     return [Markup("<div>{}</div>").format(self.verdict), rows, note(f"{_HOW} Decoding: {how}.")]
 
 
+# %% ../nbs/25_views.ipynb #298084d8
 @patch
 def __repr__(self: Ladder):
     lines = [self.prompt, "strength    KL  perplexity  along  text"]
@@ -314,16 +326,18 @@ def ladder(
     return Ladder(t.name, prompt, tuple(rungs), options)
 
 
-# %% ../nbs/25_views.ipynb #2473d869
+# %% ../nbs/25_views.ipynb #030e8e74
 def _summed(logits, base, extra):
     "Logits summed over all that was asked, (vocabulary,)."
     return logits.double().sum((0, 1))
 
 
+# %% ../nbs/25_views.ipynb #99eaee82
 def _stepping(batch, v):
     return adding(v, "all", batch.mask)
 
 
+# %% ../nbs/25_views.ipynb #59604a1f
 def pushes(
     model: TransformersModel,
     direction: Tensor,  # (d,)
@@ -358,7 +372,7 @@ def ranked_words(
     return [*found.values()]
 
 
-# %% ../nbs/25_views.ipynb #ea6849e9
+# %% ../nbs/25_views.ipynb #6644d5f4
 @dataclass(frozen=True, repr=False)
 class DirectionWords(_View):
     "Nearest and farthest words of some directions, each in its model's vocabulary."
@@ -389,6 +403,7 @@ class DirectionWords(_View):
         return [*super().parts(), Markup("<div>{}</div>").format(self.alone)]
 
 
+# %% ../nbs/25_views.ipynb #3991dece
 def words_of(
     name: str,  # of the concept
     directions: dict[str, tuple[TransformersModel, Tensor]],  # whose: model, and direction (d,)
@@ -472,7 +487,7 @@ class Along(_View):
         return [_as_html(self.ends())]
 
 
-# %% ../nbs/25_views.ipynb #3e3ef7d0
+# %% ../nbs/25_views.ipynb #ef1c9a8c
 def nearest_concepts(
     t: Transplant,
     names: Sequence[str] = PAIRS,  # built-in pairs, read by the target
@@ -485,6 +500,7 @@ def nearest_concepts(
     return Along(t.name, "concepts", "cosine", found)
 
 
+# %% ../nbs/25_views.ipynb #6a79c567
 def farthest_texts(
     t: Transplant,
     texts: Sequence[str],
@@ -497,7 +513,7 @@ def farthest_texts(
     )
 
 
-# %% ../nbs/25_views.ipynb #e682b286
+# %% ../nbs/25_views.ipynb #d7c1a1c4
 def _pieces(model, text):
     "Which tokens of a text stand for characters, and these, with the space before them."
     (spans,) = tokenized(model, [text])[1]
@@ -506,6 +522,7 @@ def _pieces(model, text):
     return at, [text[a:b] for a, b in zip(ends, ends[1:], strict=False)]
 
 
+# %% ../nbs/25_views.ipynb #e5272e91
 def _token_scale(model, layer, unit):
     "Mean and standard deviation of the tokens of neutral sentences along a direction, without the first."
     H = activations(model, load_corpus("neutral").texts[:32], [layer], "all")
@@ -513,6 +530,7 @@ def _token_scale(model, layer, unit):
     return along.mean(), along.std()
 
 
+# %% ../nbs/25_views.ipynb #1dfe94d1
 def _reading(model, layer, unit, text, scale):
     "Each piece of a text with its place on a direction."
     at, pieces = _pieces(model, text)
@@ -522,7 +540,7 @@ def _reading(model, layer, unit, text, scale):
     return [*zip(pieces, along.tolist(), strict=True)]
 
 
-# %% ../nbs/25_views.ipynb #380bd216
+# %% ../nbs/25_views.ipynb #f446c59a
 @dataclass(frozen=True, repr=False)
 class TokenHeat(_View):
     "A text as models read it on a concept's direction, token by token."
@@ -546,6 +564,7 @@ class TokenHeat(_View):
         return [_PARTS.readings(self.rows, 4)]
 
 
+# %% ../nbs/25_views.ipynb #30890e6e
 @strict
 def token_heat(
     t: Transplant,
@@ -601,7 +620,7 @@ class MovedItems(_View):
         return table[: self.n], table[table.change < 0][::-1][: self.n]
 
 
-# %% ../nbs/25_views.ipynb #31684d5f
+# %% ../nbs/25_views.ipynb #ec5a132a
 @patch
 def parts(self: MovedItems) -> list[Markup]:
     "Both ends."
@@ -612,6 +631,7 @@ def parts(self: MovedItems) -> list[Markup]:
     return out
 
 
+# %% ../nbs/25_views.ipynb #76c783c0
 @patch
 def show(self: MovedItems) -> Figure:
     "Slope chart of margins: all items, the most moved, and those that were moved the wrong way."
@@ -628,6 +648,7 @@ def show(self: MovedItems) -> Figure:
     return fig
 
 
+# %% ../nbs/25_views.ipynb #d4ca29be
 def moved_items(
     t: Transplant,
     task: ChoiceTask,
@@ -674,7 +695,7 @@ class Separation(_View):
         return [_as_html(self.table[self.table.wrong > 0][:5].drop(columns="wrong"))]
 
 
-# %% ../nbs/25_views.ipynb #4bf746d6
+# %% ../nbs/25_views.ipynb #2b596797
 @patch
 def show(self: Separation) -> Figure:
     "Histograms of both sides; the worst misplaced text of each stands in it."
@@ -696,6 +717,7 @@ def show(self: Separation) -> Figure:
     return fig
 
 
+# %% ../nbs/25_views.ipynb #b341e789
 def separation(
     t: Transplant,
     pairs: ContrastPairs,  # that did not make the direction
@@ -708,7 +730,7 @@ def separation(
     return Separation(t.name, pairs, (along - middle) / along.std())
 
 
-# %% ../nbs/25_views.ipynb #fd09bbe8
+# %% ../nbs/25_views.ipynb #a1933400
 @dataclass(frozen=True, repr=False)
 class LayerScores(_View):
     "What is known of every pair of layers."
@@ -731,6 +753,7 @@ class LayerScores(_View):
         return pd.DataFrame({"source": source, "target": target, **some, "rounds": reached})
 
 
+# %% ../nbs/25_views.ipynb #74682410
 def layer_scores(
     maps: LayerGrid,
     concept: Concept,
@@ -776,7 +799,7 @@ def show(self: LayerScores) -> Figure:
     return fig
 
 
-# %% ../nbs/25_views.ipynb #ac6ee691
+# %% ../nbs/25_views.ipynb #0d1f4690
 @dataclass(frozen=True, repr=False)
 class Compared(_View):
     "Cosines of concepts with each other before and after a map."
@@ -807,6 +830,7 @@ class Compared(_View):
         return fig
 
 
+# %% ../nbs/25_views.ipynb #008e2b4b
 def compare_concepts(
     concepts: Sequence[Concept],  # of the map's source
     map: AffineMap,
@@ -817,7 +841,7 @@ def compare_concepts(
     return Compared(tuple(c.name for c in concepts), *((v @ v.T).numpy() for v in (before, after)))
 
 
-# %% ../nbs/25_views.ipynb #cefef47f
+# %% ../nbs/25_views.ipynb #9c323ee4
 @dataclass(frozen=True, repr=False)
 class Together(_View):
     "What two transplants do alone and at once."
@@ -838,6 +862,7 @@ class Together(_View):
         return pd.DataFrame([*rows, ["damage (KL)", *self.kl, np.nan]], columns=columns)
 
 
+# %% ../nbs/25_views.ipynb #c45801d7
 def together(
     one: Transplant,
     other: Transplant,  # at the same layer

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from concept_transfer import cli, evidence, plots, report, steering, suites
+from concept_transfer import cli, evidence, plots, report, steering, suites, views
 from concept_transfer.arms import ARMS
 from concept_transfer.cards import TEMPLATES
 from concept_transfer.concepts import extract_concept
@@ -337,6 +337,8 @@ def test_from_a_shell(planted, index, tmp_path, monkeypatch, capsys):
         (report, "verdict"),
         (report, "details"),
         (plots, "figures"),
+        (views, "ladder"),
+        (views, "direction_words"),
     ):
         monkeypatch.setattr(room, name, lambda *a, **k: {})
     items = [i._asdict() for i in task.items]
