@@ -286,6 +286,7 @@ def triples_of(study):
     if results.exists():
         dense = json.dumps(json.loads(results.read_text()))
         flat = re.findall(r"\[([-\d.e]+), ([-\d.e]+), ([-\d.e]+)\]", dense)
+        flat += re.findall(r': ([-\d.e]+), "low": ([-\d.e]+), "high": ([-\d.e]+)', dense)
         found += [[float(x) for x in t] for t in flat]
     return found
 
