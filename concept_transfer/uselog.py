@@ -320,11 +320,14 @@ def _instruments():
 
         tracer = get_tracer("concept_transfer")
     with suppress(ImportError):
-        from prometheus_client import Counter, Histogram
+        from prometheus_client import REGISTRY, Counter, Histogram
 
-        labels = ["concept", "arm"]
-        count = Counter("concept_transfer_requests", "Requests answered", labels)
-        clock = Histogram("concept_transfer_seconds", "Seconds an answer took", labels)
+        kept, labels = vars(REGISTRY), ["concept", "arm"]
+        if "concept_transfer" not in kept:  # it takes a name once, and a notebook may load this twice
+            count = Counter("concept_transfer_requests", "Requests answered", labels)
+            clock = Histogram("concept_transfer_seconds", "Seconds an answer took", labels)
+            kept["concept_transfer"] = count, clock
+        count, clock = kept["concept_transfer"]
     return tracer, count, clock
 
 
