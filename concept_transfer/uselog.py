@@ -331,7 +331,7 @@ def _instruments():
     return tracer, count, clock
 
 
-# %% ../nbs/27_uselog.ipynb #02100282
+# %% ../nbs/27_uselog.ipynb #5c72581f
 def _told(row):
     "A span and counts for a row."
     tracer, count, clock = _instruments()
@@ -348,9 +348,8 @@ def _told(row):
             "concept_transfer.head": _name(row),
         } | {f"concept_transfer.{k}": row[k] for k in ("concept", "artefact", "strength", "dose", "kl")}
         end = time.time_ns()
-        span = tracer.start_span(
-            f"text_completion {row['model']}", start_time=end - int(1e9 * row["seconds"])
-        )
+        start = end - int(1e9 * row["seconds"])
+        span = tracer.start_span(f"text_completion {row['model']}", start_time=start)
         span.set_attributes({k: v for k, v in said.items() if v is not None})
         span.end(end)
     if count:
