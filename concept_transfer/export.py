@@ -237,7 +237,7 @@ def _vectors(path):
     return layers, _MADE in read.fields and json.loads(read.fields[_MADE].contents())
 
 
-# %% ../nbs/23_export.ipynb #c4b513c9
+# %% ../nbs/23_export.ipynb #5062dc12
 def server_command(
     engine: str,  # llama.cpp or vllm
     file: str | Path,  # exported for it
@@ -260,10 +260,12 @@ def server_command(
             raise NotCompared(
                 "vLLM lacks our plugin. In its environment: pip install --no-deps concept_transfer"
             )
-        ask["vllm_xargs"] = {"steer": load_fields(Transplant, file).name, "strength": 1.0}
+        t = load_fields(Transplant, file)
+        ask["vllm_xargs"] = {"steer": t.name, "strength": 1.0}
         variables = {"VLLM_PLUGINS": "concept_transfer", SERVED: str(Path(file).absolute())}
         variables["VLLM_NO_USAGE_STATS"] = "1"  # it tells its makers of every start
-        options = ["-m", "vllm.entrypoints.openai.api_server", "--enforce-eager", "--model"]
+        options = ["-m", "vllm.entrypoints.openai.api_server", "--enforce-eager"]
+        options += ["--dtype", t.target.precision or "auto", "--model"]  # that of the dose and the evidence
     else:
         raise ValueError(f"engine {engine!r}: use llama.cpp or vllm. A baked model runs in any.")
     command = [engine_program(engine), *options, str(model), "--host", "127.0.0.1", "--port", str(port)]
