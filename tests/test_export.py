@@ -412,7 +412,7 @@ def test_serve_starts_a_server_that_exists_and_says_how_to_ask(llama, engines, c
     assert cli.main(asked.split()) == 0
     check, _, called, served = (engines / "called").read_text().splitlines()
     assert check == "-c import concept_transfer.vllm_plugin"
-    assert "vllm.entrypoints.openai.api_server --enforce-eager --model folder" in called
+    assert "vllm.entrypoints.openai.api_server --enforce-eager --dtype float32 --model folder" in called
     assert served == str(engines / "joy.safetensors")
     out = json.loads(capsys.readouterr().out)
     assert out["request"]["vllm_xargs"] == {"steer": "joy", "strength": 1.0}
