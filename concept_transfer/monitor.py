@@ -71,12 +71,16 @@ class Alarm:
     advice: str
 
 
-# %% ../nbs/29_monitor.ipynb #ea5a8fb1
+# %% ../nbs/29_monitor.ipynb #81f511d1
 _ADVICE = {
     "norm": "the stream has another length: run check, and set the dose anew if it says so",
     "projection": "prompts or target are others than at tuning: look at both, run check, refit if it says so",
     "kl": "set the dose anew; switch it off while it breaks more than you allow",
     "repetition": "set the dose anew; switch it off where texts repeat themselves",
+}
+_FALLEN = {
+    "kl": "answers are moved less than they were: run check, and set the dose anew if it says so",
+    "repetition": "texts repeat themselves less than they did: look at samples",
 }
 _OTHERWISE = "look at samples; run check, and refit if it says so; switch it off while in doubt"
 
@@ -89,7 +93,7 @@ def _parting(x):
     return 1 + int(np.argmax(abs(s) / np.sqrt(k * (n - k))))
 
 
-# %% ../nbs/29_monitor.ipynb #abd5f5bf
+# %% ../nbs/29_monitor.ipynb #0804d988
 class _Stream:
     "One number: what is usual, its detector, and what was seen since the last alarm."
 
@@ -113,8 +117,8 @@ class _Stream:
         before, after = [*self.seen][:k], [entry for entry in [*self.seen][k:] if entry[2]]
         self.seen = deque(after, self.seen.maxlen)
         usual, now = (float(np.mean([x for _, x, _ in part])) for part in (before, after))
-        since, advice = after[0][2], _ADVICE.get(name, _OTHERWISE)
-        return Alarm(name, since["n"], since["time"], usual, now, advice)
+        since, known = after[0][2], _ADVICE | _FALLEN if now < usual else _ADVICE
+        return Alarm(name, since["n"], since["time"], usual, now, known.get(name, _OTHERWISE))
 
 
 # %% ../nbs/29_monitor.ipynb #7c51f82c

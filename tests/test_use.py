@@ -710,13 +710,16 @@ def known(joy):
 
 
 @pytest.mark.parametrize(
-    "name, move", [("kl", {"kl": 0.25}), ("norm", {"norm": 7.0}), ("good", {"good": 0.2})]
+    "name, move",
+    [("kl", {"kl": 0.25}), ("kl", {"kl": 0.02}), ("norm", {"norm": 7.0}), ("good", {"good": 0.2})],
 )
 def test_what_moves_is_named_with_its_beginning(known, name, move):
     rng, monitor = np.random.default_rng(1), Monitor(known)
     found = [a for n in range(700) for a in monitor(row(n, rng, **(move if n >= 400 else {})))]
     assert [a.number for a in found] == [name] and abs(found[0].since - 400) < 40
-    assert (found[0].now > found[0].usual) == (name != "good") and found[0].advice
+    fell = found[0].now < found[0].usual
+    assert fell == (name == "good" or move.get("kl") == 0.02)
+    assert ("less than they were" in found[0].advice) == (name == "kl" and fell)
 
 
 def test_numbers_that_are_none_are_passed_over(known):
