@@ -655,12 +655,12 @@ def _pickled(path):
     return {int(k): v.float().squeeze() for k, v in getattr(read, "layer_activations", read).items()}
 
 
-# %% ../nbs/23_export.ipynb #b2969a1b
+# %% ../nbs/23_export.ipynb #c541e873
 def import_vector(
     path: str | Path,
     target: TransformersModel,  # the model that it was made for
 ) -> Transplant | Concept:
-    """A vector of another tool, or of `export`: a transplant, or a concept where it has several layers.
+    """A vector of another tool, or of `export`: a transplant, or a concept of another tool's several layers.
     Raises ValueError for another file, and for a vector that does not fit the model."""
     info, path = model_info(target), Path(path).expanduser()
     try:

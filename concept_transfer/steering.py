@@ -383,7 +383,7 @@ def _carried(concept, layer, map):
     return found | moved | {"source": concept.model, "source_layer": source}
 
 
-# %% ../nbs/15_steering.ipynb #cbbc7dee
+# %% ../nbs/15_steering.ipynb #69478783
 @strict
 def place(
     concept: Concept | Tensor | np.ndarray | Sequence,  # of source or target, or a direction (d,)
@@ -433,8 +433,8 @@ def carriers(
     for m in maps:
         m.target.require(self.target, "this map (target side)")
     if (ends := [m.layers[1] for m in maps]) != at:
-        ends, at = (", ".join(str(k) for k in some) for some in (ends, at))
-        raise ValueError(f"this map ends at layer {ends}, the transplant stands at layer {at}.")
+        there, here = (str(x).strip("[]") for x in (ends, at))
+        raise ValueError(f"this map ends at layer {there}, the transplant stands at layer {here}.")
     return maps
 
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable
 from functools import cache, partial, wraps
 from typing import Any
 
-# %% ../nbs/22_vllm_plugin.ipynb #cd8ad9f8
+# %% ../nbs/22_vllm_plugin.ipynb #2c670f34
 SERVED = "CONCEPT_TRANSFER_SERVED"  # the variable that names transplant files, separated as in PATH
 
 
@@ -27,7 +27,7 @@ def served() -> dict:  # {name: {layer: vector of strength 1 (d,)}}
         with safe_open(path, "pt") as file:
             head, rows = json.loads(file.metadata()["concept_transfer"]), [file.get_tensor("direction")]
             if "deeper" in head:
-                rows += file.get_tensor("deeper_directions")
+                rows += [*file.get_tensor("deeper_directions")]
         if head["positions"] != "all":
             raise ValueError(f"{path} steers the positions {head['positions']!r}; vLLM can steer all alone.")
         if head["name"] in found:

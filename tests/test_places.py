@@ -1,5 +1,6 @@
 "Several directions at several layers under one dose, from the search to every way out."
 
+import copy
 import json
 from contextlib import ExitStack
 from dataclasses import replace
@@ -19,7 +20,7 @@ from concept_transfer.evidence import evaluate
 from concept_transfer.export import export, import_vector
 from concept_transfer.maps import fit_maps
 from concept_transfer.measure import Bench
-from concept_transfer.models import load_model, tiny_model, twin
+from concept_transfer.models import load_model, tiny_model, twin, wrap
 from concept_transfer.selection import choose, transplant
 from concept_transfer.steering import Transplant, generate, joined, place
 from concept_transfer.tasks import load_task
@@ -188,9 +189,10 @@ def test_a_changed_target_is_checked_at_every_place(given):
     louder = load_model(target._module, target.tokenizer)
     source, own = load_model(*planted_module()), [maps[2, k] for k in (1, 2)]
     assert check(t, louder, map=own, source=source, neutral=NEUTRAL).verdict == "valid"
-    moved, _ = twin(target, 1)
-    found = check(t, moved, target, own, source, NEUTRAL)
-    assert found.verdict in ("re-fit", "refuse") and found.numbers["r2"][0] < 0.9
+    module = copy.deepcopy(target._module)
+    module.model.layers[2].mlp.down_proj.weight.mul_(30)  # reaches the deeper place alone
+    found = check(t, wrap(module, target.tokenizer, "changed"), target, own, source, NEUTRAL)
+    assert found.verdict == "re-fit" and 0 < found.numbers["r2"][0] < 0.9
     with pytest.raises(ValueError, match="ends at layer 2"):
         check(t, louder, map=own[1], source=source)
     assert adopt(t, louder, target).layers == t.layers
@@ -201,18 +203,19 @@ def test_a_changed_target_is_checked_at_every_place(given):
 def test_every_way_out_holds_all_places(llama, tmp_path, to, monkeypatch):
     monkeypatch.setenv("CONCEPT_TRANSFER_ENGINES", str(tmp_path / "engines"))
     t, some = llama
-    receipt = export(t, tmp_path / "out.gguf", to)
+    out = tmp_path / ("joy.gguf" if to == "gguf" else "joy")
+    receipt = export(t, out, to)
     if receipt.strengths:
         assert receipt.difference < 1e-4 < receipt.strengths[1.0]["moved"]
     if to == "gguf":
-        back = import_vector(tmp_path / "out.gguf", t.model)
+        back = import_vector(out, t.model)
         assert back.layers == t.layers
         for p, q in zip(back.places, some, strict=True):
             torch.testing.assert_close(p.vector(-2), q.vector(-2))
     if to == "hub":
-        assert "after layer 1, 2, 3 (counted" in (tmp_path / "out.gguf" / "README.md").read_text()
+        assert "after layer 1, 2, 3 (counted" in (out / "README.md").read_text()
     if to == "vllm":
-        monkeypatch.setenv(SERVED, str(tmp_path / "out.gguf"))
+        monkeypatch.setenv(SERVED, str(out))
         served.cache_clear()
         ask = type("Params", (), {"extra_args": {"steer": "joy", "strength": -2.0}})
         found = deltas([(2, None), (3, ask)])
