@@ -78,7 +78,7 @@ def _direction(x):
     return v
 
 
-# %% ../nbs/15_steering.ipynb #f6d62ff3
+# %% ../nbs/15_steering.ipynb #172f9c94
 @final
 @dataclass(frozen=True)
 class Transplant(Artefact):
@@ -126,14 +126,23 @@ class Transplant(Artefact):
         if at != sorted({*at}):
             raise ValueError(f"layers {at}: give each once, the lowest first.")
 
-    def __repr__(self):
-        there, here = (str(x).strip("[]") for x in self.layers)
-        where = f"{self.source.name}[{there}] -> " if self.source else ""
-        kl = f", KL {self.notes['kl']:.2f}" if "kl" in self.notes else ""
-        return f"Transplant({self.name!r}, {where}{self.target.name}[{here}], dose {self.dose:.3g}{kl})"
+
+# %% ../nbs/15_steering.ipynb #1ba2ae25
+@patch
+def vector(
+    self: Transplant,
+    strength: float | Sequence[float] = 1.0,  # or one for each of b texts
+) -> Tensor:  # (d,), or (b, d)
+    """What is added to the residual stream at this strength, at the lowest place. Raises ValueError for one
+    that is not finite."""
+    if np.shape(strength) == (0,):
+        raise ValueError("strength []: give a number, or one for each text.")
+    some = [_number(s, "strength") for s in (strength if np.ndim(strength) else [strength])]  # type: ignore
+    v = [self.direction * (s * self.dose * self.norm / self.direction.norm()) for s in some]
+    return torch.stack(v) if np.ndim(strength) else v[0]
 
 
-# %% ../nbs/15_steering.ipynb #518f55a8
+# %% ../nbs/15_steering.ipynb #a8a965ef
 _COLUMNS = dict(  # of one place and of the deeper ones
     zip(("layer", "direction", "norm", "source_layer", "shuffled"), Transplant.added, strict=True)
 )
@@ -144,15 +153,15 @@ def places(self: Transplant) -> list[Transplant]:
     "Each place as a transplant of its own, the lowest first."
     if self.deeper is None:
         return [self]
-    first, known = replace(self, **dict.fromkeys(self.added)), {"source_layer": None, "shuffled": None}
-    columns = {k: getattr(self, v) for k, v in _COLUMNS.items() if getattr(self, v) is not None}
-    rows = (known | dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True))
+    first = replace(self, **dict.fromkeys(self.added))
+    columns = {k: getattr(self, v) for k, v in _COLUMNS.items()}
+    rows = [{k: x if x is None else x[i] for k, x in columns.items()} for i in range(len(self.deeper))]
     return [first, *(replace(first, **row) for row in rows)]
 
 
 @patch(as_prop=True)
 def layers(self: Transplant) -> list:
-    "The layer of the source and that of the target; a list of them in the place of one that differs."
+    "[layer of the source, layer of the target]; a list in the place of one that differs between places."
     pairs = [(t.source_layer, t.layer) for t in self.places]
     return [x[0] if len({*x}) == 1 else [*x] for x in zip(*pairs, strict=True)]
 
@@ -176,19 +185,13 @@ def joined(
     return replace(first, **stacked)
 
 
-# %% ../nbs/15_steering.ipynb #1ba2ae25
+# %% ../nbs/15_steering.ipynb #195d536a
 @patch
-def vector(
-    self: Transplant,
-    strength: float | Sequence[float] = 1.0,  # or one for each of b texts
-) -> Tensor:  # (d,), or (b, d)
-    """What is added to the residual stream at this strength, at the lowest place. Raises ValueError for one
-    that is not finite."""
-    if np.shape(strength) == (0,):
-        raise ValueError("strength []: give a number, or one for each text.")
-    some = [_number(s, "strength") for s in (strength if np.ndim(strength) else [strength])]  # type: ignore
-    v = [self.direction * (s * self.dose * self.norm / self.direction.norm()) for s in some]
-    return torch.stack(v) if np.ndim(strength) else v[0]
+def __repr__(self: Transplant):
+    there, here = (str(x).strip("[]") for x in self.layers)
+    where = f"{self.source.name}[{there}] -> " if self.source else ""
+    kl = f", KL {self.notes['kl']:.2f}" if "kl" in self.notes else ""
+    return f"Transplant({self.name!r}, {where}{self.target.name}[{here}], dose {self.dose:.3g}{kl})"
 
 
 # %% ../nbs/15_steering.ipynb #58eae65d
@@ -383,7 +386,7 @@ def _carried(concept, layer, map):
     return found | moved | {"source": concept.model, "source_layer": source}
 
 
-# %% ../nbs/15_steering.ipynb #69478783
+# %% ../nbs/15_steering.ipynb #e375d2ec
 @strict
 def place(
     concept: Concept | Tensor | np.ndarray | Sequence,  # of source or target, or a direction (d,)
@@ -416,6 +419,7 @@ def place(
     return Transplant(**found, layer=layer, dose=dose, target=info, positions=positions, model=target)
 
 
+# %% ../nbs/15_steering.ipynb #7dc6b976
 def maps_of(
     map: AffineMap | Sequence[AffineMap],
 ) -> list[AffineMap]:
