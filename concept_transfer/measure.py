@@ -151,20 +151,20 @@ def facts(self: Answers) -> dict:
     return {"items": len(self.items), **{k: f"{v.mean():.3f}" for k, v in self.metrics.items()}}
 
 
-# %% ../nbs/16_measure.ipynb #786375fd
+# %% ../nbs/16_measure.ipynb #7122a69c
 Steered = Transplant | Callable | None  # what is done to the residual stream; None: nothing
 
 
 def _changes(batch, steered, layer):
-    "What is done to the residual stream of a batch, by layer; a function of yours is for the one given."
-    if not isinstance(steered, Transplant):
+    "What places, or a function of yours for the layer that is given, do to the stream of a batch, by layer."
+    if not isinstance(steered, list):
         return {layer: steered} if steered else {}
-    where, asked = steered.positions, batch.asked
+    where, asked = steered[0].positions, batch.asked
     rule: Any = (lambda *_: asked) if position_rule(where, "write").asked else where
-    return {t.layer: adding(t.vector(), rule, batch.mask) for t in steered.places}
+    return {t.layer: adding(t.vector(), rule, batch.mask) for t in steered}
 
 
-# %% ../nbs/16_measure.ipynb #c2d832cc
+# %% ../nbs/16_measure.ipynb #b2c1c7a2
 _R = TypeVar("_R")  # a record
 
 
@@ -188,7 +188,8 @@ class Probe(Generic[_R]):
                 t.target.require(self.target, f"transplant {t.name!r}")
                 if t.layer != self.layer:
                     raise ValueError(f"{t} stands at layer {t.layer}, this bench at layer {self.layer}.")
-        some = [partial(_changes, steered=t, layer=self.layer) for t in changes]
+        steered = [t.places if isinstance(t, Transplant) else t for t in changes]
+        some = [partial(_changes, steered=x, layer=self.layer) for x in steered]
         return [self.judge(parts) for parts in self.run(some)]
 
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ["residual_norm", "Transplant", "joined", "adding", "continuations", "generate", "place", "maps_of"]
 
-# %% ../nbs/15_steering.ipynb #cf7f7cb2
+# %% ../nbs/15_steering.ipynb #bf285ed0
 import math
 import re
 from collections.abc import Iterator, Sequence
@@ -14,13 +14,13 @@ from dataclasses import dataclass, field, replace
 from os.path import commonprefix
 from pathlib import Path
 from threading import local
-from typing import final
+from typing import Annotated, final
 
 import numpy as np
 import torch
 from fastcore.basics import patch
 from nnsight import TransformersModel
-from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor
 from transformers import GenerationConfig
 
@@ -166,9 +166,10 @@ def layers(self: Transplant) -> list:
     return [x[0] if len({*x}) == 1 else [*x] for x in zip(*pairs, strict=True)]
 
 
-# %% ../nbs/15_steering.ipynb #e44f05a2
+# %% ../nbs/15_steering.ipynb #4e870475
+@strict
 def joined(
-    transplants: Sequence[Transplant],  # of one model, at different layers
+    transplants: Annotated[Sequence[Transplant], Field(min_length=1)],  # of one model, at different layers
 ) -> Transplant:
     """One transplant at all their places; dose, name and notes are those of the lowest. Raises ValueError for
     different models or positions, and for a layer that comes twice."""
