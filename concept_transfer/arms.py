@@ -31,7 +31,7 @@ __all__ = [
     "measured",
 ]
 
-# %% ../nbs/17_arms.ipynb #2082dcbe
+# %% ../nbs/17_arms.ipynb #c4eba7fb
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -61,7 +61,7 @@ from concept_transfer.measure import (
 )
 from .models import model_info
 from .moments import Listed, Strict
-from .steering import Transplant, generate
+from .steering import Transplant, generate, joined, place
 from .tasks import BEHAVIOURS, TASKS, ChoiceTask, Task, load_task
 
 # %% ../nbs/17_arms.ipynb #b2e17e33
@@ -267,7 +267,7 @@ class Arm:
     followed: bool = False  # dose curves, knowledge, texts and other behaviours are asked too
 
 
-# %% ../nbs/17_arms.ipynb #a6f73373
+# %% ../nbs/17_arms.ipynb #81ffcf76
 def _as_read(trial, pairs):
     "Pairs, position and reducer as of the concept. Raises ValueError where that cannot be repeated."
     t, notes = trial.t, trial.t.notes
@@ -282,40 +282,62 @@ def _as_read(trial, pairs):
     return pairs, position, REDUCERS.get(notes.get("reducer", ""), REDUCERS["mean_difference"])
 
 
-def _placed(trial, v, name=None, map=None):
-    "A direction or a concept where the transplant stands."
-    return trial.bench.place(v, map, dose=trial.t.dose, positions=trial.t.positions, name=name)
+def _placed(trial, found, name=None, maps=None):
+    "A direction or a concept for every place of the transplant, there; `maps` are those that carry it."
+    bench, t, out = trial.bench, trial.t, []
+    for p, x, m in zip(t.places, found, maps or [None] * len(found), strict=True):
+        how: dict = dict(dose=t.dose, positions=t.positions, name=name, norm=bench.norm_at(p.layer))
+        out.append(place(x, bench.model, None if m else p.layer, m, **how))
+    return joined(out)
+
+
+def _everywhere(trial, x, name=None):
+    "The same for every place."
+    return _placed(trial, [x] * len(trial.t.places), name)
+
+
+def _at(trial):
+    "The layers of its places."
+    return [t.layer for t in trial.t.places]
 
 
 def native_direction(trial: Trial, pairs: ContrastPairs) -> list[Transplant]:
     """The direction that `pairs` show in the target, at the place of the transplant. Raises ValueError where
     the concept was read in a way that cannot be repeated."""
     pairs, position, reducer = _as_read(trial, pairs)
-    return [_placed(trial, extract_concept(trial.bench.model, pairs, [trial.t.layer], position, reducer))]
+    return [_everywhere(trial, extract_concept(trial.bench.model, pairs, _at(trial), position, reducer))]
 
 
-# %% ../nbs/17_arms.ipynb #d8676f46
+# %% ../nbs/17_arms.ipynb #134d35e8
 def _random_directions(trial):
-    "The same place and dose with Gaussian directions."
-    t, g = trial.t, torch.Generator().manual_seed(trial.settings.seed)
-    return [
-        replace(t, name=f"random {i}", direction=torch.randn(len(t.direction), generator=g), notes={})
-        for i in range(trial.settings.random)
-    ]
+    "The same places and dose with Gaussian directions."
+    g, out = torch.Generator().manual_seed(trial.settings.seed), []
+    for i in range(trial.settings.random):
+        drawn = [replace(t, direction=torch.randn(len(t.direction), generator=g)) for t in trial.t.places]
+        out.append(replace(joined(drawn), name=f"random {i}", notes={}))
+    return out
 
 
-# %% ../nbs/17_arms.ipynb #a1a9fd1f
+# %% ../nbs/17_arms.ipynb #a53cbaeb
 def _fewer(trial):
     "Generator and number of draws of a stronger control: half as many."
     return np.random.default_rng(trial.settings.seed), (trial.settings.random + 1) // 2
 
 
+def _shuffled(trial):
+    "The concept through maps of shuffled pairs, where all places have that."
+    some = trial.t.places
+    known = all(t.shuffled is not None for t in some)
+    return [joined([replace(t, direction=t.shuffled) for t in some])] if known else []
+
+
 def _like_states(trial):
     "Directions distributed as the states of neutral text are, without the first token, which is a sink."
     (rng, n), bench = _fewer(trial), trial.bench
-    texts = activations(bench.model, bench.texts[0], [bench.layer], "all")  # (t, 1, d) each
-    X = torch.cat([x[1:, 0] for x in texts]).numpy()  # (tokens, d)
-    drawn = rng.normal(size=(n, len(X))) @ (X - X.mean(0))  # (n, d)
+    texts = activations(bench.model, bench.texts[0], _at(trial), "all")  # (t, L, d) each
+    X = torch.cat([x[1:] for x in texts]).numpy()  # (tokens, L, d)
+    weight = rng.normal(size=(n, len(X)))  # (n, tokens): the same mix of states at every place
+    drawn = zip(*(weight @ (x - x.mean(0)) for x in X.swapaxes(0, 1)), strict=True)  # n times L of (d,)
     return [_placed(trial, v, f"like states {i}") for i, v in enumerate(drawn)]
 
 
@@ -324,36 +346,43 @@ def _permuted(trial):
     (rng, n), bench = _fewer(trial), trial.bench
     pairs, position, reducer = _as_read(trial, trial.given["pairs"])
     texts = [pairs.template.replace("{}", x) for x in pairs.texts]
-    H = torch.stack([*activations(bench.model, texts, [bench.layer], position)])[:, 0]  # (texts, d)
+    H = torch.stack([*activations(bench.model, texts, _at(trial), position)])  # (texts, L, d)
     k, out = len(pairs.positive), []
     for i in range(n):
         order = rng.permutation(len(H))
         if pairs.groups[:k] == pairs.groups[k:]:
             swap = rng.random(k) < 0.5
             order = np.concatenate([np.arange(k) + k * swap, np.arange(k) + k * ~swap])
-        out.append(_placed(trial, reducer(H[order[:k]], H[order[k:]]), f"permuted {i}"))
+        found = [reducer(h[order[:k]], h[order[k:]]) for h in H.unbind(1)]
+        out.append(_placed(trial, found, f"permuted {i}"))
     return out
 
 
-# %% ../nbs/17_arms.ipynb #da28b302
-def _word(trial, layer):
-    "The direction that promotes the asked word, taken after some layer of the target."
-    v = word_direction(trial.bench.model, trial.bench.task, layer)
-    return [] if v is None else [_placed(trial, v, "the word")]
+# %% ../nbs/17_arms.ipynb #631e1933
+def _unembedding(trial):
+    "The direction that promotes the asked word, taken after the last layer of the target."
+    v = word_direction(trial.bench.model, trial.bench.task)
+    return [] if v is None else [_everywhere(trial, v, "the word")]
+
+
+def _gradient(trial):
+    "The same, taken where the transplant stands."
+    found = [word_direction(trial.bench.model, trial.bench.task, layer) for layer in _at(trial)]
+    return [] if found[0] is None else [_placed(trial, found, "the word")]
 
 
 def _word_carried(trial):
-    "The direction that promotes the asked word in the source, through the map."
-    source, map = trial.given["source"], trial.given["map"]
+    "The direction that promotes the asked word in the source, through the maps."
+    source, maps = trial.given["source"], trial.t.carriers(trial.given["map"])
     v = word_direction(source, trial.bench.task)
-    return [] if v is None else [_placed(trial, v @ map.W, "the word, carried")]
+    return [] if v is None else [_placed(trial, [v @ m.W for m in maps], "the word, carried")]
 
 
 def _other_carried(trial):
-    "The other concept, read in the source, through the map."
-    pairs, map = trial.given["other"], trial.given["map"]
-    concept = extract_concept(trial.given["source"], pairs, [map.layers[0]])
-    return [_placed(trial, concept, pairs.name, map)]
+    "The other concept, read in the source, through the maps."
+    pairs, maps = trial.given["other"], trial.t.carriers(trial.given["map"])
+    concept = extract_concept(trial.given["source"], pairs, sorted({m.layers[0] for m in maps}))
+    return [_placed(trial, [concept] * len(maps), pairs.name, maps)]
 
 
 # %% ../nbs/17_arms.ipynb #41d3cd5a
@@ -369,7 +398,7 @@ def few_shot(
     return "".join(f"{i.prompt}{i.choices[(i.target + rotate) % len(i.choices)]}\n\n" for i in shown)
 
 
-# %% ../nbs/17_arms.ipynb #55c3fde1
+# %% ../nbs/17_arms.ipynb #4eadbecf
 _DIRECTIONS = (
     Arm("base", "base model", lambda x: [Unsteered(x.bench.model)], "", "#555555", "s"),
     Arm("transplanted", "transplanted", lambda x: [x.t], "", "#0072b2", followed=True),
@@ -387,7 +416,7 @@ _DIRECTIONS = (
     Arm(
         "shuffled_map",
         "shuffled-pair map",
-        lambda x: [replace(x.t, direction=v) for v in [x.t.shuffled] if v is not None],
+        _shuffled,
         "",
         "#cc79a7",
         "P",
@@ -404,19 +433,19 @@ _DIRECTIONS = (
     ),
 )
 
-# %% ../nbs/17_arms.ipynb #2bd543c3
+# %% ../nbs/17_arms.ipynb #d183b17a
 _NO_WORD = "the choices differ from item to item, or the model is not on this machine"
 _WORDS = (
     Arm(
         "unembedding",
         "unembedding of the word",
-        lambda x: _word(x, -1),
+        _unembedding,
         "",
         "#aa3377",
         "*",
         _NO_WORD,
     ),
-    Arm("gradient", "gradient of the word", lambda x: _word(x, x.t.layer), "", "#cc6699", "h", _NO_WORD),
+    Arm("gradient", "gradient of the word", _gradient, "", "#cc6699", "h", _NO_WORD),
     Arm(
         "logit_bias",
         "raised logit of the word",
@@ -538,7 +567,7 @@ def _measured_draws(trial, arm, some, first):
     ]
 
 
-# %% ../nbs/17_arms.ipynb #4b00c2bb
+# %% ../nbs/17_arms.ipynb #ec0d4238
 def described(model: TransformersModel) -> str:
     "A model by name, width and precision."
     return f"{model_info(model)}, {engine(model).precision}"
@@ -548,7 +577,8 @@ def made_of(draw: Any) -> Any:
     "All that an arm's draw does to a model."
     match draw:
         case Transplant():
-            return draw.layer, draw.vector(), draw.positions
+            found = [(t.layer, t.vector(), t.positions) for t in draw.places]
+            return found if draw.deeper else found[0]
         case Unsteered():
             return described(draw.model)
         case Words() | Placed():

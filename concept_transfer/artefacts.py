@@ -284,7 +284,7 @@ def load_artefact(
     return tensors, head
 
 
-# %% ../nbs/04_artefacts.ipynb #8ed6f952
+# %% ../nbs/04_artefacts.ipynb #7bf2e01a
 def _unmeasured(x):
     "NaN for None, which stands for it in files."
     if x in (math.inf, -math.inf):
@@ -307,14 +307,14 @@ Notes = Annotated[dict, BeforeValidator(_told)]  # where something comes from
 _FLOATS = dict.fromkeys(("kl", "lam", "damage_budget", "held_out", "search_p"), float)
 _COUNTS = dict.fromkeys(("n_pairs", "seed", "rows", "texts", "texts_read", "folds"), Count)
 _WORDS = dict.fromkeys("reducer position method texts_hash tuning map thin weight".split(), str)
-_Tried: Any = TypedDict("_Tried", {"layers": list[Count]})
+_Tried: Any = TypedDict("_Tried", {"layers": list[Count | list[Count]]})
 _TRIED: Any = with_config({"extra": "allow"})(_Tried)
 _LISTS = {"precision": list[str], "tuning_items": list[str], "search": list[_TRIED]}
 _SAID = _FLOATS | _COUNTS | _WORDS | _LISTS | {"template": Template, "r2": Score, "auc": Score}
 _NOTES = schema("allow", *_SAID.items(), total=False)
 
 
-# %% ../nbs/04_artefacts.ipynb #00269b04
+# %% ../nbs/04_artefacts.ipynb #0157f161
 class Artefact:
     """A dataclass in one safetensors file. What is made, in memory or from a file, is checked: the types of
     its fields, and `shapes`. Fields that do not count in a comparison stay out of files."""
@@ -322,6 +322,7 @@ class Artefact:
     artefact = "artefact"  # which kind it is, in the file
     shapes: Any = {}  # {field: sizes by name, then perhaps "<" and what its numbers are below}
     apart: Any = ()  # values in files that the class itself looks after
+    added: Any = ()  # fields that came later: None where a file lacks them, and None stays out of files
     endless: Any = ()  # tensors that may hold infinity
     missing: Any = {}  # values for what files of format 1 may lack
 
@@ -339,7 +340,7 @@ class Artefact:
         return load_fields(cls, path)
 
 
-# %% ../nbs/04_artefacts.ipynb #56092035
+# %% ../nbs/04_artefacts.ipynb #069d2a66
 @cache
 def _declared(cls):
     "Fields that are tensors, with their types, and what compares all others."
@@ -353,13 +354,13 @@ def _check_values(x):
     tensors, others = _declared(type(x))  # type: ignore[arg-type]
     for k, kind in tensors.items():
         v, dtypes = getattr(x, k), [torch.int64] if kind is LongTensor else _DTYPES
-        if v is None and k in x.missing:
+        if v is None and k in {*x.missing, *x.added}:
             continue
         if not isinstance(v, Tensor) or v.dtype not in dtypes:
             raise ValueError(f"{k!r}: a tensor of {dtypes[0]} is needed, found {getattr(v, 'dtype', v)}.")
         if not (v.isfinite() if k not in x.endless else ~v.isnan()).all():
             raise ValueError(f"{k!r}: holds numbers that are not finite.")
-        if k.startswith("direction") and not v.any(-1).all():
+        if "direction" in k and not v.any(-1).all():
             raise ValueError(f"{k!r}: a direction of zeros points nowhere.")
     rest = {f.name: getattr(x, f.name) for f in fields(x) if f.compare and f.name not in {*tensors, *x.apart}}
     vars(x).update(_valid(others.validate_json, json.dumps(rest, default=_listed)))
@@ -385,14 +386,20 @@ def _check_shapes(x):
             raise ValueError(f"{k!r} is {v}, but layers go from 0 to {min(most) - 1}.")
 
 
-# %% ../nbs/04_artefacts.ipynb #c5cc507b
+# %% ../nbs/04_artefacts.ipynb #5d29a740
+def _values(x):
+    "What counts of a dataclass, by name; of what came later only what is there."
+    found = {f.name: getattr(x, f.name) for f in fields(x) if f.compare}
+    return {k: v for k, v in found.items() if v is not None or k not in getattr(x, "added", ())}
+
+
 def save_fields(
     x: Any,  # an `Artefact`
     path: str | Path,
     **more: Any,  # further values for the file, or in the place of fields
 ):
     "Write an object to one safetensors file, whole or not at all; `load_fields` reads it."
-    values = {f.name: getattr(x, f.name) for f in fields(x) if f.compare} | more
+    values = _values(x) | more
     tensors = {k: v for k, v in values.items() if isinstance(v, Tensor)}
     _write(path, x.artefact, tensors, {k: v for k, v in values.items() if k not in tensors})
 
@@ -404,7 +411,7 @@ def load_fields(
     "Make an object of the fields in a file. Raises as `load_artefact` does."
     tensors, head = load_artefact(path, cls.artefact)
     known = {f.name for f in fields(cls) if f.compare}  # type: ignore[arg-type]
-    given = (cls.missing if head["format"] == 1 else {}) | tensors
+    given = dict.fromkeys(cls.added) | (cls.missing if head["format"] == 1 else {}) | tensors
     given |= {k: v for k, v in head.items() if k not in _HEAD_NAMES}
     if wrong := given.keys() - {*known, *cls.apart} or known - given.keys():
         raise ValueError(f"{path}: {', '.join(sorted(wrong))}: not known, or missing. Make it again.")
@@ -435,7 +442,7 @@ def _told_once(x, memo):
     return memo[x]
 
 
-# %% ../nbs/04_artefacts.ipynb #8b5733c3
+# %% ../nbs/04_artefacts.ipynb #799d0ef5
 def _said(x, memo):
     "A value as nested lists of what `repr` tells apart."
     said = partial(_said, memo=memo)
@@ -457,7 +464,7 @@ def _said(x, memo):
         case CodeType():
             parts = x.co_code, x.co_names, said(x.co_consts)
         case _ if is_dataclass(x):
-            parts = [said({f.name: getattr(x, f.name) for f in fields(x) if f.compare})]
+            parts = [said(_values(x))]
         case _:
             parts = map(said, x.__reduce_ex__(2))
     return [type(x).__name__, getattr(x, "__module__", ""), *parts]

@@ -558,7 +558,7 @@ def cmd_plot(
     return {"out": out}, f"{out} is drawn."
 
 
-# %% ../nbs/30_cli.ipynb #8a16ec63
+# %% ../nbs/30_cli.ipynb #5184ab77
 @command
 def cmd_transplant(
     concept: str,  # file
@@ -567,7 +567,7 @@ def cmd_transplant(
     task: Callable | None = None,  # to choose with: file, or a built-in one such as emotions/fear
     pairs: str | None = None,  # the concept's, for the target to read: they rank the layers
     damage: float = 0.1,  # KL in nats a token that strength 1 may cost
-    layers: str = "auto",  # auto, or LS:LT counted from 0
+    layers: str = "auto",  # auto, or LS:LT counted from 0; LS:LT,LT,... puts it at several layers
     model: str | None = None,  # the target: name it where it comes from a hub, or lies elsewhere now
 ) -> Said:
     """put a concept into the target
@@ -581,17 +581,21 @@ def cmd_transplant(
     from concept_transfer.models import load_model
     from concept_transfer.selection import transplant as placed
 
-    pair = re.fullmatch(r"auto|(\d+):(\d+)", layers)
+    pair = re.fullmatch(r"auto|(\d+):(\d+(?:,\d+)*)", layers)
     if not pair:
-        raise BadParameter(f"--layers {layers!r} is neither auto nor LS:LT, such as 20:12.")
+        raise BadParameter(f"--layers {layers!r} is neither auto nor LS:LT, such as 20:12 or 20:9,12.")
     if damage <= 0:
         raise BadParameter(f"--damage {damage}: give nats a token above 0, such as 0.1.")
     file = _writable(out)
     read, maps = Concept.load(concept), LayerGrid.load(map)
     maps.source.require(read.model, "this map (source side)")
     items, own = task and task("tune"), load_pairs(pairs) if pairs else None
-    where: Any = (int(pair[1]), int(pair[2])) if pair[1] else layers
-    _ = pair[1] and maps[where]  # layers without a map: say so before the model is loaded
+    where: Any = layers
+    if pair[1]:
+        several = [int(k) for k in pair[2].split(",")]
+        where = int(pair[1]), several if len(several) > 1 else several[0]
+        for k in several:  # layers without a map: say so before the model is loaded
+            maps[int(pair[1]), k]
     if task and layers != "auto":
         _warn(f"--task is not used: --layers {layers} leaves nothing to choose.")
     target = load_model(model) if model else maps.target.load()
@@ -599,7 +603,7 @@ def cmd_transplant(
         t = placed(read, maps, target, items, where, damage, pairs=own)
         notes = {k: t.notes[k] for k in ("kl", "damage_budget")}
         names = dict(concept=t.name, source=maps.source.name, target=t.target.name)
-        return _made(t, out, dose=t.dose, layers=[t.source_layer, t.layer], **names, **notes)
+        return _made(t, out, dose=t.dose, layers=t.layers, **names, **notes)
 
 
 # %% ../nbs/30_cli.ipynb #23977e44
@@ -654,9 +658,14 @@ def cmd_generate(
     return facts | dict(base=base), f"base:    {prompt}{base}\n\nsteered: {prompt}{text}"
 
 
-# %% ../nbs/30_cli.ipynb #12ce1740
+# %% ../nbs/30_cli.ipynb #586054c8
+def _own(maps, t):
+    "The maps that carried a transplant."
+    return [maps[p.source_layer, p.layer] for p in t.places]
+
+
 def _known(transplant, map, source):
-    "A transplant without its model, the map that carried it and the source of that, where they are given."
+    "A transplant without its model, the maps that carried it and their source, where they are given."
     from concept_transfer.artefacts import load_artefact, load_fields
     from concept_transfer.maps import AffineMap, LayerGrid
     from concept_transfer.models import load_model
@@ -665,8 +674,8 @@ def _known(transplant, map, source):
     t, own = load_fields(Transplant, transplant), None
     if map:
         single = load_artefact(map)[1]["kind"] == AffineMap.artefact
-        own = AffineMap.load(map) if single else LayerGrid.load(map)[t.source_layer, t.layer]
-    return t, own, load_model(source) if source else own and own.source.load()
+        own = [AffineMap.load(map)] if single else _own(LayerGrid.load(map), t)
+    return t, own, load_model(source) if source else own and own[0].source.load()
 
 
 @command
@@ -887,7 +896,7 @@ def _smaller(texts, tune, test):
     return texts.take(300), (tune.take(32), test.take(50))
 
 
-# %% ../nbs/30_cli.ipynb #5118ab7e
+# %% ../nbs/30_cli.ipynb #b62590d5
 def _flow(folder, models, pairs, texts, items, settings, most, other=None):
     """From pairs to the report, each step in a file of the folder. `items` choose, and judge; `most` layer
     pairs are tried."""
@@ -923,7 +932,7 @@ def _flow(folder, models, pairs, texts, items, settings, most, other=None):
     t = keep("transplant.safetensors", select, load, tune.hash, neutral.hash, most)
 
     _say(f"     {t!r}\n5/6  evidence, on {len(test)} items that made and chose nothing here")
-    given: dict = dict(pairs=pairs, other=other, source=source, map=maps[t.source_layer, t.layer])
+    given: dict = dict(pairs=pairs, other=other, source=source, map=_own(maps, t))
     judge = partial(evaluate, t, test, neutral, settings=settings, path=folder / "arms.jsonl", **given)
     e = keep("evidence.json", judge, Evidence.load, test.hash, other and other.hash, str(settings))
     _say("6/6  report")

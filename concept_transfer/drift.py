@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ["SHARED", "SAME", "KEPT", "FACTOR", "Drift", "check", "refit", "adopt"]
 
-# %% ../nbs/21_drift.ipynb #8033df54
+# %% ../nbs/21_drift.ipynb #69d6137f
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from .models import model_info
 from .moments import Moments, strict
 from .pairing import paired_states
 from .stats import bootstrap, interval, scenario_folds
-from .steering import Transplant
+from .steering import Transplant, joined
 from .tasks import load_task
 
 # %% ../nbs/21_drift.ipynb #7afb35e7
@@ -84,18 +85,24 @@ def _explained(Y, P, of):  # states and predictions (r, d2), (r,) -> (3, texts)
     return _sums(*(((A - A.mean(0)) / sd).split(of.bincount().tolist()) for A in (Y, P)))
 
 
-# %% ../nbs/21_drift.ipynb #0a845884
-def _measured(t, model, map, source, neutral):
+# %% ../nbs/21_drift.ipynb #476e8186
+def _norm(norms):
+    "The residual norm at the places of a transplant, one number."
+    return float(np.mean([*norms]))
+
+
+def _measured(t, model, maps, source, neutral):
     "What a transplant does in a model, by name; answers and effect are lists of arrays, by question."
     cloze: Any = load_task("cloze")
     bench = Bench(model, t.layer, cloze, neutral)
     here = replace(t, target=model_info(model), model=model)
     base, moved = ([x - x.mean() for x in a.logp] for a in bench.ask([None, here]))
-    found = {"norm": bench.norm, "kl": bench.dosing(here).mean, "answers": base}
+    found = {"norm": _norm(bench.norm_at(p.layer) for p in t.places)}
+    found |= {"kl": bench.dosing(here).mean, "answers": base}
     found["effect"] = [b - a for a, b in zip(base, moved, strict=True)]
-    if map:
+    for map in maps:
         X, Y, of = _states(map, source, model, [x for half in bench.texts for x in half])
-        found["r2"] = _explained(Y, map(X), of)  # (3, texts)
+        found["r2"] = found.get("r2", 0) + _explained(Y, map(X), of)  # (3, texts)
     return found
 
 
@@ -151,13 +158,13 @@ def _opened(transplant):
     return transplant if isinstance(transplant, Transplant) else load_fields(Transplant, transplant)
 
 
-# %% ../nbs/21_drift.ipynb #15655584
+# %% ../nbs/21_drift.ipynb #b78af155
 @strict
 def check(
     transplant: Transplant | str | Path,  # or its file
     updated_target: TransformersModel,  # what its target has become
     old_target: TransformersModel | None = None,
-    map: AffineMap | None = None,  # that carried it
+    map: AffineMap | Sequence[AffineMap] | None = None,  # that carried it; a list for several places
     source: TransformersModel | None = None,  # of the map
     neutral: Corpus | None = None,  # the text that set the dose; default: the built-in neutral corpus
 ) -> Drift:
@@ -167,25 +174,25 @@ def check(
     t, new = _opened(transplant), model_info(updated_target)
     if bool(map) != bool(source):
         raise ValueError("a map is judged by states of its source: give both, map and source.")
-    if map:
-        map.source.require(model_info(source), "this map (source side)")
-        map.target.require(t.target, "this map (target side)")
-        if map.layers[1] != t.layer:
-            raise ValueError(f"this map ends at layer {map.layers[1]}, {t} stands at layer {t.layer}.")
+    maps = t.carriers(map) if map else []
+    for m in maps:
+        m.source.require(model_info(source), "this map (source side)")
     if old_target:
         t.target.require(model_info(old_target), f"transplant {t.name!r}")
     if t.target.same(new):
         return Drift("valid", ("the same weights",), {})
     if apart := _apart(t.target, new):
         return Drift("refuse", (*apart, _ADVICE["refuse"]), {})
-    now = _measured(t, updated_target, map, source, neutral)
-    then, text = {"norm": t.norm, "kl": t.notes.get("kl")}, (neutral or load_corpus("neutral")).hash
+    now = _measured(t, updated_target, maps, source, neutral)
+    then: dict = {"norm": _norm(p.norm for p in t.places), "kl": t.notes.get("kl")}
+    text = (neutral or load_corpus("neutral")).hash
     if t.notes.get("neutral", text) != text:
         then["kl"] = None  # was measured on other text
     if old_target:
-        then = _measured(t, old_target, map, source, neutral)
-    elif map and map.r2 > 0:
-        then["r2"] = np.outer([map.r2**0.5, 1, 1], np.ones(now["r2"].shape[1]))
+        then = _measured(t, old_target, maps, source, neutral)
+    elif maps and min(m.r2 for m in maps) > 0:
+        cosine = np.mean([m.r2**0.5 for m in maps])
+        then["r2"] = np.outer([cosine, 1, 1], np.ones(now["r2"].shape[1]))
     numbers, sketches = _compared(then, now), (t.target.sketch, new.sketch)
     if all(sketches):
         numbers["weights"] = (_cosine(*_sums(*np.array(sketches)[:, None])).item(),)
@@ -231,7 +238,7 @@ def refit(
     return replace(moved, target=new, r2=_cosine(*_explained(Y, P, of).mean(1)) ** 2, notes=notes)
 
 
-# %% ../nbs/21_drift.ipynb #9aa2265d
+# %% ../nbs/21_drift.ipynb #b9728d0a
 @strict
 def adopt(
     transplant: Transplant | str | Path,  # or its file
@@ -251,5 +258,6 @@ def adopt(
     if found.verdict == "valid":
         return t
     bench = Bench(updated_target, t.layer, neutral=known.get("neutral"))
-    t = replace(t, norm=bench.norm, notes=notes | {"neutral": bench.neutral_hash})
+    t = joined([replace(p, norm=bench.norm_at(p.layer)) for p in t.places])
+    t = replace(t, notes=notes | {"neutral": bench.neutral_hash})
     return bench.at_damage(t, notes["damage_budget"]) if "damage_budget" in notes else t

@@ -41,14 +41,14 @@ __all__ = [
     "checked",
 ]
 
-# %% ../nbs/06_engine.ipynb #01a22244
+# %% ../nbs/06_engine.ipynb #79542772
 import copy
 import hashlib
 import re
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import cache, cached_property, partial
@@ -186,7 +186,7 @@ class Batch:
     plain: tuple | None = None  # (ids, mask) of the same rows as the base model reads them
 
 
-# %% ../nbs/06_engine.ipynb #4eef3c67
+# %% ../nbs/06_engine.ipynb #cfaaf41f
 class Engine(Protocol):
     "What runs a model."
 
@@ -226,9 +226,9 @@ class Engine(Protocol):
         self, layer: int, batches: Sequence[Batch], reduce: Callable
     ) -> Callable[[Sequence], list[list]]:
         """A function from changes to `out[change][batch]`, with an attribute `read`, the texts that went
-        through. Each change is a callable: batch -> `Change`. `reduce(logits, base, extra)` gets the logits
-        (b, keep, vocabulary) float32 and the batch's `extra`; `base` is what it made of the `plain` texts'
-        logits, where a batch has some, else None."""
+        through. Each change is a callable: batch -> {layer: `Change`}, ascending, from this layer on.
+        `reduce(logits, base, extra)` gets the logits (b, keep, vocabulary) float32 and the batch's `extra`;
+        `base` is what it made of the `plain` texts' logits, where a batch has some, else None."""
 
     def sums(
         self,
@@ -739,16 +739,17 @@ def rows_of(
     return out
 
 
-# %% ../nbs/06_engine.ipynb #92630026
+# %% ../nbs/06_engine.ipynb #fa4cc88e
 @contextmanager
 def steered(model: TransformersModel, layer: int, change: Change, masked: bool = False):
     "While open, the residual stream after `layer` is `change` of itself; traces of your own included."
-    mine = model.layers[layer]._module, change, masked
-    OPEN.set((*OPEN.get(), mine))
+    mine, before = (model.layers[layer]._module, change, masked), OPEN.get()
+    within = (*before, mine)
+    OPEN.set(within)
     try:
         yield model
-    finally:
-        OPEN.set(tuple(x for x in OPEN.get() if x is not mine))
+    finally:  # the very same as before, by which `_Scores` knows what it has read
+        OPEN.set(before if OPEN.get() is within else tuple(x for x in OPEN.get() if x is not mine))
 
 
 # %% ../nbs/06_engine.ipynb #0828c64a
@@ -896,14 +897,23 @@ def begin(self: _Scores, batch):
     return batch, h, self.after(batch, None, *batch.plain, *start)
 
 
-# %% ../nbs/06_engine.ipynb #7e89e81e
+# %% ../nbs/06_engine.ipynb #5e1ce125
+@patch
+def changed(self: _Scores, batch, h, base, changes):  # {layer: `Change`}
+    "What `reduce` makes of a batch that goes on under changes from a state (b, t, d)."
+    h = h.clone()
+    if self.layer in changes:
+        h = changes[self.layer](h)
+    with ExitStack() as deeper:
+        for layer in changes.keys() - {self.layer}:
+            deeper.enter_context(self.here.steer(layer, changes[layer]))
+        return self.after(batch, base, batch.ids, batch.mask, self.layer, h)
+
+
 @patch
 def __call__(self: _Scores, changes):
     "As of `Engine.scores`."
-    return [
-        [self.after(b, base, b.ids, b.mask, self.layer, change(b)(h.clone())) for b, h, base in self.kept]
-        for change in changes
-    ]
+    return [[self.changed(b, h, base, change(b)) for b, h, base in self.kept] for change in changes]
 
 
 # %% ../nbs/06_engine.ipynb #367f7e55

@@ -62,7 +62,7 @@ from .steering import Transplant
 from .tasks import ChoiceTask, GenerationTask, repetition
 
 
-# %% ../nbs/18_evidence.ipynb #f8a4facf
+# %% ../nbs/18_evidence.ipynb #47bc4f12
 @dataclass(frozen=True)
 class Provenance(Strict):
     "Which question was asked of what."
@@ -71,7 +71,7 @@ class Provenance(Strict):
     task: Line
     n: int
     damage_budget: float  # nats a token
-    layers: list[int | None]  # of the source, of the target
+    layers: list[int | None | list[int | None]]  # of the source, of the target; a list for several places
     positions: Line
     source: Line | None
     target: Line
@@ -84,7 +84,7 @@ class Provenance(Strict):
     versions: dict[str, str]
 
 
-# %% ../nbs/18_evidence.ipynb #c8c87a28
+# %% ../nbs/18_evidence.ipynb #42928dab
 def _provenance(t, bench, settings):
     "Where an evaluation comes from."
     task, where = bench.task, t.positions if isinstance(t.positions, str) else "a function"
@@ -94,7 +94,7 @@ def _provenance(t, bench, settings):
         task.name,
         len(task),
         bench.damage,
-        [t.source_layer, t.layer],
+        t.layers,
         where,
         t.source and str(t.source),
         str(t.target),
@@ -507,25 +507,23 @@ def load(cls: Evidence, path: str | Path) -> Evidence:
     return found
 
 
-# %% ../nbs/18_evidence.ipynb #4bb463f7
+# %% ../nbs/18_evidence.ipynb #17176e27
 _GIVEN = {
     **dict.fromkeys(("pairs", "other"), ContrastPairs),
     "examples": ChoiceTask,
     "source": TransformersModel,
-    "map": AffineMap,
+    "map": AffineMap | Sequence[AffineMap],
     "native": Transplant,
 }
 
 
 def _check_map(t, map=None, source=None, native=None):
     "Raise ValueError for a map or a native transplant that does not belong to a transplant."
-    for what, info in (("map= (target side)", map and map.target), ("native=", native and native.target)):
-        if info:
-            info.require(t.target, what)
-    if map and source is not None:
-        map.source.require(model_info(source), "map= (source side)")
-    if map and map.layers[1] != t.layer:
-        raise ValueError(f"map= ends at layer {map.layers[1]}, the transplant stands at layer {t.layer}.")
+    if native:
+        native.target.require(t.target, "native=")
+    for m in t.carriers(map) if map else ():
+        if source is not None:
+            m.source.require(model_info(source), "this map (source side)")
 
 
 def _check_asked(t, task, experiments, given, arms):
@@ -549,7 +547,7 @@ def _check_asked(t, task, experiments, given, arms):
         warnings.warn(say, stacklevel=3)
 
 
-# %% ../nbs/18_evidence.ipynb #def58b17
+# %% ../nbs/18_evidence.ipynb #2d3cd861
 @strict
 def evaluate(
     t: Transplant,
@@ -559,9 +557,11 @@ def evaluate(
     experiments: Sequence[str] = tuple(EXPERIMENTS),
     settings: Settings = Settings(),  # noqa: B008
     path: str | Path | None = None,  # file that keeps what is done; a rerun goes on from there
-    **given,  # what arms need: pairs=, other=, examples= (a task), source= (a model), map=, native=
+    # what arms need: pairs=, other=, examples= (a task), source= (a model), map= (or a list, for several
+    # places), native=
+    **given,
 ) -> Evidence:
-    """All arms on one task at equal damage, at the layer of `t`, and the other experiments that are chosen.
+    """All arms on one task at equal damage, at the places of `t`, and the other experiments that are chosen.
     Raises ValueError or TypeError for settings, experiments or inputs that are not known."""
     arms, damage = arms or ARMS, settings.damage
     _check_asked(t, task, experiments, given, arms)

@@ -112,14 +112,15 @@ _GGUF = {known["model_type"]: (arch, known) for arch, known in FAMILIES["gguf"].
 _MADE = "concept_transfer.transplant"
 
 
-# %% ../nbs/23_export.ipynb #fc9e3ec7
+# %% ../nbs/23_export.ipynb #efe30e8b
 def _write_vector(t, path, receipt=None):
     arch, _ = _GGUF.get(t.target.family, (t.target.family, None))
-    head = {k: v for k, v in vars(t).items() if k not in ("direction", "shuffled", "model")}
+    apart = ("direction", "shuffled", "deeper_directions", "deeper_shuffled", "model")
+    head = {k: v for k, v in vars(t).items() if k not in apart and not (k in t.added and v is None)}
     said = {_MADE: head, "concept_transfer.receipt": receipt}
     values: dict = {k: json.dumps(plain(v)) for k, v in said.items()}
-    values |= {"controlvector.model_hint": arch, "controlvector.layer_count": 1}
-    _write_gguf(path, "controlvector", values, {f"direction.{t.layer}": t.vector(1)})
+    values |= {"controlvector.model_hint": arch, "controlvector.layer_count": len(t.places)}
+    _write_gguf(path, "controlvector", values, {f"direction.{p.layer}": p.vector(1) for p in t.places})
 
 
 # %% ../nbs/23_export.ipynb #92122c8a
@@ -376,7 +377,7 @@ def _bias(t):
     return f"model.layers.{t.layer}.mlp.down_proj.bias"
 
 
-# %% ../nbs/23_export.ipynb #6a49d956
+# %% ../nbs/23_export.ipynb #727b33ce
 def _write_baked(t, path):
     weights, config = t.model._module.state_dict(), copy.deepcopy(t.model._module.config)
     config.mlp_bias = True
@@ -384,26 +385,27 @@ def _write_baked(t, path):
         made = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     for k, w in made.state_dict().items():
         weights.setdefault(k, torch.zeros(w.shape))
-    made.load_state_dict(weights | {_bias(t): t.vector(1)}, assign=True)
+    made.load_state_dict(weights | {_bias(p): p.vector(1) for p in t.places}, assign=True)
     _save_model(made, t.model.tokenizer, path)
 
 
-# %% ../nbs/23_export.ipynb #a854586d
+# %% ../nbs/23_export.ipynb #a326ef4c
 def _ask_baked(t, path):
     "What transformers says with the bias of the checkpoint, and with it times the other strengths."
     model, found = load_model(path), {}
-    bias = model._module.get_parameter(_bias(t))
-    v = bias.clone()
+    biases = [model._module.get_parameter(_bias(p)) for p in t.places]
+    whole = [b.clone() for b in biases]
     for s in COMPARED:
-        bias.copy_(s * v)
+        for b, v in zip(biases, whole, strict=True):
+            b.copy_(s * v)
         found[s] = _answer(model)
     return f"transformers {versions()['transformers']}", found
 
 
-# %% ../nbs/23_export.ipynb #59b2e118
+# %% ../nbs/23_export.ipynb #97d012e2
 def _write_steer(t, path):
-    one = {"steering_vector": t.vector(1), "steering_coefficient": 1.0, "action": "add"}
-    torch.save({f"layers.{t.layer}": one | {"bias": None, "head_index": None}}, path)
+    how = {"steering_coefficient": 1.0, "action": "add", "bias": None, "head_index": None}
+    torch.save({f"layers.{p.layer}": {"steering_vector": p.vector(1)} | how for p in t.places}, path)
 
 
 # %% ../nbs/23_export.ipynb #bad95bdb
@@ -426,14 +428,14 @@ def _ask_lm_eval(t, path):
     return f"lm-eval {version('lm_eval')}", found
 
 
-# %% ../nbs/23_export.ipynb #3add587d
+# %% ../nbs/23_export.ipynb #0303595f
 _CARD = """---
 {data}
 ---
 
 # {t.name}
 
-A direction in the residual stream of **{t.target.name}**, after layer {t.layer} (counted from 0), made with
+A direction in the residual stream of **{t.target.name}**, after layer {here} (counted from 0), made with
 [concept_transfer](https://github.com/concept-transfer/concept_transfer) from {source}. Strength 1 adds
 {t.dose:.3g} of the median residual norm at these positions: {t.positions}.
 
@@ -456,7 +458,7 @@ def _results(e):
                 yield EvalResult("text-generation", e.provenance.task, arm, k, x)
 
 
-# %% ../nbs/23_export.ipynb #55937d89
+# %% ../nbs/23_export.ipynb #fe12d018
 def _write_hub(t, path, evidence: Evidence | None = None):
     path.mkdir()
     t.save(path / "transplant.safetensors")
@@ -465,7 +467,8 @@ def _write_hub(t, path, evidence: Evidence | None = None):
         evidence.save(path / "evidence.json")
         what["eval_results"] = [*_results(evidence)]
     data = ModelCardData(tags=["activation-steering"], model_name=t.name, **what)
-    text = _CARD.format(data=data.to_yaml(), t=t, source=t.source.name if t.source else "itself")
+    here, source = str(t.layers[1]).strip("[]"), t.source.name if t.source else "itself"
+    text = _CARD.format(data=data.to_yaml(), t=t, here=here, source=source)
     ModelCard(text).save(path / "README.md")
 
 
@@ -540,14 +543,14 @@ def _check_way(t, to):
         raise ValueError("to compare, the target is needed here and in float32: load_model(name).")
 
 
-# %% ../nbs/23_export.ipynb #a7ae2f32
+# %% ../nbs/23_export.ipynb #e88b14e8
 @dataclass(frozen=True)
 class Receipt:
     "What an exported transplant did in another engine, beside what it does here."
 
     to: str
     name: str  # of the transplant
-    vector: str  # SHA-256 of what strength 1 adds, float32
+    vector: str  # SHA-256 of what strength 1 adds, float32, the lowest layer first
     engine: str  # what was asked, and its version; or why nothing was
     tolerance: float  # nats
     strengths: dict  # by strength: `difference` and `moved` (from 0) in nats, how many texts are `equal`
@@ -580,7 +583,7 @@ def _compared(here: EngineAnswers, there: EngineAnswers) -> dict:
     return found
 
 
-# %% ../nbs/23_export.ipynb #b18439e3
+# %% ../nbs/23_export.ipynb #8593d6be
 def _proved(t, to, made) -> Receipt:
     "What the other engine does with a written file. Raises ValueError where it does not do the same."
     way, found = FORMATS[to], {}
@@ -590,7 +593,7 @@ def _proved(t, to, made) -> Receipt:
     except NotCompared as e:
         who = str(e)
         warnings.warn(f"the export to {to} was compared with nothing: {e}", stacklevel=3)
-    digest = hashlib.sha256(t.vector(1).numpy().tobytes()).hexdigest()
+    digest = hashlib.sha256(torch.cat([p.vector(1) for p in t.places]).numpy().tobytes()).hexdigest()
     texts, _ = _asked(t.model)
     receipt = Receipt(to, t.name, digest, who, way.tolerance, found, data_hash(texts), versions())
     if found and not found[1.0]["moved"] > way.tolerance:
@@ -654,12 +657,12 @@ def _pickled(path):
     return {int(k): v.float().squeeze() for k, v in getattr(read, "layer_activations", read).items()}
 
 
-# %% ../nbs/23_export.ipynb #a5e38465
+# %% ../nbs/23_export.ipynb #c541e873
 def import_vector(
     path: str | Path,
     target: TransformersModel,  # the model that it was made for
 ) -> Transplant | Concept:
-    """A vector of another tool, or of `export`: a transplant, or a concept where it has several layers.
+    """A vector of another tool, or of `export`: a transplant, or a concept of another tool's several layers.
     Raises ValueError for another file, and for a vector that does not fit the model."""
     info, path = model_info(target), Path(path).expanduser()
     try:
@@ -673,14 +676,16 @@ def import_vector(
     if rows.shape[1:] != (info.width,) or max(layers) >= info.layers:
         say = f"{path} has vectors {rows.shape[-1]} wide, for layers up to {max(layers)}"
         raise ValueError(f"{say}; these do not fit {info}.")
-    if len(layers) > 1:
+    if len(layers) > 1 and not ours:
         unknown = (math.nan,) * len(layers)
         return Concept(path.stem, rows, tuple(layers), unknown, info, 0, reducer="imported")
-    (layer,), v = layers, rows[0]
+    (layer, v), *deeper = sorted(layers.items())
     if not ours:
         norm = residual_norm(target, layer)
         return place(v, target, layer, dose=v.norm().item() / norm, norm=norm, name=path.stem)
     ours["dose"] = v.norm().item() / ours["norm"]
+    if deeper:
+        ours["deeper_directions"] = torch.stack([x for _, x in deeper])
     t = Transplant(**ours, direction=v, shuffled=None, model=target)
     t.target.require(info, f"transplant {t.name!r}")
     return t

@@ -23,7 +23,7 @@ __all__ = [
     "steerability",
 ]
 
-# %% ../nbs/16_measure.ipynb #c8e99a99
+# %% ../nbs/16_measure.ipynb #9f7c8572
 import re
 import warnings
 from collections.abc import Callable, Sequence
@@ -49,7 +49,7 @@ from .maps import AffineMap
 from .models import ModelInfo, model_info
 from .moments import Listed, Strict, strict
 from .stats import slope_per_item, wrong_way
-from .steering import Transplant, adding, place, residual_norm
+from .steering import Transplant, adding, joined, maps_of, place, residual_norm
 from .tasks import ChoiceItem, ChoiceTask, mc_scores
 
 
@@ -151,26 +151,27 @@ def facts(self: Answers) -> dict:
     return {"items": len(self.items), **{k: f"{v.mean():.3f}" for k, v in self.metrics.items()}}
 
 
-# %% ../nbs/16_measure.ipynb #10a0d49c
+# %% ../nbs/16_measure.ipynb #7122a69c
 Steered = Transplant | Callable | None  # what is done to the residual stream; None: nothing
 
 
-def _change(batch, steered):
-    "What is done to the residual stream of a batch."
-    if not isinstance(steered, Transplant):
-        return steered or (lambda h: h)
-    where, asked = steered.positions, batch.asked
-    follows = position_rule(where, "write").asked
-    return adding(steered.vector(), (lambda *_: asked) if follows else where, batch.mask)
+def _changes(batch, steered, layer):
+    "What places, or a function of yours for the layer that is given, do to the stream of a batch, by layer."
+    if not isinstance(steered, list):
+        return {layer: steered} if steered else {}
+    where, asked = steered[0].positions, batch.asked
+    rule: Any = (lambda *_: asked) if position_rule(where, "write").asked else where
+    return {t.layer: adding(t.vector(), rule, batch.mask) for t in steered}
 
 
-# %% ../nbs/16_measure.ipynb #ff80d33b
+# %% ../nbs/16_measure.ipynb #b2c1c7a2
 _R = TypeVar("_R")  # a record
 
 
 @dataclass(frozen=True)
 class Probe(Generic[_R]):
-    "Texts made ready at one layer of one model. Call it with what is done to the stream, or a list of that."
+    """Texts made ready at one layer of one model, the lowest that is changed. Call it with what is done to
+    the stream, or a list of that."""
 
     target: ModelInfo
     layer: int
@@ -187,7 +188,9 @@ class Probe(Generic[_R]):
                 t.target.require(self.target, f"transplant {t.name!r}")
                 if t.layer != self.layer:
                     raise ValueError(f"{t} stands at layer {t.layer}, this bench at layer {self.layer}.")
-        return [self.judge(parts) for parts in self.run([partial(_change, steered=t) for t in changes])]
+        steered = [t.places if isinstance(t, Transplant) else t for t in changes]
+        some = [partial(_changes, steered=x, layer=self.layer) for x in steered]
+        return [self.judge(parts) for parts in self.run(some)]
 
 
 # %% ../nbs/16_measure.ipynb #a972683a
@@ -399,7 +402,7 @@ def prose_damage(
     return found, [i for i, some in texts.items() for _ in some]
 
 
-# %% ../nbs/16_measure.ipynb #d3b320be
+# %% ../nbs/16_measure.ipynb #eaea05ae
 @dataclass(eq=False, repr=False)
 class Bench(_Shown, Strict):
     "Everything that one asks at one layer of one model. Raises ValueError for what will not do."
@@ -415,6 +418,7 @@ class Bench(_Shown, Strict):
         (self.layer,) = layer_numbers(self.model, [self.layer])
         self.neutral = self.neutral or load_corpus("neutral")
         self.neutral_hash, texts = self.neutral.hash, self.neutral.texts
+        self.norms: dict = {}  # by layer, as they are asked for
         half = min(len(texts) // 2, 32)
         self.texts = texts[:half], texts[half : half + 32]
         if not self.damage > 0:
@@ -444,10 +448,16 @@ class Bench(_Shown, Strict):
         "Damage on the texts that report it."
         return neutral_text(self.model, self.layer, self.texts[1])
 
-    @cached_property
+    @property
     def norm(self) -> float:
         "Median norm of the residual stream at this layer."
-        return residual_norm(self.model, self.layer)
+        return self.norm_at(self.layer)
+
+    def norm_at(self, layer: int) -> float:
+        "The same at another layer."
+        if layer not in self.norms:
+            self.norms[layer] = residual_norm(self.model, layer)
+        return self.norms[layer]
 
 
 # %% ../nbs/16_measure.ipynb #e942952a
@@ -476,19 +486,23 @@ def with_task(self: Bench, task: ChoiceTask) -> Bench:
     return other
 
 
-# %% ../nbs/16_measure.ipynb #694e9e21
+# %% ../nbs/16_measure.ipynb #d0df7861
 @patch
 @strict
 def place(
     self: Bench,
     concept: Concept | torch.Tensor | np.ndarray | Sequence,  # of source or target, or a direction (d,)
-    map: AffineMap | None = None,
+    # several: to this layer and deeper ones
+    map: AffineMap | Annotated[Sequence[AffineMap], Field(min_length=1)] | None = None,
     **how,  # dose, name and positions, as of `steering.place`
 ) -> Transplant:
     "A transplant at this layer. Raises ValueError for a map that ends at another one."
-    if map and map.layers[1] != self.layer:
-        raise ValueError(f"this map ends at layer {map.layers[1]}, this bench stands at layer {self.layer}.")
-    return place(concept, self.model, None if map else self.layer, map, norm=self.norm, **how)
+    if map is None:
+        return place(concept, self.model, self.layer, norm=self.norm, **how)
+    maps = maps_of(map)
+    if (lowest := maps[0].layers[1]) != self.layer:
+        raise ValueError(f"this map ends at layer {lowest}, this bench stands at layer {self.layer}.")
+    return joined([place(concept, self.model, map=m, norm=self.norm_at(m.layers[1]), **how) for m in maps])
 
 
 # %% ../nbs/16_measure.ipynb #884ff3f1

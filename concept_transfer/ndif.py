@@ -260,22 +260,23 @@ def generate(self: Ndif, ids, mask, **options) -> Tensor:
     return _came(made, out=(len(ids),))[0]
 
 
-# %% ../nbs/08_ndif.ipynb #fc285fcd
-def _asking(made, model, layer, batches, reduce):
-    """Send one request for many passes, each (batch, changes after `layer`); the job, whose `table` has a
-    list for each batch, one entry a change."""
+# %% ../nbs/08_ndif.ipynb #7625bb71
+def _asking(made, model, batches, reduce):
+    """Send one request for many passes, each (batch, changes by layer); the job, whose `table` has a list
+    for each batch, one entry a change."""
     with torch.no_grad(), model.session(backend=made):
         table = save([])
-        for batch, changes in batches:
+        for batch, some in batches:
             base, row = None, []
             if batch.plain:
                 ids, mask = batch.plain
                 with model.trace(input_ids=ids, attention_mask=mask, logits_to_keep=batch.keep):
                     base = save(reduce(model.output.logits.float(), None, batch.extra))
-            for change in changes:
+            for changes in some:
                 with model.trace(input_ids=batch.ids, attention_mask=batch.mask, logits_to_keep=batch.keep):
-                    block = model.layers[layer]
-                    block.output = with_hidden(block.output, change(hidden_of(block.output)))
+                    for layer, change in changes.items():
+                        block = model.layers[layer]
+                        block.output = with_hidden(block.output, change(hidden_of(block.output)))
                     part = save(reduce(model.output.logits.float(), base, batch.extra))
                 row.append(part)
             table.append(row)
@@ -283,13 +284,12 @@ def _asking(made, model, layer, batches, reduce):
     return made
 
 
-# %% ../nbs/08_ndif.ipynb #d5e2b4b9
+# %% ../nbs/08_ndif.ipynb #77cbda4c
 @dataclass(eq=False)
 class FarScores:
     "Batches that are read on a server, once for each change."
 
     there: Ndif
-    layer: int
     batches: Sequence[Batch]
     reduce: Callable
     read: int = 0  # texts that went through
@@ -298,10 +298,10 @@ class FarScores:
 @patch
 def scores(self: Ndif, layer, batches, reduce) -> FarScores:
     "As of `Engine.scores`."
-    return FarScores(self, layer, batches, reduce)
+    return FarScores(self, batches, reduce)
 
 
-# %% ../nbs/08_ndif.ipynb #8f8722e0
+# %% ../nbs/08_ndif.ipynb #679028d1
 @patch
 def __call__(self: FarScores, changes):
     "As of `Engine.scores`."
@@ -320,7 +320,7 @@ def __call__(self: FarScores, changes):
     def ask(bundle):
         batches = [(batch, [change(batch) for change in some]) for _, batch, some in bundle]
         with self.there.turn():
-            return _asking(self.there.job(False), self.there.model, self.layer, batches, self.reduce)
+            return _asking(self.there.job(False), self.there.model, batches, self.reduce)
 
     bundles = bundled(parts, lambda part: passes(part) * part[1].ids.numel(), limit)
     for bundle, sent in in_flight(bundles, ask, self.there.remote.flight):

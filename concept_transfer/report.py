@@ -110,7 +110,7 @@ def _elsewhere(e):
         yield f"Of {len(others)} other behaviours, {len(points) or 'none'} moved beyond chance{named}."
 
 
-# %% ../nbs/26_report.ipynb #612e607b
+# %% ../nbs/26_report.ipynb #e9e193c2
 def details(e: Evidence) -> list[str]:
     "What else a reader of the verdict should know, a sentence each."
     out, notes = [*_found(e), *_elsewhere(e)], e.provenance.notes
@@ -118,7 +118,7 @@ def details(e: Evidence) -> list[str]:
         noticed = "would be noticed with so many scenarios four times in five, a smaller one less often."
         out.append(f"A true difference of {100 * least:.0f} points {noticed}")
     if {"search", "texts_read", "search_p"} <= {*notes}:
-        tried = {tuple(s["layers"]) for s in notes["search"]}
+        tried = {str(s["layers"]) for s in notes["search"]}
         cost = f"on tuning items ({notes['texts_read']} texts read, p of the best {notes['search_p']:.3f})"
         out.append(f"{len(tried)} layer pairs were tried {cost}; the numbers here are from other items.")
     return out

@@ -112,7 +112,7 @@ def causal_score(
     return Carried(np.corrcoef(there, here)[: len(there), len(there) :])
 
 
-# %% ../nbs/20_selection.ipynb #fbc5eb2d
+# %% ../nbs/20_selection.ipynb #afb70048
 def _tried(bench, placed=None):
     "What a candidate does at the damage of a bench, or the base model."
     before, dosed = bench.read, placed and bench.at_damage(placed)
@@ -122,18 +122,34 @@ def _tried(bench, placed=None):
     return found | {"read": bench.read - before}
 
 
+def _pair(maps, layers):
+    "A pair of layers as numbers; the second may be a list, of several places. Raises ValueError for no map."
+    if len(layers) != 2 or not isinstance(layers[1], list | tuple):
+        return maps[layers].layers
+    if not layers[1]:
+        raise ValueError(f"layers {layers}: give at least one layer of the target.")
+    found = [maps[layers[0], t].layers for t in layers[1]]
+    return found[0][0], sorted(t for _, t in found)
+
+
+def _placed(bench, concept, maps, layers, **how):
+    "A concept carried between layers as of `_pair`."
+    s, t = layers
+    return bench.place(concept, [maps[s, k] for k in np.atleast_1d(t)], **how)
+
+
 def _trials(
     concept, maps, benches, task, candidates, journal
-):  # (source layer, target layer, positions) of each
+):  # (source layer, target layer or several, positions) of each
     "Gains (n,), choice rate and transplant of every candidate, largest mean gain first; and texts read."
     tried, read = [], 0
-    for layer in sorted({t for _, t, _ in candidates}):
+    for layer in sorted({int(np.min(t)) for _, t, _ in candidates}):
         dose, bench = 0.1, benches[layer].with_task(task)
         base = journal(f"base {layer} {task.hash}", partial(_tried, bench))
         read += base["read"]
         for s, t, where in candidates:
-            if t == layer:  # the search for a dose starts from the one before
-                placed = benches[layer].place(concept, maps[s, t], dose=dose, positions=where)
+            if np.min(t) == layer:  # the search for a dose starts from the one before
+                placed = _placed(benches[layer], concept, maps, (s, t), dose=dose, positions=where)
                 name = f"{s}:{t} {fingerprint(where)} {task.hash} from {dose}"
                 found = journal(name, partial(_tried, bench, placed))
                 dose, read = found["dose"], read + found["read"]
@@ -142,10 +158,10 @@ def _trials(
     return sorted(tried, key=lambda x: -x[0].mean()), read
 
 
-# %% ../nbs/20_selection.ipynb #d0685c8b
+# %% ../nbs/20_selection.ipynb #43d09573
 def _searched(k, gains, choice_rate, t):  # round, and what `_trials` gives
     return {
-        "layers": [t.source_layer, t.layer],
+        "layers": t.layers,
         "positions": t.positions,
         "round": k,
         "margin": float(gains.mean()),
@@ -168,7 +184,7 @@ def search_p(
     return permutation_p(max(g.mean() for g in gains), null)
 
 
-# %% ../nbs/20_selection.ipynb #aee8d486
+# %% ../nbs/20_selection.ipynb #09d18bb2
 @strict
 def choose(
     concept: Concept,
@@ -177,23 +193,26 @@ def choose(
     task: ChoiceTask,  # tuning items, disjoint from those that will be reported
     neutral: Corpus | None = None,  # default: the built-in neutral corpus; its first half sets the doses
     damage: float = 0.1,  # mean KL in nats a token
-    candidates: Sequence[Sequence[int]] = (),  # layer pairs; default: the 12 best `offline_scores`
+    # layer pairs, such as (28, 13), or (28, [9, 11, 13]) for several places; default: the 12 best of
+    # `offline_scores`, one place each
+    candidates: Sequence[Sequence[int | Sequence[int]]] = (),
     # also worth a try: "last", the newest token
     positions: Annotated[Sequence[PositionLike], Field(min_length=1)] = ("all",),
 ) -> Transplant:
     """The layer pair with the largest mean gain in margin at equal damage; `notes` hold the whole search.
     Raises ValueError, before anything is read, where something does not belong together."""
     maps.target.require(model_info(target), "this map (target side)")
-    pairs = [maps[pair].layers for pair in candidates or [p for _, p in offline_scores(concept, maps)[:12]]]
+    pairs = [_pair(maps, x) for x in candidates or [p for _, p in offline_scores(concept, maps)[:12]]]
     for s, _ in pairs:
         concept[s]
     for rule in positions:
         position_rule(rule, "write")
     left = [(*pair, p) for pair in pairs for p in positions]
-    benches = {t: Bench(target, t, neutral=neutral, damage=damage) for _, t, _ in left}
+    lowest = {int(np.min(t)) for _, t, _ in left}
+    benches = {t: Bench(target, t, neutral=neutral, damage=damage) for t in lowest}
     search, total, p = [], 0, None
     made_of = dict(concept=concept, target=model_info(target), maps=(maps.texts_hash, maps.method, maps.r2))
-    made_of |= dict(neutral=benches[left[0][1]].texts, damage=damage, versions=versions())
+    made_of |= dict(neutral=benches[min(lowest)].texts, damage=damage, versions=versions())
     journal = Journal(KEPT.get(), "search", made_of)
     for k, share in enumerate(tqdm((0.25, 0.5, 1.0), desc="choosing", disable=None, leave=False)):
         items = task.take(max(8, round(len(task) * share)))
@@ -201,7 +220,7 @@ def choose(
         total += read
         p = p or search_p([gains for gains, _, _ in tried], [i.group for i in items.items])
         search += [_searched(k, *trial) for trial in tried]
-        left = [(t.source_layer, t.layer, t.positions) for _, _, t in tried[: max(1, (len(tried) + 1) // 2)]]
+        left = [(*t.layers, t.positions) for _, _, t in tried[: max(1, (len(tried) + 1) // 2)]]
     best = tried[0][2]
     notes = {
         "search": search,
@@ -215,14 +234,14 @@ def choose(
     return replace(best, notes=best.notes | notes)
 
 
-# %% ../nbs/20_selection.ipynb #17441f26
+# %% ../nbs/20_selection.ipynb #868b14a8
 @strict
 def transplant(
     concept: Concept,
     maps: LayerGrid,
     target: TransformersModel,
     task: ChoiceTask | None = None,  # tuning items; without them the offline score decides
-    layers: str | Sequence = "auto",  # "auto", or (source layer, target layer)
+    layers: str | Sequence = "auto",  # "auto", or (source layer, target layer or a list of these)
     damage: float = 0.1,  # mean KL on neutral text that strength 1 may cost, in nats a token
     neutral: Corpus | None = None,  # default: the built-in neutral corpus
     pairs: ContrastPairs | None = None,  # contrast texts that the target may read, see `offline_scores`
@@ -238,8 +257,8 @@ def transplant(
             return choose(concept, maps, target, task, neutral, damage, [pair for _, pair in best])
         say = f"layers {layers[0]}:{layers[1]} were chosen without a task, by an offline score of {score:.2f}"
         warnings.warn(f"{say}. That is a guess: give tuning items, or say layers=(s, t).", stacklevel=3)
-    map = maps[layers]  # type: ignore[index]
-    bench = Bench(target, map.layers[1], neutral=neutral, damage=damage)
-    t = bench.at_damage(bench.place(concept, map))
+    pair = _pair(maps, layers)
+    bench = Bench(target, int(np.min(pair[1])), neutral=neutral, damage=damage)
+    t = bench.at_damage(_placed(bench, concept, maps, pair))
     of = {"map": maps.texts_hash, "method": maps.method, "neutral": bench.neutral_hash}
     return replace(t, notes=t.notes | of)

@@ -39,14 +39,14 @@ from .steering import Transplant, generate
 from .tasks import repetition
 
 
-# %% ../nbs/27_uselog.ipynb #0a2e2860
+# %% ../nbs/27_uselog.ipynb #dcfc4102
 @dataclass(frozen=True)
 class Answer:
     "What came back for a prompt, and what steering did on the way. Other engines fill in what they know."
 
     text: str
     tokens: Sequence[int] | None = None  # of the prompt and of the answer
-    norm: Sequence[float] | None = None  # of the residual stream at the layer, before and after; median
+    norm: Sequence[float] | None = None  # of the stream at its (lowest) layer, before and after; median
     projection: Sequence[float] | None = None  # the same, on the direction
     kl: float | None = None  # nats a token, from the unsteered twin of this answer
     seconds: float = 0.0
@@ -260,7 +260,7 @@ def _name(row):
     return f"{row['n']:012d}:{row['digest']}"
 
 
-# %% ../nbs/27_uselog.ipynb #2411e21b
+# %% ../nbs/27_uselog.ipynb #0c3ec968
 def used(t: Transplant) -> dict:
     "What a log says of a transplant."
     return {
@@ -268,7 +268,7 @@ def used(t: Transplant) -> dict:
         "concept": t.name,
         "model": t.target.name,
         "dose": t.dose,
-        "layers": [t.source_layer, t.layer],
+        "layers": t.layers,
         "positions": position_name(t.positions, "write"),
     }
 

@@ -34,7 +34,7 @@ __all__ = [
     "together",
 ]
 
-# %% ../nbs/25_views.ipynb #302fd10c
+# %% ../nbs/25_views.ipynb #ed4b739d
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -70,7 +70,7 @@ from .models import model_info
 from .moments import strict
 from .plots import canvas
 from .stats import auc
-from .steering import Transplant, adding, residual_norm
+from .steering import Transplant, adding, joined, residual_norm
 from .tasks import ChoiceTask
 
 # %% ../nbs/25_views.ipynb #f2b5c100
@@ -332,12 +332,12 @@ def _summed(logits, base, extra):
     return logits.double().sum((0, 1))
 
 
-# %% ../nbs/25_views.ipynb #99eaee82
-def _stepping(batch, v):
-    return adding(v, "all", batch.mask)
+# %% ../nbs/25_views.ipynb #02d36777
+def _stepping(batch, layer, v):
+    return {layer: adding(v, "all", batch.mask)}
 
 
-# %% ../nbs/25_views.ipynb #59604a1f
+# %% ../nbs/25_views.ipynb #ce7c61b9
 def pushes(
     model: TransformersModel,
     direction: Tensor,  # (d,)
@@ -350,7 +350,8 @@ def pushes(
     step = normalize(direction, dim=0) * 0.1 * residual_norm(model, layer)
     scores = engine(model).scores(layer, batches, _summed)
     up, down = (
-        torch.stack(parts).sum(0) for parts in scores([partial(_stepping, v=v) for v in (step, -step)])
+        torch.stack(parts).sum(0)
+        for parts in scores([partial(_stepping, layer=layer, v=v) for v in (step, -step)])
     )
     return (up - down - (up - down).mean()) / (up - down).std()
 
@@ -753,7 +754,7 @@ class LayerScores(_View):
         return pd.DataFrame({"source": source, "target": target, **some, "rounds": reached})
 
 
-# %% ../nbs/25_views.ipynb #74682410
+# %% ../nbs/25_views.ipynb #fc2d3d15
 def layer_scores(
     maps: LayerGrid,
     concept: Concept,
@@ -769,9 +770,10 @@ def layer_scores(
         found["AUC"] = dict(zip(grid, area.flatten().tolist(), strict=True))
     found |= {"causal": causal} if causal else {}
     search = sorted(t.notes.get("search", []), key=lambda x: x["round"]) if t else []
+    search = [x for x in search if isinstance(x["layers"][1], int)]  # several layers have no cell
     rounds = {tuple(x["layers"]): x["round"] + 1 for x in search}
     found |= {"gain": {tuple(x["layers"]): x["margin"] for x in search}} if search else {}
-    taken = (t.source_layer, t.layer) if t and search else None
+    taken = (t.source_layer, t.layer) if t and search and not t.deeper else None
     return LayerScores(maps, found, rounds, taken)
 
 
@@ -862,15 +864,19 @@ class Together(_View):
         return pd.DataFrame([*rows, ["damage (KL)", *self.kl, np.nan]], columns=columns)
 
 
-# %% ../nbs/25_views.ipynb #c45801d7
+# %% ../nbs/25_views.ipynb #95e760ee
 def together(
     one: Transplant,
-    other: Transplant,  # at the same layer
+    other: Transplant,  # at the same layers
     tasks: Sequence[ChoiceTask],
 ) -> Together:
     "What two transplants do alone and at once. Raises ValueError for different layers or models."
-    v = one.vector() + other.vector()  # (d,)
-    both = replace(one, name="both", direction=v, dose=(v.norm() / one.norm).item())
+    here, there = one.layers[1], other.layers[1]
+    if here != there:
+        raise ValueError(f"{other} stands at layer {there}, {one} at layer {here}.")
+    sums = [a.vector() + b.vector() for a, b in zip(one.places, other.places, strict=True)]  # of (d,)
+    some = zip(one.places, sums, strict=True)
+    both = joined([replace(t, name="both", direction=v, norm=v.norm().item(), dose=1.0) for t, v in some])
     bench, three = Bench(one.model, one.layer), [one, other, both]
     found = {}
     for task in tasks:

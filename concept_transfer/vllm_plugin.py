@@ -13,24 +13,29 @@ from collections.abc import Callable, Iterable
 from functools import cache, partial, wraps
 from typing import Any
 
-# %% ../nbs/22_vllm_plugin.ipynb #8a5e916c
+# %% ../nbs/22_vllm_plugin.ipynb #2c670f34
 SERVED = "CONCEPT_TRANSFER_SERVED"  # the variable that names transplant files, separated as in PATH
 
 
 @cache
-def served() -> dict:  # {name: (layer, vector of strength 1 (d,))}
+def served() -> dict:  # {name: {layer: vector of strength 1 (d,)}}
     "What may be asked for. Raises ValueError for a file that cannot be served, OSError where there is none."
     from safetensors import safe_open
 
     found: dict = {}
     for path in filter(None, os.environ.get(SERVED, "").split(os.pathsep)):
         with safe_open(path, "pt") as file:
-            head, v = json.loads(file.metadata()["concept_transfer"]), file.get_tensor("direction").float()
+            head, rows = json.loads(file.metadata()["concept_transfer"]), [file.get_tensor("direction")]
+            if "deeper" in head:
+                rows += [*file.get_tensor("deeper_directions")]
         if head["positions"] != "all":
             raise ValueError(f"{path} steers the positions {head['positions']!r}; vLLM can steer all alone.")
         if head["name"] in found:
             raise ValueError(f"{path}: a transplant {head['name']!r} is served already; rename one of them.")
-        found[head["name"]] = head["layer"], v * (head["dose"] * head["norm"] / v.norm())
+        layers = head["layer"], *head.get("deeper", ())
+        norms = head["norm"], *head.get("deeper_norms", ())
+        each = zip(layers, norms, (v.float() for v in rows), strict=True)
+        found[head["name"]] = {k: v * (head["dose"] * norm / v.norm()) for k, norm, v in each}
     return found
 
 
@@ -50,7 +55,7 @@ def wanted(
     return name, float(strength)
 
 
-# %% ../nbs/22_vllm_plugin.ipynb #7360f69b
+# %% ../nbs/22_vllm_plugin.ipynb #b3a77b0a
 def deltas(
     rows: Iterable[tuple[int, Any]],  # of each request in the batch: tokens, sampling parameters
 ) -> dict:  # {layer: what is added to each token (t, d)}
@@ -62,8 +67,8 @@ def deltas(
     total = sum(n for n, _ in rows)
     for n, params in rows:
         if asked := wanted(params):
-            layer, v = served()[asked[0]]
-            out.setdefault(layer, torch.zeros(total, len(v)))[at : at + n] += asked[1] * v
+            for layer, v in served()[asked[0]].items():
+                out.setdefault(layer, torch.zeros(total, len(v)))[at : at + n] += asked[1] * v
         at += n
     return out
 
@@ -107,7 +112,7 @@ def lay_out(runner: Any, _: Any, scheduled: Any):
     runner.deltas = deltas((tokens.get(i, 0), known[i].sampling_params) for i in ids)
 
 
-# %% ../nbs/22_vllm_plugin.ipynb #5a8cef78
+# %% ../nbs/22_vllm_plugin.ipynb #73b9c666
 def hook(runner: Any, *_):
     "Put hooks on the blocks. Raises ValueError for a transplant that does not fit the model."
     config, blocks = runner.model_config, {}
@@ -116,7 +121,8 @@ def hook(runner: Any, *_):
             blocks[int(name.split(".")[-1])] = block
     if not config.enforce_eager:
         raise ValueError("steering needs vLLM to be started with --enforce-eager.")
-    for name, (layer, v) in served().items():
+    steered = [(name, layer, v) for name, some in served().items() for layer, v in some.items()]
+    for name, layer, v in steered:
         if layer not in blocks or len(v) != config.get_hidden_size():
             raise ValueError(
                 f"transplant {name!r} is {len(v)} wide and stands at layer {layer}; this model is "
@@ -128,7 +134,7 @@ def hook(runner: Any, *_):
         if d is not None:
             out[0][: len(d)] += d[: len(out[0])].to(out[0])
 
-    for layer in {layer for layer, _ in served().values()}:
+    for layer in {layer for _, layer, _ in steered}:
         blocks[layer].register_forward_hook(partial(add, layer))
 
 

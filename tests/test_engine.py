@@ -112,7 +112,9 @@ class Hooks:
                 if b.plain:
                     base = reduce(self.forward(*b.plain, logits_to_keep=b.keep), None, b.extra)
                 for change, row in zip(changes, out, strict=True):
-                    with self.steer(layer, change(b)):
+                    with contextlib.ExitStack() as opened:
+                        for k, own in change(b).items():
+                            opened.enter_context(self.steer(k, own))
                         row.append(reduce(self.forward(b.ids, b.mask, logits_to_keep=b.keep), base, b.extra))
                     run.read += len(b.rows)
             return out
@@ -191,7 +193,10 @@ def test_every_family_by_hooks_too(family):
             close(x, y)
     batches = left_batches(m, ids, [[len(x) - 2, len(x) - 1] for x in ids])
     up = torch.linspace(-3, 3, 48)
-    changes = [lambda batch: lambda h: h + up, lambda batch: lambda h: h + batch.asked[..., None] * up]
+    changes = [
+        lambda batch: {2: lambda h: h + up},
+        lambda batch: {2: lambda h: h + batch.asked[..., None] * up, 3: lambda h: 2 * h},
+    ]
     tables = [e.scores(2, batches, lambda logits, base, extra: logits)(changes) for e in (here, hooked)]
     for a, b in zip(*tables, strict=True):
         for x, y in zip(a, b, strict=True):
@@ -638,7 +643,7 @@ def test_memory_that_runs_out_in_the_end_says_what_needs_less():
             use()
     batches = left_batches(m, encode(m, ["Rain fell."]), [[1]])
     with pytest.raises(MemoryError, match="shorter texts"):
-        engine(m).scores(1, batches, lambda *logits: full(logits))([lambda batch: lambda h: h])
+        engine(m).scores(1, batches, lambda *logits: full(logits))([lambda batch: {}])
     with engine(m).steer(1, lambda h: h.nothing), pytest.raises(AttributeError):
         generate(m, "Rain", 2)
 

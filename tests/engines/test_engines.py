@@ -22,7 +22,7 @@ from concept_transfer.concepts import activations
 from concept_transfer.data import load_corpus, load_pairs
 from concept_transfer.export import NotCompared, engine_program, serving, write_target
 from concept_transfer.models import tiny_model
-from concept_transfer.steering import place
+from concept_transfer.steering import joined, place
 
 pytestmark = [pytest.mark.engines, pytest.mark.slow]
 HOME = Path(os.environ.get("CONCEPT_TRANSFER_ENGINES", "nowhere"))
@@ -90,6 +90,11 @@ def test_llama_cpp_does_what_we_do(llama_cpp, tmp_path, family, most, seed):
     assert receipt.difference < most and receipt.strengths[1.0]["moved"] > 0.1
     assert sum(x["equal"] for x in receipt.strengths.values()) >= 46
     assert receipt.engine.startswith("llama.cpp ")
+
+
+def test_llama_cpp_steers_at_several_layers(llama_cpp, tmp_path):
+    receipt = joined([planted("llama", k, k) for k in (1, 2, 3)]).export(tmp_path / "joy.gguf")
+    assert receipt.difference < 1e-4 and receipt.strengths[1.0]["moved"] > 0.1
 
 
 @pytest.mark.parametrize("fault", ["away", "missing", "wide", "first"])
@@ -166,6 +171,12 @@ def test_vllm_does_what_we_do(vllm, tmp_path):
         assert sum(x["equal"] for x in receipt.strengths.values()) >= 46
 
 
+def test_vllm_steers_at_several_layers(vllm, tmp_path):
+    t = joined([planted("llama", k, k, **WIDE) for k in (1, 2, 3)])
+    receipt = t.export(tmp_path / "joy.safetensors", to="vllm")
+    assert receipt.difference < 1e-3 and receipt.strengths[1.0]["moved"] > 0.1
+
+
 def test_requests_to_vllm_do_not_disturb_each_other(vllm, tmp_path):
     "Strengths in one batch, a name that is not served, and states of a long prompt that are used again."
     t = planted("llama", max_position_embeddings=512, **WIDE)
@@ -237,7 +248,7 @@ LM_EVAL = """
 import torch
 from concept_transfer.export import export
 from concept_transfer.models import tiny_model
-from concept_transfer.steering import place
+from concept_transfer.steering import joined, place
 for family in ("llama", "gemma3_text"):
     v = torch.randn(48, generator=torch.Generator().manual_seed(0))
     receipt = export(place(v, tiny_model(family), 2, dose=0.5, name="joy"), f"{family}.pt", to="lm-eval")
