@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from os.path import commonprefix
 from pathlib import Path
 from threading import local
-from typing import Annotated, final
+from typing import Annotated, Any, final
 
 import numpy as np
 import torch
@@ -182,7 +182,9 @@ def joined(
             )
     columns = {v: [getattr(t, k) for t in rest] for k, v in _COLUMNS.items()}
     columns = {k: x for k, x in columns.items() if x and not any(v is None for v in x)}
-    stacked = {k: torch.stack(x) if isinstance(x[0], Tensor) else tuple(x) for k, x in columns.items()}
+    stacked: dict[str, Any] = {
+        k: torch.stack(x) if isinstance(x[0], Tensor) else tuple(x) for k, x in columns.items()
+    }
     return replace(first, **stacked)
 
 
