@@ -153,8 +153,14 @@ def places(self: Transplant) -> list[Transplant]:
     "Each place as a transplant of its own, the lowest first."
     if self.deeper is None:
         return [self]
-    one: dict[str, Any] = {k: None for k in self.added}
-    first = replace(self, **one)
+    first = replace(
+        self,
+        deeper=None,
+        deeper_directions=None,
+        deeper_norms=None,
+        deeper_sources=None,
+        deeper_shuffled=None,
+    )
     columns: dict[str, Any] = {k: getattr(self, v) for k, v in _COLUMNS.items()}
     rows = [{k: x if x is None else x[i] for k, x in columns.items()} for i in range(len(self.deeper))]
     return [first, *(replace(first, **row) for row in rows)]
