@@ -162,7 +162,9 @@ def places(self: Transplant) -> list[Transplant]:
         deeper_shuffled=None,
     )
     columns: dict[str, Any] = {k: getattr(self, v) for k, v in _COLUMNS.items()}
-    rows = [{k: x if x is None else x[i] for k, x in columns.items()} for i in range(len(self.deeper))]
+    rows: list[dict[str, Any]] = [
+        {k: x if x is None else x[i] for k, x in columns.items()} for i in range(len(self.deeper))
+    ]
     return [first, *(replace(first, **row) for row in rows)]
 
 
