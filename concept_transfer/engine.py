@@ -871,13 +871,34 @@ class _Scores:
         return kept
 
 
+# %% ../nbs/06_engine.ipynb #0c2f561f
+def _halved(work, *rows):  # of a batch (b, ...), or None
+    """What a pass makes of a batch, in halves where memory runs out; whole while something steers, which may
+    know its rows."""
+    try:
+        return work(*rows)
+    except Exception as e:
+        n = len(rows[0]) // 2
+        if not out_of_memory(e) or not n or OPEN.get():
+            raise
+    parts = [[x if x is None else x[half] for x in rows] for half in (slice(n), slice(n, None))]
+    return torch.cat([_halved(work, *part) for part in parts])
+
+
+@patch
+def logits(self: _Scores, keep, ids, mask, hidden=None):  # -> (b, keep, vocabulary)
+    "Logits of texts, perhaps going on from a state (b, t, d) after the layer."
+    layer = -1 if hidden is None else self.layer
+    return self.here.logits(ids, mask, keep, layer, hidden)
+
+
 # %% ../nbs/06_engine.ipynb #0a6f39b3
 @patch
-def after(self: _Scores, batch, base, ids, mask, *start):
-    "What `reduce` makes of a batch; `start`: the layer, and the state from which to go on."
+def after(self: _Scores, batch, base, ids, mask, hidden=None):
+    "What `reduce` makes of a batch, perhaps going on from a state (b, t, d) after the layer."
     self.read += len(batch.rows)
     with passing(self.here.model):
-        z = self.here.logits(ids, mask, batch.keep, *start)  # (b, keep, vocabulary)
+        z = _halved(partial(self.logits, batch.keep), ids, mask, hidden)  # (b, keep, vocabulary)
         real = mask[:, -batch.keep :] > 0 if mask.ndim == 2 else ...  # not the padding
         if not z.sum(-1)[real].isfinite().all():
             raise ValueError(
@@ -890,11 +911,11 @@ def after(self: _Scores, batch, base, ids, mask, *start):
 @patch
 def begin(self: _Scores, batch):
     "A batch, the state after the layer, and the base; texts whose base is their own are not read twice."
-    (h,) = self.here.read(batch.ids, batch.mask, [self.layer])
+    h = _halved(lambda *rows: self.here.read(*rows, [self.layer])[0], batch.ids, batch.mask)  # (b, t, d)
     if batch.plain is None:
         return batch, h, None
-    start = (self.layer, h) if batch.plain[0] is batch.ids else ()
-    return batch, h, self.after(batch, None, *batch.plain, *start)
+    start = h if batch.plain[0] is batch.ids else None
+    return batch, h, self.after(batch, None, *batch.plain, start)
 
 
 # %% ../nbs/06_engine.ipynb #5e1ce125
@@ -907,7 +928,7 @@ def changed(self: _Scores, batch, h, base, changes):  # {layer: `Change`}
     with ExitStack() as deeper:
         for layer in changes.keys() - {self.layer}:
             deeper.enter_context(self.here.steer(layer, changes[layer]))
-        return self.after(batch, base, batch.ids, batch.mask, self.layer, h)
+        return self.after(batch, base, batch.ids, batch.mask, h)
 
 
 @patch

@@ -667,6 +667,38 @@ def test_G9_generation_is_halved_where_memory_runs_out(error):
         generate(m, prompts, 6)
 
 
+def test_a_bench_is_halved_where_memory_runs_out():
+    class Scarce(Local):
+        most = 99
+
+        def logits(self, ids, *how):
+            if len(ids) > self.most:
+                raise torch.OutOfMemoryError("CUDA out of memory.")
+            return super().logits(ids, *how)
+
+        def read(self, ids, *how):
+            if len(ids) > self.most:
+                raise MemoryError
+            return super().read(ids, *how)
+
+    m = tiny_model("llama")
+    push = place(torch.randn(m._module.config.hidden_size), m, 1, dose=0.3)
+
+    def answers():
+        bench = Bench(m, 1, load_task("behaviours/politeness").take(6))
+        return bench.ask([None, push]), bench.hurt([push])[0].kl
+
+    attach(m, Scarce(m))
+    (want, kl), engine(m).most = answers(), 1
+    got, again = answers()
+    for a, b in zip(want, got, strict=True):
+        assert np.allclose(a.metrics["margin"], b.metrics["margin"], atol=1e-5)
+    assert again == pytest.approx(kl, rel=1e-4)
+    engine(m).most = 0
+    with pytest.raises(MemoryError):
+        answers()
+
+
 def test_async_clients_work_beside_us():
     "nnsight puts `save` on every object, from which on anyio refused to load; even where it came before us."
     code = """
