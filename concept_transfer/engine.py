@@ -885,11 +885,18 @@ def _halved(work, *rows):  # of a batch (b, ...), or None
     return torch.cat([_halved(work, *part) for part in parts])
 
 
+# %% ../nbs/06_engine.ipynb #8ec965f2
 @patch
 def logits(self: _Scores, keep, ids, mask, hidden=None):  # -> (b, keep, vocabulary)
     "Logits of texts, perhaps going on from a state (b, t, d) after the layer."
     layer = -1 if hidden is None else self.layer
     return self.here.logits(ids, mask, keep, layer, hidden)
+
+
+@patch
+def state(self: _Scores, ids, mask):  # -> (b, t, d)
+    "Residual stream after the layer."
+    return self.here.read(ids, mask, [self.layer])[0]
 
 
 # %% ../nbs/06_engine.ipynb #0a6f39b3
@@ -911,11 +918,11 @@ def after(self: _Scores, batch, base, ids, mask, hidden=None):
 @patch
 def begin(self: _Scores, batch):
     "A batch, the state after the layer, and the base; texts whose base is their own are not read twice."
-    h = _halved(lambda *rows: self.here.read(*rows, [self.layer])[0], batch.ids, batch.mask)  # (b, t, d)
+    h = _halved(self.state, batch.ids, batch.mask)  # (b, t, d)
     if batch.plain is None:
         return batch, h, None
-    start = h if batch.plain[0] is batch.ids else None
-    return batch, h, self.after(batch, None, *batch.plain, start)
+    ids, mask = batch.plain
+    return batch, h, self.after(batch, None, ids, mask, h if ids is batch.ids else None)
 
 
 # %% ../nbs/06_engine.ipynb #5e1ce125
