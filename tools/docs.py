@@ -103,9 +103,8 @@ def present(nb, path):
             output = cell.outputs[0].data
             text = unlinked(output["text/markdown"]).replace("*Call self as a function.*", "")
             if room:
-                thing = attrgetter(shown[1])(import_module(f"{CFG.lib_name}.{room[1]}"))
-                text = with_parameters(text, thing)
-                names.append((shown[1], text))
+                names.append((shown[1], re.split(r"^```$", text, flags=re.M)[-1]))
+                text = with_parameters(text, attrgetter(shown[1])(import_module(f"{CFG.lib_name}.{room[1]}")))
             output["text/markdown"] = text
         elif study and cell.cell_type == "code":
             cell.source = f"#| code-fold: true\n{cell.source}"
@@ -150,10 +149,10 @@ def names_table(names):
     "Names of a room with the first sentence of each, linked; methods only of classes from other rooms."
     tops = {name for name, _ in names if "." not in name}
     lines = ["**Public names**", "", "| | |", "|---|---|"]
-    for name, text in names:
+    for name, said in names:
         if "." not in name or name.split(".")[0] not in tops:
-            said = re.search(r"^\*(.+?(?:\.(?= |\*$)|\*$))", text, re.M)
-            lines.append(f"| [`{name}`](#{name.lower()}) | {said[1].strip('*') if said else ''} |")
+            first = re.match(r"(.*?\.(?= [A-Z])|.*)", " ".join(said.split()).strip("*"))
+            lines.append(f"| [`{name}`](#{name.lower()}) | {first[0]} |")
     return "\n".join(lines)
 
 
@@ -175,12 +174,12 @@ def pictures_of(cell):
 
 
 def front_matter(path):
-    "What stands at the head of a processed notebook or of a page, if anything does."
+    "What stands at the head of a processed notebook or of a page: at least its title."
     text = path.read_text(encoding="utf-8")
     if path.suffix == ".ipynb":
         text = nbformat.reads(text, 4).cells[0].source
     found = re.match(r"---\n(.*?)^---", text, re.M | re.S)
-    return yaml.safe_load(found[1]) if found else {}
+    return yaml.safe_load(found[1]) if found else {"title": re.search(r"^# (.+)", text, re.M)[1]}
 
 
 def gallery(proc):
@@ -222,9 +221,7 @@ def listing(proc):
             front = front_matter(proc / page)
             file = front.get("output-file", f"{(proc / page).stem}.html")
             url = f"{CFG.doc_host}{CFG.doc_baseurl}/{(proc / page).relative_to(proc).with_name(file)}"
-            lines.append(
-                f"- [{front.get('title', page)}]({url}): {front.get('description', '')}".rstrip(": ")
-            )
+            lines.append(f"- [{front['title']}]({url}): {front.get('description', '')}".rstrip(": "))
     return "\n".join(lines) + "\n"
 
 
