@@ -78,9 +78,18 @@ def site():
     "Process the notebooks as nbdev does and render them; prints where the site is."
     refresh_quarto_yml()
     proc = proc_nbs(n_workers=2, force=True)
-    for path in proc.rglob("*.ipynb"):
-        nb = nbformat.read(path, 4)
+    books = {path: nbformat.read(path, 4) for path in proc.rglob("*.ipynb")}
+    shown = {
+        f"{page.stem.partition('_')[2]}.html#{name.lower()}"
+        for page, nb in books.items()
+        for name, _ in documented(nb)
+    }
+    for path, nb in books.items():
         present(nb, path.relative_to(proc))
+        for cell in (c for c in nb.cells if c.cell_type == "markdown"):
+            cell.source = without_dead_ends(cell.source, shown)
+        for _, output in documented(nb):
+            output["text/markdown"] = without_dead_ends(output["text/markdown"], shown)
         nbformat.write(nb, path)
     gallery(proc)
     index = listing(proc)
@@ -94,24 +103,36 @@ def site():
     print(CFG.doc_path / "index.html")
 
 
+def documented(nb):
+    "Names that a processed notebook shows, each with what is shown."
+    for cell in nb.cells:
+        if found := re.search(r"^show_doc\((.+)\)$", cell.source, re.M):
+            yield found[1], cell.outputs[0].data
+
+
+def without_dead_ends(text, shown):
+    "Links that nbdev made to a name lead to its page where no page shows the name."
+    link = re.compile(rf"({CFG.doc_host}{CFG.doc_baseurl}/)(\w+\.html)(#[\w.]+)(?=\))")
+    return link.sub(lambda m: m[0] if m[2] + m[3] in shown else m[1] + m[2], text)
+
+
 def present(nb, path):
     "What a page has beyond its notebook, by where it lies: names first, tests and studies folded."
     room, study = re.match(r"\d+_(\w+)\.ipynb", path.name), path.parent.name == "studies"
     names = []
+    for name, output in documented(nb):
+        text = unlinked(output["text/markdown"]).replace("*Call self as a function.*", "")
+        if room:
+            names.append((name, re.split(r"^```$", text, flags=re.M)[-1]))
+            text = with_parameters(text, attrgetter(name)(import_module(f"{CFG.lib_name}.{room[1]}")))
+        output["text/markdown"] = text
     for cell in nb.cells:
-        if shown := re.search(r"^show_doc\((.+)\)$", cell.source, re.M):
-            output = cell.outputs[0].data
-            text = unlinked(output["text/markdown"]).replace("*Call self as a function.*", "")
-            if room:
-                names.append((shown[1], re.split(r"^```$", text, flags=re.M)[-1]))
-                text = with_parameters(text, attrgetter(shown[1])(import_module(f"{CFG.lib_name}.{room[1]}")))
-            output["text/markdown"] = text
+        if study and cell.cell_type == "markdown":
+            cell.source = boxed(cell.source)
         elif study and cell.cell_type == "code":
             cell.source = f"#| code-fold: true\n{cell.source}"
         elif room and cell.cell_type == "code" and not cell.outputs and is_test(cell.source):
             cell.source = f"#| code-fold: true\n#| code-summary: Test\n{cell.source}"
-        elif study and cell.cell_type == "markdown":
-            cell.source = boxed(cell.source)
     if names:
         nb.cells.insert(1, nbformat.v4.new_markdown_cell(names_table(names)))
 
@@ -150,7 +171,7 @@ def names_table(names):
     tops = {name for name, _ in names if "." not in name}
     lines = ["**Public names**", "", "| | |", "|---|---|"]
     for name, said in names:
-        if "." not in name or name.split(".")[0] not in tops:
+        if not name.startswith("_") and ("." not in name or name.split(".")[0] not in tops):
             first = re.match(r"(.*?\.(?= [A-Z])|.*)", " ".join(said.split()).strip("*"))
             lines.append(f"| [`{name}`](#{name.lower()}) | {first[0]} |")
     return "\n".join(lines)
