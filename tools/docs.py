@@ -16,6 +16,7 @@ import sys
 from importlib import import_module
 from inspect import Parameter, formatannotation
 from operator import attrgetter
+from types import SimpleNamespace
 
 import nbformat
 import yaml
@@ -155,15 +156,28 @@ def with_parameters(text, thing):
         return text
     rows = ["| | type | default | |", "|---|---|---|---|"]
     for name, p in bare.dm.items():
-        kind = "" if p["anno"] is Parameter.empty else f"`{formatannotation(p['anno'])}`"
-        default = p.get("default", Parameter.empty)
-        given = "" if default is Parameter.empty else f"`{getattr(default, '__name__', repr(default))}`"
+        kind = "" if p["anno"] is Parameter.empty else formatannotation(p["anno"])
+        kind = re.sub(r"\b(?:\w+\.)+(?=\w)", "", kind)  # without the module
+        given = ""
+        if (default := p.get("default", Parameter.empty)) is not Parameter.empty:
+            given = short_default(default)
+            p["default"] = SimpleNamespace(__name__=given)  # by which fastcore shows a default
         said = " ".join((p.get("docment") or "").split())
-        cells = "*returns*" if name == "return" else f"`{name}`", kind, given, said
+        cells = (
+            "*returns*" if name == "return" else f"`{name}`",
+            kind and f"`{kind}`",
+            given and f"`{given}`",
+            said,
+        )
         rows.append("| " + " | ".join(x.replace("|", r"\|") for x in cells) + " |")
         p.update(docment=None, anno=Parameter.empty)
     code, table = f"```python\n{bare}\n```", "\n".join(rows)
     return re.sub(r"^```python\n.*?^```", lambda _: code, text, flags=re.M | re.S) + f"\n\n{table}"
+
+
+def short_default(value):
+    text = getattr(value, "__name__", repr(value))
+    return text if len(text) < 40 else "..."
 
 
 def names_table(names):
