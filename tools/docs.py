@@ -17,6 +17,7 @@ from importlib import import_module
 from inspect import Parameter, formatannotation
 from operator import attrgetter
 from types import SimpleNamespace
+from typing import get_type_hints
 
 import nbformat
 import yaml
@@ -149,35 +150,37 @@ def unlinked(text):
 
 
 def with_parameters(text, thing):
-    "The comments of a signature as a table below it; as it is where no parameter has one."
+    "A signature with short types and defaults, and its comments as a table below it, where it has any."
     thing = getattr(thing, "fget", thing)
-    bare = DocmentText(thing, maxline=80, docstring=False)
-    if not callable(thing) or not any(p.get("docment") for p in bare.dm.values()):
+    if not callable(thing):
         return text
-    rows = ["| | type | default | |", "|---|---|---|---|"]
+    bare, hints = DocmentText(thing, maxline=80, docstring=False), plain_hints(thing)
+    table = any(p.get("docment") for p in bare.dm.values())
+    rows = ["\n", "| | type | default | |", "|---|---|---|---|"]
     for name, p in bare.dm.items():
-        kind = "" if p["anno"] is Parameter.empty else formatannotation(p["anno"])
-        kind = re.sub(r"\b(?:\w+\.)+(?=\w)", "", kind)  # without the module
-        given = ""
-        if (default := p.get("default", Parameter.empty)) is not Parameter.empty:
-            given = short_default(default)
-            p["default"] = SimpleNamespace(__name__=given)  # by which fastcore shows a default
-        said = " ".join((p.get("docment") or "").split())
-        cells = (
-            "*returns*" if name == "return" else f"`{name}`",
-            kind and f"`{kind}`",
-            given and f"`{given}`",
-            said,
-        )
-        rows.append("| " + " | ".join(x.replace("|", r"\|") for x in cells) + " |")
-        p.update(docment=None, anno=Parameter.empty)
-    code, table = f"```python\n{bare}\n```", "\n".join(rows)
-    return re.sub(r"^```python\n.*?^```", lambda _: code, text, flags=re.M | re.S) + f"\n\n{table}"
+        kind, said = hints.get(name, p["anno"]), " ".join((p.pop("docment", "") or "").split())
+        kind = "" if kind is Parameter.empty else re.sub(r"\b(\w+\.)+(?=\w)", "", formatannotation(kind))
+        p["anno"] = Parameter.empty if table or not kind else kind
+        default = ""
+        if (given := p.get("default", Parameter.empty)) is not Parameter.empty:
+            default = getattr(given, "__name__", repr(given))
+            default = default if len(default) < 40 else "..."
+            p["default"] = SimpleNamespace(__name__=default)  # by which fastcore shows it
+        if name != "return" or kind != "None":
+            quoted = [x and f"`{x}`" for x in (kind, default)]
+            cells = "*returns*" if name == "return" else f"`{name}`", *quoted, said
+            rows.append("| " + " | ".join(x.replace("|", r"\|") for x in cells) + " |")
+    code = f"```python\n{bare}\n```"
+    text = re.sub(r"^```python\n.*?^```", lambda _: code, text, flags=re.M | re.S)
+    return text + "\n".join(rows if table else [])
 
 
-def short_default(value):
-    text = getattr(value, "__name__", repr(value))
-    return text if len(text) < 40 else "..."
+def plain_hints(thing):
+    "Types of parameters without what pydantic adds; none where only a type checker imports a name."
+    try:
+        return get_type_hints(thing)
+    except NameError:
+        return {}
 
 
 def names_table(names):
@@ -186,7 +189,7 @@ def names_table(names):
     lines = ["**Public names**", "", "| | |", "|---|---|"]
     for name, said in names:
         if not name.startswith("_") and ("." not in name or name.split(".")[0] not in tops):
-            first = re.match(r"(.*?\.(?= [A-Z])|.*)", " ".join(said.split()).strip("*"))
+            first = re.match(r".*?\.(?=\*? [A-Z])|.*", " ".join(said.split()).strip("*"))
             lines.append(f"| [`{name}`](#{name.lower()}) | {first[0]} |")
     return "\n".join(lines)
 
