@@ -10,7 +10,9 @@ import sys
 import zipfile
 from configparser import ConfigParser
 from functools import cache
+from importlib import import_module
 from importlib.metadata import packages_distributions, version
+from operator import attrgetter
 from pathlib import Path
 
 import pytest
@@ -354,3 +356,14 @@ def test_commands_in_the_help_are_those_of_the_command_line():
     for name, rest in found:
         options = {o for p in known[name].params for o in p.opts}
         assert set(re.findall(r"--\w+", rest)) <= options, (name, rest)
+
+
+@pytest.mark.parametrize("page", ["glossary", "help"])
+def test_names_in_pages_are_those_of_the_room_they_link_to(page):
+    found = re.findall(
+        r"\[`([A-Za-z_.]+)[^`]*`\]\(\d+_(\w+)\.ipynb",
+        (ROOT / "nbs" / f"{page}.qmd").read_text(encoding="utf-8"),
+    )
+    assert len(found) > 5
+    for name, room in found:
+        attrgetter(name)(import_module(f"concept_transfer.{room}"))

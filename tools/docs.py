@@ -44,10 +44,12 @@ def readme():
     nb = nbformat.read(processed, 4)
     nb.metadata.language_info = {"name": "python"}
     front = yaml.safe_load(nb.cells.pop(0).source.strip("-\n"))  # from the title cell, written by nbdev
-    alts = [alt for cell in nb.cells for alt, _ in pictures_of(cell)]
+    alts = []
     for cell in nb.cells:
         if cell.cell_type == "code":
+            said = [alt for alt, _ in pictures_of(cell)]
             apply_options(cell)
+            alts += said if cell.outputs else []
     pictures = ROOT / f"{processed.stem}_files"
     md, resources = MarkdownExporter().from_notebook_node(
         nb, {"unique_key": "figure", "output_files_dir": pictures.name}
