@@ -10,12 +10,16 @@ import sys
 import zipfile
 from configparser import ConfigParser
 from functools import cache
+from importlib import import_module
 from importlib.metadata import packages_distributions, version
+from operator import attrgetter
 from pathlib import Path
 
 import pytest
+from typer.main import get_command
 
 import concept_transfer
+from concept_transfer.cli import app
 
 ROOT = Path(__file__).parents[1]
 LIB = ROOT / "concept_transfer"
@@ -34,8 +38,9 @@ def test_versions_agree():
     citation = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
     newest = re.search(r"^## (\S+)", changes, re.M)[1]
     cited = re.search(r"^version: (\S+)", citation, re.M)[1]
+    page = re.search(r"version += \{(\S+)\}", (ROOT / "nbs" / "citation.qmd").read_text(encoding="utf-8"))[1]
     ours = settings()["version"]
-    assert ours == concept_transfer.__version__ == version("concept_transfer") == newest == cited
+    assert ours == concept_transfer.__version__ == version("concept_transfer") == newest == cited == page
 
 
 @pytest.mark.slow
@@ -304,3 +309,61 @@ def test_numbers_in_the_readme_are_those_of_the_studies():
                 assert any(max(gap) <= near for gap in gaps), (study, said)
                 checked += 1
     assert checked > 5
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "nbs").rglob("[!._]*.ipynb")), ids=lambda p: p.stem)
+def test_every_stored_picture_says_what_it_shows(path):
+    "By `#| fig-alt:`, which site and README show to those who cannot see it."
+    mute = []
+    for i, cell in enumerate(json.loads(path.read_text(encoding="utf-8"))["cells"]):
+        pictures = [o for o in cell.get("outputs", []) if "image/png" in o.get("data", {})]
+        if pictures and not re.search(r'^#\| fig-alt: ".{20,}"$', "".join(cell["source"]), re.M):
+            mute.append(i)
+    assert not mute
+
+
+def messages():
+    "Texts of all errors that the package makes, with an ellipsis for what is filled in."
+    for name in MODULES:
+        for node in ast.walk(ast.parse((LIB / f"{name}.py").read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and ast.unparse(node.func).endswith(("Error", "NotCompared")):
+                for part in (p for arg in node.args for p in ast.walk(arg)):
+                    if isinstance(part, ast.JoinedStr):
+                        parts = part.values
+                        yield "".join(p.value if isinstance(p, ast.Constant) else "…" for p in parts)
+                    elif isinstance(part, ast.Constant):
+                        yield str(part.value)
+
+
+def test_errors_in_the_help_are_those_of_the_code():
+    page = (ROOT / "nbs" / "help.qmd").read_text(encoding="utf-8").split("## Errors")[1]
+    quoted, made = re.findall(r"^- `(.+?)` ", page, re.M), list(messages())
+    assert len(quoted) > 15
+    unknown = []
+    for said in quoted:
+        pattern = ".*".join(map(re.escape, said.split("…")))
+        if not any(re.search(pattern, text, re.S) for text in made):
+            unknown.append(said)
+    assert not unknown
+
+
+def test_commands_in_the_help_are_those_of_the_command_line():
+    known = get_command(app).commands
+    found = re.findall(
+        r"`concept-transfer (\w+)([^`]*)`", (ROOT / "nbs" / "help.qmd").read_text(encoding="utf-8")
+    )
+    assert len(found) > 5
+    for name, rest in found:
+        options = {o for p in known[name].params for o in p.opts}
+        assert set(re.findall(r"--\w+", rest)) <= options, (name, rest)
+
+
+@pytest.mark.parametrize("page", ["glossary", "help"])
+def test_names_in_pages_are_those_of_the_room_they_link_to(page):
+    found = re.findall(
+        r"\[`([A-Za-z_.]+)[^`]*`\]\(\d+_(\w+)\.ipynb",
+        (ROOT / "nbs" / f"{page}.qmd").read_text(encoding="utf-8"),
+    )
+    assert len(found) > 5
+    for name, room in found:
+        attrgetter(name)(import_module(f"concept_transfer.{room}"))
