@@ -257,7 +257,7 @@ def plot_frontier(
     return fig
 
 
-# %% ../nbs/24_plots.ipynb #a4b0b702
+# %% ../nbs/24_plots.ipynb #d0d0ecd1
 def plot_matrix(
     shift: np.ndarray,  # (rows, columns) change of the choice rate
     p: np.ndarray,  # of the same shape
@@ -274,7 +274,7 @@ def plot_matrix(
         for i, j in np.argwhere(p <= 0.05):
             ax.add_patch(plt.Rectangle((j + 0.04, i + 0.04), 0.92, 0.92, fill=False, lw=1.4, color="#222222"))
         ax.set(xlabel="behaviour asked for", ylabel="concept transplanted")
-        ax.set_title("On target and off (framed: p at most .05, Holm)")
+        ax.set_title("On target and off\n(framed: p at most .05, Holm)")
         plt.setp(ax.get_xticklabels(), rotation=40, ha="right")
     return fig
 

@@ -36,17 +36,18 @@ def _chance(e):
     return f"random directions of equal damage reach {reached} ({tested})"
 
 
-# %% ../nbs/26_report.ipynb #49d2ee59
+# %% ../nbs/26_report.ipynb #9c001262
 _MEANING = {
     "concept": "It is a concept",
     "word": "It is a word, not shown to be a concept",
     "nothing": "It is nothing",
+    None: "Whether it is a concept or a word cannot be said",
 }
 
 
 def _meaning(e):
     "Whether a concept moved or a word, with the readout that decides."
-    said = f" {_MEANING[e.finding]}." if e.finding else " Whether it is a concept or a word cannot be said."
+    said = f" {_MEANING[e.finding]}."
     if e.finding == "nothing" or not e.readouts or "transplanted" not in e.readouts[-1].shift:
         return said
     last = e.readouts[-1]
@@ -125,15 +126,7 @@ def details(e: Evidence) -> list[str]:
     return out
 
 
-# %% ../nbs/26_report.ipynb #b56737cc
-_FOUND = {
-    "concept": "A concept was carried over",
-    "word": "A word was carried over, not shown to be a concept",
-    "nothing": "Nothing was carried over",
-    None: "What was carried over cannot be said",
-}
-
-
+# %% ../nbs/26_report.ipynb #c478ef5e
 def _times(nats):
     "A change of log-odds as a factor of the odds."
     factor = np.exp(nats)
@@ -147,8 +140,8 @@ def _no_word(e):
     most = max(last.shift[k] for k in WORD_ARMS if k in last.shift)
     return (
         f"Asked in other words ({last.n} questions of {last.task!r}), it still changes the odds of the "
-        f"wanted answer {_times(last.shift['transplanted'])} ({low} to {high}); pushing the bare word at "
-        f"the same damage changes them {_times(most)}."
+        f"wanted answer {_times(last.shift['transplanted'])} ({low} to {high}); pushing the bare word, "
+        f"at the same damage to other text, changes them {_times(most)}."
     )
 
 
@@ -156,19 +149,19 @@ def _only_word(e):
     "Why it is a word."
     most = max(e.arms[k].logit_shift for k in WORD_ARMS if k in e.arms and not e.arms[k].reason)
     return (
-        f"Pushing the bare word at the same damage changes the odds of the wanted answer {_times(most)}, "
-        f"the transplant {_times(e.arms['transplanted'].logit_shift)}: more than the word is not shown."
+        f"Pushing the bare word, at the same damage to other text, changes the odds of the wanted answer "
+        f"{_times(most)}; the transplant changes them {_times(e.arms['transplanted'].logit_shift)}."
     )
 
 
-# %% ../nbs/26_report.ipynb #efd04fa6
+# %% ../nbs/26_report.ipynb #2312b486
 def _nothing(e):
     "Why it is nothing."
     low, high = e.effect.gain_ci
     against, p = max(e.tests.items(), key=lambda x: x[1])
     if low <= 0:
         return f"The change may be none: between {100 * low:+.0f} and {100 * high:+.0f} points."
-    return f"It is not told apart from {against} at the same damage (p = {p:.2f})."
+    return f"Beside {against} the change is not beyond chance (p = {p:.2f})."
 
 
 def _unclear(e):
@@ -187,7 +180,7 @@ def _unclear(e):
 _WHY = {"concept": _no_word, "word": _only_word, "nothing": _nothing, None: _unclear}
 
 
-# %% ../nbs/26_report.ipynb #f1ee8d33
+# %% ../nbs/26_report.ipynb #7494c761
 def _in_words(e):
     "Whether asking for it in words does as well."
     words, mine = (e.arms.get(k, ArmResult(reason="not asked for")) for k in ("prompt", "transplanted"))
@@ -196,8 +189,8 @@ def _in_words(e):
     low, high = mine.ci
     does = "less" if words.choice_rate < low else "more" if words.choice_rate > high else "as much"
     return (
-        f"Asking for it in words does {does}: then {words.choice_rate:.0%} of the answers are the wanted "
-        f"one, at a damage of {words.kl:.2f}; with the transplant {mine.choice_rate:.0%}, at {mine.kl:.2f}."
+        f"Asking for it in words does {does}: then {words.choice_rate:.0%} of the answers are the wanted one "
+        f"(damage {words.kl:.2f}), with the transplant {mine.choice_rate:.0%} ({mine.kl:.2f})."
     )
 
 
@@ -205,10 +198,10 @@ def _likened(e, anchors):
     "What else does about as much damage."
     kl = e.arms["transplanted"].kl
     near = min(anchors, key=lambda k: abs(np.log(anchors[k] / kl)))
-    return f"Of what is shown here, {near} comes closest ({anchors[near]:.2f})."
+    return f"It is {kl:.2f}; of what is shown here, {near} comes closest, with {anchors[near]:.2f}."
 
 
-# %% ../nbs/26_report.ipynb #607076d0
+# %% ../nbs/26_report.ipynb #6312ab9e
 def _better_asked(e):
     "What would make the question a better one."
     base, effect = e.arms["base"].choice_rate, e.effect
@@ -231,7 +224,7 @@ def _after(e):
     if e.finding == "concept":
         yield "Try it on questions of your own, and read what it writes; in use, keep a log of it."
     elif e.finding == "word":
-        yield "If the word is all you want, ask for it in the prompt."
+        yield "If the word is all you want, push the bare word: it does as much, and needs no other model."
         yield "If not, take the concept from texts that do not name it, or put it at other layers."
     elif e.effect.gain_ci[1] < 0:
         yield "It does the opposite of what is wanted: look whether the two sides of the pairs were mixed up."
@@ -286,11 +279,11 @@ def _drawn(heading, shown):
     ).format(alt, png(shown), shown.get_label())
 
 
-# %% ../nbs/26_report.ipynb #15810948
+# %% ../nbs/26_report.ipynb #eef3c89d
 WAYS = {
     "base": "the model as it is",
     "transplanted": "with the transplant",
-    "native": "with its own direction, read from the same texts",
+    "native": "with its own direction, the most to hope for",
     "random": "with random directions",
     "unembedding": "pushed towards the bare word",
     "prompt": "asked for it in words",
@@ -314,7 +307,7 @@ def write_report(
         e=e,
         verdict=verdict(e),
         details=details(e),
-        found=_FOUND[e.finding],
+        found=_MEANING[e.finding],
         why=_WHY[e.finding](e),
         in_words=_in_words(e),
         advice=advice(e),
@@ -323,6 +316,7 @@ def write_report(
         items=items,
         anchors=mine.kl and anchors and {WAYS["transplanted"]: mine.kl} | anchors,
         likened=mine.kl and anchors and _likened(e, anchors),
+        elsewhere=[*_elsewhere(e)],
         views={k: x for k, x in pictures.items() if not isinstance(x, Figure)},
         figures={k: x for k, x in pictures.items() if isinstance(x, Figure)},
         drawn=_drawn,

@@ -79,10 +79,10 @@ from .tasks import ChoiceTask
 _PARTS: Any = TEMPLATES.get_template("views.html").module  # its macros, as functions that give safe HTML
 
 
-# %% ../nbs/25_views.ipynb #e9f647e3
+# %% ../nbs/25_views.ipynb #786c704c
 def _as_html(table):
     "A table as HTML, with a dash where nothing was measured."
-    shown = table.round(2).astype(object)
+    shown = table.map(lambda x: f"{x:.2f}" if isinstance(x, float | np.floating) else x)
     return html_table(list(table), shown.where(table.notna(), "-").values.tolist())
 
 
@@ -552,7 +552,7 @@ def _reading(model, layer, unit, text, scale):
     return [*zip(pieces, along.tolist(), strict=True)]
 
 
-# %% ../nbs/25_views.ipynb #6dc0d654
+# %% ../nbs/25_views.ipynb #a3238c33
 @dataclass(frozen=True, repr=False)
 class TokenHeat(_View):
     "A text as models read it on a concept's direction, token by token."
@@ -561,8 +561,8 @@ class TokenHeat(_View):
     text: str
     rows: dict[str, list[tuple[str, float]]]  # who reads: pieces of the text, standard deviations
 
-    how = """Blue: further along the direction than tokens of neutral sentences; orange: further back; full
-        colour from four of their standard deviations."""
+    how = """Blue: here the model stands further towards the concept than in neutral sentences; orange:
+        further away from it. Full colour from four standard deviations of their tokens."""
 
     @property
     def title(self) -> str:
@@ -671,24 +671,25 @@ def _apart(y, gap):  # (n,) -> (n,)
     return out
 
 
-# %% ../nbs/25_views.ipynb #b705d685
+# %% ../nbs/25_views.ipynb #efc21846
 @patch
 def show(self: MovedItems) -> Figure:
     "Slope chart of margins: all items, the most moved, and those that were moved the wrong way."
     y = np.array([self.before.margin, self.after.margin])  # (2, n)
     some = pd.concat(self.ends()).drop_duplicates("item")
     how = """A line is a question: how far the wanted answer is ahead of the others, left without the
-        transplant, right with it; above the dotted line it leads. Blue: most moved; orange: moved the wrong
-        way."""
+        transplant, right with it. On the dotted line it is as likely as they are on average. Blue: most
+        moved; orange: moved the wrong way."""
     with canvas(6.4, 4.4, how) as (fig, ax):
         ax.plot([0, 1], y, "o-", color="#999999", ms=3, lw=0.7)
         places = _apart(some.after.to_numpy(), np.ptp(y) / 18)
         for at, k, prompt, change in zip(places, some.item, some.prompt, some.change, strict=True):
             colour = "#0072b2" if change > 0 else "#d55e00"
             ax.plot([0, 1, 1.06], [*y[:, k], at], "-", color=colour, lw=1.8)
-            ax.text(1.08, at, shorten(prompt, 44, placeholder=" ..."), color=colour, va="center", fontsize=8)
-        ax.set(xticks=[0, 1], xticklabels=["base model", self.name], xlim=(-0.1, 3), ylabel="margin, nats")
-        ax.plot([-0.1, 1], [0, 0], ":")
+            ax.text(1.08, at, shorten(prompt, 46, placeholder=" ..."), color=colour, va="center", fontsize=8)
+        ax.set(xticks=[0, 1], xticklabels=["base model", self.name], xlim=(-0.1, 2.9), ylabel="margin, nats")
+        ax.plot([-0.1, 1], [0, 0], ":", color="dimgray")
+        ax.spines.bottom.set_bounds(-0.1, 1)
         ax.set_title("The most moved questions")
     return fig
 
