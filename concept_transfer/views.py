@@ -671,7 +671,7 @@ def _apart(y, gap):  # (n,) -> (n,)
     return out
 
 
-# %% ../nbs/25_views.ipynb #efc21846
+# %% ../nbs/25_views.ipynb #66da57b5
 @patch
 def show(self: MovedItems) -> Figure:
     "Slope chart of margins: all items, the most moved, and those that were moved the wrong way."
@@ -687,7 +687,7 @@ def show(self: MovedItems) -> Figure:
             colour = "#0072b2" if change > 0 else "#d55e00"
             ax.plot([0, 1, 1.06], [*y[:, k], at], "-", color=colour, lw=1.8)
             ax.text(1.08, at, shorten(prompt, 46, placeholder=" ..."), color=colour, va="center", fontsize=8)
-        ax.set(xticks=[0, 1], xticklabels=["base model", self.name], xlim=(-0.1, 2.9), ylabel="margin, nats")
+        ax.set(xticks=[0, 1], xticklabels=["base model", self.name], xlim=(-0.1, 2.6), ylabel="margin, nats")
         ax.plot([-0.1, 1], [0, 0], ":", color="dimgray")
         ax.spines.bottom.set_bounds(-0.1, 1)
         ax.set_title("The most moved questions")
@@ -850,7 +850,7 @@ def layer_scores(
     return LayerScores(maps, found, rounds, taken)
 
 
-# %% ../nbs/25_views.ipynb #d4a5db32
+# %% ../nbs/25_views.ipynb #4e070d5a
 @patch
 def show(self: LayerScores) -> Figure:
     "A cell a pair of layers with its scores; frames show the search."
@@ -860,9 +860,7 @@ def show(self: LayerScores) -> Figure:
         ["\n".join(f"{k} {x[at]:.2f}" for k, x in self.scores.items() if at in x) for at in row]
         for row in cells
     ]
-    how = """A cell is a pair of layers. R2: how well the map predicts the target's states. AUC: how well the
-        carried direction tells the target's own texts apart. Gain: what the search found it to do, in
-        nats."""
+    how = "R2: of the map. AUC: of the carried direction on the target's texts. Gain: of the margin, in nats."
     size = 1.6 + 0.85 * len(columns), 1.5 + (0.2 + 0.16 * len(self.scores)) * len(rows)
     with canvas(*size, how) as (fig, ax):
         look = dict(fmt="", annot_kws={"size": 7}, cmap="cividis", cbar_kws={"label": "held-out R2"})
