@@ -126,11 +126,11 @@ def details(e: Evidence) -> list[str]:
     return out
 
 
-# %% ../nbs/26_report.ipynb #c478ef5e
+# %% ../nbs/26_report.ipynb #1142a6bc
 def _times(nats):
     "A change of log-odds as a factor of the odds."
     factor = np.exp(nats)
-    return f"{factor:.1f}-fold" if factor < 10 else f"{factor:,.0f}-fold"
+    return f"{factor:.1f}" if factor < 10 else f"{factor:,.0f}"
 
 
 def _no_word(e):
@@ -139,9 +139,9 @@ def _no_word(e):
     low, high = map(_times, last.shift_ci["transplanted"])
     most = max(last.shift[k] for k in WORD_ARMS if k in last.shift)
     return (
-        f"Asked in other words ({last.n} questions of {last.task!r}), it still changes the odds of the "
-        f"wanted answer {_times(last.shift['transplanted'])} ({low} to {high}); pushing the bare word, "
-        f"at the same damage to other text, changes them {_times(most)}."
+        f"Asked in other words ({last.n} questions of {last.task!r}), it still multiplies the odds of the "
+        f"wanted answer against the others by {_times(last.shift['transplanted'])} ({low} to {high}); "
+        f"pushing the bare word, at the same damage to other text, by {_times(most)}."
     )
 
 
@@ -149,19 +149,20 @@ def _only_word(e):
     "Why it is a word."
     most = max(e.arms[k].logit_shift for k in WORD_ARMS if k in e.arms and not e.arms[k].reason)
     return (
-        f"Pushing the bare word, at the same damage to other text, changes the odds of the wanted answer "
-        f"{_times(most)}; the transplant changes them {_times(e.arms['transplanted'].logit_shift)}."
+        "Pushing the bare word, at the same damage to other text, multiplies the odds of the wanted answer "
+        f"against the others by {_times(most)}, "
+        f"the transplant by {_times(e.arms['transplanted'].logit_shift)}: the word alone explains that."
     )
 
 
-# %% ../nbs/26_report.ipynb #2312b486
+# %% ../nbs/26_report.ipynb #d15343cb
 def _nothing(e):
     "Why it is nothing."
     low, high = e.effect.gain_ci
     against, p = max(e.tests.items(), key=lambda x: x[1])
     if low <= 0:
         return f"The change may be none: between {100 * low:+.0f} and {100 * high:+.0f} points."
-    return f"Beside {against} the change is not beyond chance (p = {p:.2f})."
+    return f"The change is not beyond what chance does (p = {p:.2f} against {against})."
 
 
 def _unclear(e):
@@ -174,7 +175,7 @@ def _unclear(e):
         return "There are too few controls to test the change against chance."
     if not e.readouts:
         return "The answers move beyond chance, but they were not asked for in other words: that would tell."
-    return "The answers move beyond chance, but no surer or less sure than when the bare word is pushed."
+    return "The answers move beyond chance; whether by more than the bare word moves them is not clear."
 
 
 _WHY = {"concept": _no_word, "word": _only_word, "nothing": _nothing, None: _unclear}
@@ -201,7 +202,7 @@ def _likened(e, anchors):
     return f"It is {kl:.2f}; of what is shown here, {near} comes closest, with {anchors[near]:.2f}."
 
 
-# %% ../nbs/26_report.ipynb #6312ab9e
+# %% ../nbs/26_report.ipynb #d500917e
 def _better_asked(e):
     "What would make the question a better one."
     base, effect = e.arms["base"].choice_rate, e.effect
@@ -211,7 +212,7 @@ def _better_asked(e):
             f"and a rise of less than {100 * effect.smallest_effect:.0f} points would not be noticed."
         )
     if effect.gain_ci[0] <= 0 < effect.gain_ci[1]:
-        yield "Ask more questions: four times as many halve the interval, which holds no change now."
+        yield "Ask more questions: the interval includes no change, and four times as many halve it."
     if (n := len({*e.provenance.groups})) < 10:
         yield f"Ask about at least 10 scenarios; {n} are too few."
     if (n := len(e.arms.get("random", ArmResult()).draws or ())) < 19:
@@ -230,10 +231,11 @@ def _after(e):
         yield "It does the opposite of what is wanted: look whether the two sides of the pairs were mixed up."
     elif e.finding == "nothing" and own.ci and own.ci[0] > base.ci[1]:
         yield "Fit the map on more text or at other layers: the model's own direction does move the answers."
-    elif e.finding == "nothing" and own.ci:
-        yield "Try other layers or other questions: the model's own direction does not do it here either."
-    elif e.finding is None and not e.readouts:
-        yield "Ask in other words too (`readouts` of the settings), to tell a concept from a word."
+    elif e.finding == "nothing":
+        either = ": the model's own direction does not do it here either" if own.ci else ""
+        yield f"Try other layers or other questions{either}."
+    else:
+        yield "Ask more questions in other words (`readouts`), to tell a concept from a word."
 
 
 # %% ../nbs/26_report.ipynb #ea36edda

@@ -133,7 +133,8 @@ def test_the_top_of_a_page_is_for_those_who_know_none_of_it(evidence, joy, tmp_p
         assert words.strip() in found
     nearest = min(anchors, key=lambda k: abs(np.log(anchors[k] / evidence.arms["transplanted"].kl)))
     assert f"{nearest} comes closest" in found
-    assert f"It is {evidence.finding}" in found or "cannot be said" in found
+    said = {"concept": "It is a concept", "word": "It is a word", "nothing": "It is nothing"}
+    assert said.get(evidence.finding, "cannot be said") in found
     assert "<h2>Which questions moved" in top and "<h2>Effect" in folded
     pictures = re.findall(r'<img alt="([^"]+)" src=.*?<figcaption>([^<]+)</figcaption>', top + folded, re.S)
     assert len(pictures) == (top + folded).count("<img") == 5
@@ -146,7 +147,7 @@ def test_texts_are_escaped(evidence, joy, tmp_path):
     e = replace(evidence, provenance=replace(evidence.provenance, transplant=name))
     texts = ["</td><b>bold</b>"] * 8
     e = replace(e, runs=[replace(r, texts=texts) if r.texts else r for r in e.runs])
-    some = [ChoiceItem(f"It was {HOSTILE}", (f"{HOSTILE} a", f"{HOSTILE} b"), 0)] * 3
+    some = [ChoiceItem(f"It was {HOSTILE}", (f"{HOSTILE} a", f"{HOSTILE} b"), 0, "one")] * 3
     asked = moved_items(joy, ChoiceTask(name, some, HOSTILE))
     write_report(e, tmp_path / "a.html", {}, items=asked, anchors={HOSTILE: 0.1})
     page = (tmp_path / "a.html").read_text(encoding="utf-8")
@@ -252,7 +253,7 @@ MOVED = [OffTarget("behaviours/refusal", 0.5, {"transplanted": 0.3}, {"transplan
         ("nothing", dict(arms=native(0.0, 0.2)), "does not do it here either"),
         ("nothing", dict(effect=WRONG_WAY), "sides of the pairs were mixed up"),
         ("nothing", dict(effect=Effect(gain=0.1, gain_ci=[-0.1, 0.3])), "four times as many"),
-        (None, dict(readouts=[]), "Ask in other words too"),
+        (None, {}, "Ask more questions in other words"),
         (None, dict(groups=range(4)), "at least 10 scenarios; 4 are too few"),
         (None, dict(arms={"random": ArmResult(draws=[0.1] * 3)}), "19 random directions or more; with 3"),
         ("nothing", dict(arms={"base": ArmResult(choice_rate=0.9, ci=[0.8, 1])}), "answer to 90% already"),
