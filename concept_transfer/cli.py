@@ -772,7 +772,7 @@ def cmd_serve(
     return dict(command=argv, url=url, request=ask), "stopped"
 
 
-# %% ../nbs/30_cli.ipynb #57427c51
+# %% ../nbs/30_cli.ipynb #4ed0d6fc
 @command
 def cmd_evaluate(
     transplant: Callable,  # file
@@ -790,7 +790,6 @@ def cmd_evaluate(
       --pairs emotions/happiness --out evidence"""
     from concept_transfer.data import load_corpus, load_pairs
     from concept_transfer.evidence import evaluate
-    from concept_transfer.plots import figures
     from concept_transfer.suites import MEASURES, measure_suite
     from concept_transfer.tasks import load_task
 
@@ -804,7 +803,7 @@ def cmd_evaluate(
     t = transplant()
     e = evaluate(t, items, texts, settings=chosen, path=folder / "arms.jsonl", pairs=own, other=foreign)
     e.save(folder / "evidence.json")
-    shown = _looks(t, pairs=own, evidence=e) | figures(e)
+    shown = _looks(t, items, e, texts, pairs=own)
     if not names:
         return _reported(e, folder, shown)
     found = measure_suite(t, items, names, own, path=folder / "suite.jsonl", neutral=texts)
@@ -814,21 +813,27 @@ def cmd_evaluate(
     return facts | {"suite": found.data}, f"{text}\n\n{found!r}"
 
 
-def _looks(t, **given):
-    "What a report shows first: texts at several strengths, and words."
-    from concept_transfer.views import PROMPTS, direction_words, ladder
+def _looks(t, task, e, neutral, concept=None, source=None, pairs=None):
+    "What a report shows of the transplant itself, at the dose of the evidence."
+    from concept_transfer import views
+    from concept_transfer.plots import figures
 
-    shown = {f"What it writes: {prompt} ...": ladder(t, prompt) for prompt in PROMPTS[:2]}
-    return shown | {"The words it means": direction_words(t, **given)}
+    t = replace(t, dose=e.arms["transplanted"].dose)
+    items = views.moved_items(t, task)
+    shown: dict = {f"What it writes: {x} ...": views.ladder(t, x) for x in views.PROMPTS[:2]}
+    shown["The words it means"] = views.direction_words(t, concept, source, pairs, e)
+    shown["Where it is read"] = views.token_heat(t, task.prompts[items.typical], concept, source)
+    anchors = views.damage_anchors(t.model, neutral)
+    return dict(pictures=shown | figures(e), items=items, anchors=anchors)
 
 
-def _reported(e, folder, pictures, suite=None):
+def _reported(e, folder, looks, suite=None):
     "Write the report, and say what stands in it."
     from concept_transfer.report import details, verdict, write_report
 
     (folder / "arms.jsonl").unlink(missing_ok=True)  # what an interrupted run had finished
     report = folder / "report.html"
-    write_report(e, report, pictures, suite=suite)
+    write_report(e, report, suite=suite, **looks)
     text = f"{e!r}\n\n{verdict(e)}\n{' '.join(details(e))}\n\nReport: {report}"
     return e.data | dict(report=str(report)), text
 
@@ -896,18 +901,19 @@ def _smaller(texts, tune, test):
     return texts.take(300), (tune.take(32), test.take(50))
 
 
-# %% ../nbs/30_cli.ipynb #b62590d5
+# %% ../nbs/30_cli.ipynb #baef4a4a
 def _flow(folder, models, pairs, texts, items, settings, most, other=None):
     """From pairs to the report, each step in a file of the folder. `items` choose, and judge; `most` layer
     pairs are tried."""
     from concept_transfer.concepts import Concept, extract_concept
-    from concept_transfer.data import load_corpus
+    from concept_transfer.data import PAIRS, load_corpus, load_pairs
     from concept_transfer.evidence import Evidence, evaluate
     from concept_transfer.maps import LayerGrid, fit_maps
     from concept_transfer.models import load_model, model_info
-    from concept_transfer.plots import figures, plot_grid, plot_separation
+    from concept_transfer.plots import plot_separation
     from concept_transfer.selection import choose, offline_scores
     from concept_transfer.steering import Transplant
+    from concept_transfer.views import layer_scores, separation
 
     start, keep, neutral, (tune, test) = time.time(), _steps(folder), load_corpus("neutral"), items
     _say("1/6  models")
@@ -936,12 +942,12 @@ def _flow(folder, models, pairs, texts, items, settings, most, other=None):
     judge = partial(evaluate, t, test, neutral, settings=settings, path=folder / "arms.jsonl", **given)
     e = keep("evidence.json", judge, Evidence.load, test.hash, other and other.hash, str(settings))
     _say("6/6  report")
-    where = {
-        "Where the concept is found": plot_separation(concept),
-        "Where it can be carried": plot_grid(maps),
-    }
-    shown = _looks(t, concept=concept, source=source, pairs=pairs, evidence=e) | figures(e)
-    facts, text = _reported(e, folder, shown | where)
+    looks = _looks(t, test, e, neutral, concept, source, pairs)
+    looks["pictures"]["Where the concept is found"] = plot_separation(concept)
+    if pairs.name in PAIRS:
+        looks["pictures"]["Texts it tells apart"] = separation(t, load_pairs(pairs.name, "test")).show()
+    looks["pictures"]["Where it can be carried"] = layer_scores(maps, concept, t, pairs).show()
+    facts, text = _reported(e, folder, looks)
     return facts | dict(seconds=round(time.time() - start)), text
 
 

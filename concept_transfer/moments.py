@@ -374,11 +374,11 @@ def load(cls: Collected, path: str | Path):
     return m
 
 
-# %% ../nbs/13_moments.ipynb #9bc5b1c6
+# %% ../nbs/13_moments.ipynb #3742f77e
 @patch
 def _repr_html_(self: Collected) -> str:
     facts = {
-        "models": f"{self.source} to {self.target}",
+        "models": self.source and f"{self.source} to {self.target}",
         "layers": f"{self.source_layers} to {self.target_layers}",
         "K, L1, d1, L2, d2": self.shape,
         "texts": f"{len(self.seen)}, hash {self.texts_hash}",

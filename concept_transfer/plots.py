@@ -36,23 +36,30 @@ from .evidence import Evidence
 from .maps import AffineMap, LayerGrid
 
 
-# %% ../nbs/24_plots.ipynb #3f7b7146
+# %% ../nbs/24_plots.ipynb #f711e8ec
 @contextmanager
-def canvas(width: float = 5.8, height: float = 3.4) -> Iterator[tuple[Figure, Any]]:  # inches
-    "An empty picture of this size, to be drawn within the context."
+def canvas(
+    width: float = 5.8,  # inches
+    height: float = 3.4,
+    how: str = "",  # to read it: the caption, kept as its label
+) -> Iterator[tuple[Figure, Any]]:
+    "An empty picture, to be drawn within the context."
     with plt.style.context(["default", "concept_transfer.templates.pictures"]):
         fig, ax = plt.subplots(figsize=(width, height))
         plt.close(fig)
+        fig.set_label(" ".join(how.split()))
         yield fig, ax
     for text in fig.findobj(Text):  # formulas along axes, not in names
         text.set_parse_math("$" not in text.get_text())
 
 
-# %% ../nbs/24_plots.ipynb #39ba8440
+# %% ../nbs/24_plots.ipynb #fa965041
 def plot_separation(*concepts: Concept) -> Figure:
     "Held-out AUC of each concept by layer."
     title = "How well a direction tells held-out scenarios apart"
-    with canvas() as (fig, ax):
+    how = """AUC is the share of pairs of texts, one of the concept and one not, that stand in the right order
+        along the direction: 1 is perfect, .5 is chance."""
+    with canvas(how=how) as (fig, ax):
         for c in concepts:
             ax.plot(c.layers, c.auc, label=f"{c.name}, {c.model.name}")
         ax.axhline(0.5, ls=":", label="chance")
@@ -84,7 +91,7 @@ def _named(known, name, what):
     return known[name]
 
 
-# %% ../nbs/24_plots.ipynb #56659800
+# %% ../nbs/24_plots.ipynb #6581c9c2
 def plot_grid(
     maps: LayerGrid,
     values: str | np.ndarray = "r2",  # "r2", "cosine", or (L1, L2) such as `downstream` gives
@@ -99,7 +106,9 @@ def plot_grid(
     z, (L1, L2) = np.asarray(values), maps.r2.shape
     if z.shape != (L1, L2):
         raise ValueError(f"values of shape {z.shape} are not one for each of {L1} x {L2} layer pairs.")
-    with canvas(1.6 + 0.62 * L2, 1.6 + 0.42 * L1) as (fig, ax):
+    how = """A cell is a pair of layers; the number says how well the map predicts the target's states from
+        the source's: 1 is perfect, 0 no better than their mean."""
+    with canvas(1.6 + 0.62 * L2, 1.6 + 0.42 * L1, how) as (fig, ax):
         _heat(ax, z, maps.source_layers, maps.target_layers, label, min(0, z.min()), max(0.5, z.max()))
         ax.set(xlabel=f"layer of {maps.target.name}", ylabel=f"layer of {maps.source.name}", title=title)
     return fig
@@ -141,7 +150,7 @@ def _arm(ax, y, entry, kl, mean, ci, draws=()):
         )
 
 
-# %% ../nbs/24_plots.ipynb #5ada2137
+# %% ../nbs/24_plots.ipynb #7ead2a9f
 @patch
 def show(
     self: Evidence,
@@ -155,7 +164,9 @@ def show(
     if metric:
         rows = [a.score_means[metric] for a in ran.values()]
     of, n = self.provenance, len(ran)
-    with canvas(height=0.9 + 0.42 * n) as (fig, ax):
+    how = """A row is one way of treating the model: dot and bar are the share and its 95% interval, ticks are
+        single draws, and the dotted line is the model as it is. Damage (KL) stands on the right."""
+    with canvas(height=0.9 + 0.42 * n, how=how) as (fig, ax):
         for y, (entry, a) in enumerate(ran.items()):
             _arm(ax, y, entry, a.kl, **rows[y])
         ax.axvline(rows[0]["mean"], ls=":")  # the base model is the first
@@ -175,7 +186,7 @@ def curves(e: Evidence) -> dict[str, np.ndarray]:  # arm: (points, 4)
     return found
 
 
-# %% ../nbs/24_plots.ipynb #22763990
+# %% ../nbs/24_plots.ipynb #fcd83903
 def _line(entry, i):
     "How the curve of the `i`-th arm is drawn."
     return dict(
@@ -189,9 +200,9 @@ def _line(entry, i):
 
 
 @contextmanager
-def _effect(**look):
+def _effect(how="", **look):
     "A canvas whose height is the effect, with a legend below."
-    with canvas(height=3.8) as (fig, ax):
+    with canvas(height=3.8, how=how) as (fig, ax):
         yield fig, ax
         ax.set(ylabel="share choosing the target", ylim=(-0.03, 1.03), **look)
         fig.legend(loc="outside lower center", ncol=3)
@@ -205,14 +216,17 @@ def _bounds(ax, e):
         ax.axhspan(min(draws), max(draws), color="dimgray", alpha=0.15, lw=0, label="random, at the budget")
 
 
-# %% ../nbs/24_plots.ipynb #2c60d9ac
+# %% ../nbs/24_plots.ipynb #ab0e1015
 def plot_dose(
     e: Evidence,
     arms: dict[str, Arm] = ARMS,  # how arms are shown
 ) -> Figure:
     "Effect and damage against the dose; the band is the range that random directions reached at the budget."
     x = "dose: norm added / median residual norm"
-    with _effect(title="Dose, response and damage", xlabel=x) as (fig, ax):
+    how = """The stronger the push, the more it does (full lines) and the more it breaks (dashed). The other
+        way round it should do the opposite. The band is what random directions reach at the damage
+        allowed."""
+    with _effect(how, title="Dose, response and damage", xlabel=x) as (fig, ax):
         right = ax.twinx()
         right.set_ylabel("mean KL from base, nats a token")
         for i, (name, points) in enumerate(curves(e).items()):
@@ -224,14 +238,15 @@ def plot_dose(
     return fig
 
 
-# %% ../nbs/24_plots.ipynb #da757449
+# %% ../nbs/24_plots.ipynb #ec59c5ca
 def plot_frontier(
     e: Evidence,
     arms: dict[str, Arm] = ARMS,  # how arms are shown
 ) -> Figure:
     "Effect against damage along the dose curves, beside all other arms where they stand at the budget."
     lines, x = curves(e), "damage: mean KL from base, nats a token"
-    with _effect(title="What the effect costs", xlabel=x, xlim=(-0.001, None)) as (fig, ax):
+    how = "Effect for the damage it costs: the farther up and to the left, the better."
+    with _effect(how, title="What the effect costs", xlabel=x, xlim=(-0.001, None)) as (fig, ax):
         ax.set_xscale("symlog", linthresh=0.02)
         for i, (name, points) in enumerate(lines.items()):
             _, _, chosen, kl = points[points[:, 0] >= 0].T
@@ -242,7 +257,7 @@ def plot_frontier(
     return fig
 
 
-# %% ../nbs/24_plots.ipynb #1a397c6f
+# %% ../nbs/24_plots.ipynb #d0d0ecd1
 def plot_matrix(
     shift: np.ndarray,  # (rows, columns) change of the choice rate
     p: np.ndarray,  # of the same shape
@@ -252,12 +267,14 @@ def plot_matrix(
     "Change of each behaviour by each transplant, from `off_target`; a frame where it is significant."
     most = max(0.1, float(np.abs(shift).max()))
     width = 1.2 + 0.62 * len(columns) + 0.07 * max(map(len, rows))
-    with canvas(width, 2 + 0.42 * len(rows)) as (fig, ax):
+    how = """What else moved: change of the share that shows each other behaviour. Framed cells moved beyond
+        chance; the others need not have moved at all."""
+    with canvas(width, 2 + 0.42 * len(rows), how) as (fig, ax):
         _heat(ax, shift, rows, columns, "change of choice rate", -most, most, cmap="PuOr_r", fmt="+.2f")
         for i, j in np.argwhere(p <= 0.05):
             ax.add_patch(plt.Rectangle((j + 0.04, i + 0.04), 0.92, 0.92, fill=False, lw=1.4, color="#222222"))
         ax.set(xlabel="behaviour asked for", ylabel="concept transplanted")
-        ax.set_title("On target and off (framed: p at most .05, Holm)")
+        ax.set_title("On target and off\n(framed: p at most .05, Holm)")
         plt.setp(ax.get_xticklabels(), rotation=40, ha="right")
     return fig
 

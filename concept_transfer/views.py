@@ -7,6 +7,7 @@ __all__ = [
     "PROMPTS",
     "RUNGS",
     "DECODING",
+    "TEMPERATURES",
     "Rung",
     "seeded",
     "Ladder",
@@ -24,6 +25,7 @@ __all__ = [
     "token_heat",
     "MovedItems",
     "moved_items",
+    "damage_anchors",
     "Separation",
     "separation",
     "LayerScores",
@@ -34,7 +36,7 @@ __all__ = [
     "together",
 ]
 
-# %% ../nbs/25_views.ipynb #ed4b739d
+# %% ../nbs/25_views.ipynb #791b51ef
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -61,11 +63,11 @@ from .artefacts import plain
 from .cards import TEMPLATES, card
 from .cards import table as html_table
 from .concepts import POSITIONS, Concept, PositionLike, activations, extract_concept
-from .data import PAIRS, ContrastPairs, fill, load_corpus, load_pairs
+from .data import PAIRS, ContrastPairs, Corpus, fill, load_corpus, load_pairs
 from .engine import encode, engine, layer_numbers, left_batches, rows_of, tokenized
 from .evidence import Evidence
 from .maps import AffineMap, LayerGrid, downstream
-from .measure import Answers, Bench, Probe
+from .measure import KEEP, Answers, Bench, Probe, neutral_text
 from .models import model_info
 from .moments import strict
 from .plots import canvas
@@ -77,22 +79,25 @@ from .tasks import ChoiceTask
 _PARTS: Any = TEMPLATES.get_template("views.html").module  # its macros, as functions that give safe HTML
 
 
-# %% ../nbs/25_views.ipynb #e9f647e3
+# %% ../nbs/25_views.ipynb #786c704c
 def _as_html(table):
     "A table as HTML, with a dash where nothing was measured."
-    shown = table.round(2).astype(object)
+    shown = table.map(lambda x: f"{x:.2f}" if isinstance(x, float | np.floating) else x)
     return html_table(list(table), shown.where(table.notna(), "-").values.tolist())
 
 
-# %% ../nbs/25_views.ipynb #c0da3407
+# %% ../nbs/25_views.ipynb #4e1c6ba3
 class _View:
     "What shows itself by its title and its table, or by other parts."
 
     def __repr__(self):
         return f"{self.title}\n{self.table.round(2).to_string(index=False)}"  # type: ignore[attr-defined]
 
+    how = ""  # to read it
+
     def _repr_html_(self) -> str:
-        return card(self.title, {}, *self.parts())  # type: ignore[attr-defined]
+        note = Markup('<div style="font-size:.85em;opacity:.75">{}</div>').format(self.how)
+        return card(self.title, {}, *self.parts(), note)  # type: ignore[attr-defined]
 
     @property
     def data(self) -> dict:
@@ -287,14 +292,18 @@ _HOW = """Coloured: words that the base model's text does not have there; blue w
     deviations of neutral sentences; one more than in its own text counts as showing."""
 
 
-# %% ../nbs/25_views.ipynb #8421a2b1
+# %% ../nbs/25_views.ipynb #d6d5d594
+@patch(as_prop=True)
+def how(self: Ladder) -> str:
+    "How to read it, with the decoding of all rows."
+    options = ", ".join(f"{k} {v}" for k, v in self.decoding.items())
+    return f"{_HOW} Decoding, the same in every row: {options}; marks such as end-of-text are skipped."
+
+
 @patch
 def parts(self: Ladder) -> list[Markup]:
-    "What was found, the rows, and how to read them."
-    note = Markup('<div style="font-size:.85em;opacity:.75">{}</div>').format
-    how = ", ".join(f"{k} {v}" for k, v in self.decoding.items())
-    rows = _PARTS.ladder(self.rungs, _MOST)
-    return [Markup("<div>{}</div>").format(self.verdict), rows, note(f"{_HOW} Decoding: {how}.")]
+    "What was found, and the rows."
+    return [Markup("<div>{}</div>").format(self.verdict), _PARTS.ladder(self.rungs, _MOST)]
 
 
 # %% ../nbs/25_views.ipynb #298084d8
@@ -373,7 +382,7 @@ def ranked_words(
     return [*found.values()]
 
 
-# %% ../nbs/25_views.ipynb #6644d5f4
+# %% ../nbs/25_views.ipynb #37e4ae81
 @dataclass(frozen=True, repr=False)
 class DirectionWords(_View):
     "Nearest and farthest words of some directions, each in its model's vocabulary."
@@ -381,6 +390,8 @@ class DirectionWords(_View):
     name: str
     columns: dict[str, tuple[list[tuple[str, float]], list[tuple[str, float]]]]  # whose: nearest, farthest
     alone: str = ""  # how much of the effect is a word alone
+
+    how = "Nearest: words that a small step along the direction makes likelier; farthest: less likely."
 
     @property
     def title(self) -> str:
@@ -541,7 +552,7 @@ def _reading(model, layer, unit, text, scale):
     return [*zip(pieces, along.tolist(), strict=True)]
 
 
-# %% ../nbs/25_views.ipynb #f446c59a
+# %% ../nbs/25_views.ipynb #a3238c33
 @dataclass(frozen=True, repr=False)
 class TokenHeat(_View):
     "A text as models read it on a concept's direction, token by token."
@@ -549,6 +560,9 @@ class TokenHeat(_View):
     name: str
     text: str
     rows: dict[str, list[tuple[str, float]]]  # who reads: pieces of the text, standard deviations
+
+    how = """Blue: here the model stands further towards the concept than in neutral sentences; orange:
+        further away from it. Full colour from four standard deviations of their tokens."""
 
     @property
     def title(self) -> str:
@@ -587,33 +601,47 @@ def token_heat(
     return TokenHeat(t.name, text, found)
 
 
-# %% ../nbs/25_views.ipynb #cb570374
+# %% ../nbs/25_views.ipynb #22581115
 @dataclass(frozen=True, repr=False)
 class MovedItems(_View):
     "Items of a task before and after."
 
     name: str
+    task: ChoiceTask
     before: Answers
     after: Answers
     n: int = 5  # shown of either end
 
+    how = """Choices: the share of each among them, before and after, the wanted one first. Change: of the
+        margin, the log-probability of the wanted choice minus the mean of the others, in nats."""
+
     @property
     def title(self) -> str:
         wrong = (self.after.margin < self.before.margin).mean()
-        return f"{self.name}: {len(self.before.items)} items, {wrong:.0%} moved the wrong way"
+        return f"{self.name}: {len(self.task)} items, {wrong:.0%} moved the wrong way"
+
+    def choices(self, k: int) -> list[tuple[str, float, float]]:
+        "Choices of an item with their shares before and after, the wanted one first."
+        item = self.task.items[k]
+        p, q = (np.exp(x.logp[k] - np.logaddexp.reduce(x.logp[k])) for x in (self.before, self.after))
+        order = sorted(range(len(p)), key=lambda i: (i != item.target, -q[i]))
+        return [(item.choices[i].strip(), float(p[i]), float(q[i])) for i in order]
 
     @property
     def table(self) -> pd.DataFrame:
-        "All items, the most moved first; shares of each choice before and after, the wanted one first."
+        "All items, the most moved first."
         rows = []
-        for k, item in enumerate(self.before.items):
-            p, q = (np.exp(x.logp[k] - np.logaddexp.reduce(x.logp[k])) for x in (self.before, self.after))
-            order = sorted(range(len(p)), key=lambda i: (i != item.target, -q[i]))
-            said = "; ".join(f"{item.choices[i].strip()} {p[i]:.2f} to {q[i]:.2f}" for i in order)
+        for k, item in enumerate(self.task.items):
+            said = "; ".join(f"{c} {p:.2f} to {q:.2f}" for c, p, q in self.choices(k))
             margins = self.before.margin[k], self.after.margin[k]
             rows.append([k, item.prompt, said, *margins, margins[1] - margins[0]])
         columns = ["item", "prompt", "choices", "before", "after", "change"]
         return pd.DataFrame(rows, columns=columns).sort_values("change", ascending=False, ignore_index=True)
+
+    @property
+    def typical(self) -> int:
+        "The item of middling change."
+        return int(self.table.item[len(self.task) // 2])
 
     def ends(self) -> tuple[pd.DataFrame, pd.DataFrame]:
         "The most moved, and those that were moved the wrong way, the worst first."
@@ -621,35 +649,52 @@ class MovedItems(_View):
         return table[: self.n], table[table.change < 0][::-1][: self.n]
 
 
-# %% ../nbs/25_views.ipynb #ec5a132a
+# %% ../nbs/25_views.ipynb #cad19671
 @patch
 def parts(self: MovedItems) -> list[Markup]:
     "Both ends."
     out = []
     for head, some in zip(("Most moved", "Moved the wrong way"), self.ends(), strict=True):
-        body = _as_html(some) if len(some) else "none"
+        body = _as_html(some[["item", "prompt", "choices", "change"]]) if len(some) else "none"
         out.append(Markup("<div style='margin-top:.5em'>{}</div>{}").format(head, body))
     return out
 
 
-# %% ../nbs/25_views.ipynb #76c783c0
+# %% ../nbs/25_views.ipynb #27b81f2e
+def _apart(y, gap):  # (n,) -> (n,)
+    "Places in the order of `y` and near it, at least `gap` apart."
+    from scipy.optimize import isotonic_regression
+
+    order, steps = np.argsort(y), gap * np.arange(len(y))
+    out = np.empty(len(y))
+    out[order] = isotonic_regression(y[order] - steps).x + steps
+    return out
+
+
+# %% ../nbs/25_views.ipynb #66da57b5
 @patch
 def show(self: MovedItems) -> Figure:
     "Slope chart of margins: all items, the most moved, and those that were moved the wrong way."
-    most, wrong = ({*some.item} for some in self.ends())
-    with canvas(4.6, 4.2) as (fig, ax):
-        for k, y in enumerate(zip(self.before.margin, self.after.margin, strict=True)):
-            colour = "#d55e00" if k in wrong else "#0072b2" if k in most else "#999999"
-            ax.plot([0, 1], y, "o-", color=colour, ms=3, lw=1.8 if k in most | wrong else 0.7)
-            if k in most | wrong:
-                ax.annotate(str(k), (1.03, y[1]), va="center", color=colour, fontsize=8)
-        ax.set(xticks=[0, 1], xticklabels=["base model", self.name], xlim=(-0.1, 1.15), ylabel="margin, nats")
-        ax.axhline(0, ls=":")
-        ax.set_title("Blue: most moved; orange: moved the wrong way")
+    y = np.array([self.before.margin, self.after.margin])  # (2, n)
+    some = pd.concat(self.ends()).drop_duplicates("item")
+    how = """A line is a question: how far the wanted answer is ahead of the others, left without the
+        transplant, right with it. On the dotted line it is as likely as they are on average. Blue: most
+        moved; orange: moved the wrong way."""
+    with canvas(6.4, 4.4, how) as (fig, ax):
+        ax.plot([0, 1], y, "o-", color="#999999", ms=3, lw=0.7)
+        places = _apart(some.after.to_numpy(), np.ptp(y) / 18)
+        for at, k, prompt, change in zip(places, some.item, some.prompt, some.change, strict=True):
+            colour = "#0072b2" if change > 0 else "#d55e00"
+            ax.plot([0, 1, 1.06], [*y[:, k], at], "-", color=colour, lw=1.8)
+            ax.text(1.08, at, shorten(prompt, 46, placeholder=" ..."), color=colour, va="center", fontsize=8)
+        ax.set(xticks=[0, 1], xticklabels=["base model", self.name], xlim=(-0.1, 2.6), ylabel="margin, nats")
+        ax.plot([-0.1, 1], [0, 0], ":", color="dimgray")
+        ax.spines.bottom.set_bounds(-0.1, 1)
+        ax.set_title("The most moved questions")
     return fig
 
 
-# %% ../nbs/25_views.ipynb #d4ca29be
+# %% ../nbs/25_views.ipynb #04203394
 def moved_items(
     t: Transplant,
     task: ChoiceTask,
@@ -657,7 +702,33 @@ def moved_items(
 ) -> MovedItems:
     "Answers to a task without and with a transplant."
     before, after = Bench(t.model, t.layer, task).ask([None, t])
-    return MovedItems(t.name, before, after, n)
+    return MovedItems(t.name, task, before, after, n)
+
+
+# %% ../nbs/25_views.ipynb #3758819c
+TEMPERATURES = (1.1, 1.2, 1.3, 1.5, 2.0)
+
+
+def _warmed(logits, base, extra):  # (temperatures, b, keep)
+    "KL from the model to the same model at each temperature."
+    logp = logits.log_softmax(-1)
+    return torch.stack([(logp.exp() * (logp - (logp / x).log_softmax(-1))).sum(-1) for x in TEMPERATURES])
+
+
+def damage_anchors(
+    model: TransformersModel,
+    neutral: Corpus | None = None,  # default: as of `Bench`
+) -> dict[str, float]:  # what was done: nats a token
+    "Damage of things that everybody knows, on the texts that report damage."
+    bench = Bench(model, -1, neutral=neutral)
+    (before, texts), layer = bench.texts, bench.layer
+    read = [x[:-1] for x in encode(model, texts) if len(x) > KEEP]
+    batches = left_batches(model, read, [range(len(x) - KEEP, len(x)) for x in read])
+    (parts,) = engine(model).scores(layer, batches, _warmed)([lambda batch: {}])
+    warm = torch.cat(parts, 1).double().mean((1, 2)).tolist()
+    led = [neutral_text(model, layer, texts, f"{x} ")().mean for x in before[:3]]
+    found = {f"sampling at temperature {x:g}": kl for x, kl in zip(TEMPERATURES, warm, strict=True)}
+    return found | {"one more sentence before the text": float(np.mean(led))}
 
 
 # %% ../nbs/25_views.ipynb #2d31030b
@@ -696,12 +767,14 @@ class Separation(_View):
         return [_as_html(self.table[self.table.wrong > 0][:5].drop(columns="wrong"))]
 
 
-# %% ../nbs/25_views.ipynb #2b596797
+# %% ../nbs/25_views.ipynb #d135fb4a
 @patch
 def show(self: Separation) -> Figure:
     "Histograms of both sides; the worst misplaced text of each stands in it."
     table = self.table
-    with canvas(6.4, 3.6) as (fig, ax):
+    how = """Texts of the concept (positive) and others along the direction; the less the two overlap, the
+        better it tells them apart. The worst misplaced text of each side is named."""
+    with canvas(6.4, 3.6, how) as (fig, ax):
         bins = np.linspace(self.scores.min(), self.scores.max(), 25)
         for side, colour, y in (("positive", "#0072b2", 0.97), ("negative", "#d55e00", 0.85)):
             own = table[table.side == side]
@@ -777,7 +850,7 @@ def layer_scores(
     return LayerScores(maps, found, rounds, taken)
 
 
-# %% ../nbs/25_views.ipynb #91c1b800
+# %% ../nbs/25_views.ipynb #4e070d5a
 @patch
 def show(self: LayerScores) -> Figure:
     "A cell a pair of layers with its scores; frames show the search."
@@ -787,7 +860,9 @@ def show(self: LayerScores) -> Figure:
         ["\n".join(f"{k} {x[at]:.2f}" for k, x in self.scores.items() if at in x) for at in row]
         for row in cells
     ]
-    with canvas(1.6 + 0.85 * len(columns), 1.5 + (0.2 + 0.16 * len(self.scores)) * len(rows)) as (fig, ax):
+    how = "R2: of the map. AUC: of the carried direction on the target's texts. Gain: of the margin, in nats."
+    size = 1.6 + 0.85 * len(columns), 1.5 + (0.2 + 0.16 * len(self.scores)) * len(rows)
+    with canvas(*size, how) as (fig, ax):
         look = dict(fmt="", annot_kws={"size": 7}, cmap="cividis", cbar_kws={"label": "held-out R2"})
         sns.heatmap(
             self.maps.r2, annot=np.array(said), xticklabels=columns, yticklabels=rows, ax=ax, vmin=0, **look

@@ -6,6 +6,7 @@ import io
 import re
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 
 import matplotlib.image
 import matplotlib.pyplot as plt
@@ -17,15 +18,16 @@ from matplotlib.text import Text
 from concept_transfer.arms import ARMS, Arm, Settings, readouts_of, recorded
 from concept_transfer.concepts import extract_concept
 from concept_transfer.data import EMOTIONS, Corpus, load_corpus, load_pairs
-from concept_transfer.evidence import Evidence, evaluate
+from concept_transfer.evidence import ArmResult, Capability, Effect, Evidence, OffTarget, evaluate
 from concept_transfer.maps import fit_maps
 from concept_transfer.measure import Bench, prose_damage
 from concept_transfer.models import load_model, twin
 from concept_transfer.plots import curves, figures, look, plot_grid, plot_separation, plot_spectrum
-from concept_transfer.report import details, verdict, write_report
+from concept_transfer.report import advice, details, verdict, write_report
 from concept_transfer.steering import place
 from concept_transfer.tasks import ChoiceItem, ChoiceTask, load_task
 from concept_transfer.toys import planted_module
+from concept_transfer.views import damage_anchors, moved_items
 
 PAIRS = load_pairs("emotions/happiness")
 SCENES = Corpus("scenes", [x for e in EMOTIONS[1:4] for x in load_pairs(f"emotions/{e}").texts])
@@ -93,8 +95,14 @@ def test_a_page_holds_all_that_it_shows(evidence, drawn, tmp_path):
     of = evidence.provenance
     for words in (of.task_hash, of.neutral_hash, of.target, of.versions["torch"], of.notes["texts_hash"]):
         assert words in page
-    headings = re.findall(r"<h2>(.*)</h2>", page)
-    assert headings == [
+    top, folded = page.split("<details>")
+    assert re.findall(r"<h2>(.*)</h2>", top) == [
+        "How often the wanted answer is chosen",
+        "What it breaks",
+        "What to do next",
+        "What this does not show",
+    ]
+    assert re.findall(r"<h2>(.*)</h2>", folded) == [
         "Effect",
         "Dose",
         "Cost",
@@ -103,7 +111,6 @@ def test_a_page_holds_all_that_it_shows(evidence, drawn, tmp_path):
         "Asked in other words, and in none",
         "What else breaks",
         "Side by side, greedy, at strength 1",
-        "What this does not show",
         "Provenance",
     ]
     for name, a in evidence.arms.items():
@@ -111,13 +118,38 @@ def test_a_page_holds_all_that_it_shows(evidence, drawn, tmp_path):
 
 
 @pytest.mark.slow
-def test_texts_are_escaped(evidence, tmp_path):
+def test_the_top_of_a_page_is_for_those_who_know_none_of_it(evidence, joy, tmp_path):
+    "One question before and after, as the evidence asked it, other ways, damage beside what everybody knows."
+    asked = moved_items(
+        replace(joy, dose=evidence.arms["transplanted"].dose), load_task("emotions/happiness").take(16)
+    )
+    (run,) = evidence.of("equal_damage")["transplanted"]
+    np.testing.assert_allclose(asked.after.margin, run.answers["margin"], atol=1e-4)
+    anchors = damage_anchors(joy.model, NEUTRAL)
+    write_report(evidence, tmp_path / "a.html", items=asked, anchors=anchors)
+    top, folded = (tmp_path / "a.html").read_text(encoding="utf-8").split("<details>")
+    item, found = asked.task.items[asked.typical], html.unescape(top)
+    for words in (item.prompt, asked.task.instruction.strip(), *item.choices, *anchors, *advice(evidence)):
+        assert words.strip() in found
+    nearest = min(anchors, key=lambda k: abs(np.log(anchors[k] / evidence.arms["transplanted"].kl)))
+    assert f"{nearest} comes closest" in found
+    said = {"concept": "It is a concept", "word": "It is a word", "nothing": "It is nothing"}
+    assert said.get(evidence.finding, "cannot be said") in found
+    assert "<h2>Which questions moved" in top and "<h2>Effect" in folded
+    pictures = re.findall(r'<img alt="([^"]+)" src=.*?<figcaption>([^<]+)</figcaption>', top + folded, re.S)
+    assert len(pictures) == (top + folded).count("<img") == 5
+
+
+@pytest.mark.slow
+def test_texts_are_escaped(evidence, joy, tmp_path):
     "Names and texts of others may hold anything."
     name = "<script>alert(1)</script> & more"
     e = replace(evidence, provenance=replace(evidence.provenance, transplant=name))
     texts = ["</td><b>bold</b>"] * 8
     e = replace(e, runs=[replace(r, texts=texts) if r.texts else r for r in e.runs])
-    write_report(e, tmp_path / "a.html", {})
+    some = [ChoiceItem(f"It was {HOSTILE}", (f"{HOSTILE} a", f"{HOSTILE} b"), 0, "one")] * 3
+    asked = moved_items(joy, ChoiceTask(name, some, HOSTILE))
+    write_report(e, tmp_path / "a.html", {}, items=asked, anchors={HOSTILE: 0.1})
     page = (tmp_path / "a.html").read_text(encoding="utf-8")
     assert "<script" not in page and "<b>" not in page and "&lt;script&gt;" in page
 
@@ -186,6 +218,72 @@ def test_a_report_is_whole_or_not_there(evidence, tmp_path):
     with pytest.raises(AttributeError):
         write_report(evidence, tmp_path / "a.html", {"Effect": "no picture"})
     assert not list(tmp_path.iterdir())
+
+
+# what to do next
+
+
+def case(finding="concept", **parts):
+    "A result of which nothing is to be complained about, but for what is given."
+    arms = {
+        "base": ArmResult(choice_rate=0.1, ci=[0.0, 0.2], kl=0.0),
+        "transplanted": ArmResult(choice_rate=0.6, ci=[0.4, 0.8], kl=0.1, logit_shift=2.0),
+        "random": ArmResult(choice_rate=0.1, ci=[0.0, 0.2], kl=0.1, draws=[0.1] * 20),
+    } | parts.pop("arms", {})
+    effect = Effect(gain=0.5, gain_ci=[0.3, 0.7], smallest_effect=0.2)
+    given = dict(capability={}, off_target=[], readouts=["one"], groups=range(20), effect=effect) | parts
+    of = SimpleNamespace(groups=given.pop("groups"))
+    return SimpleNamespace(finding=finding, arms=arms, provenance=of, **given)
+
+
+def native(low, high):
+    return {"native": ArmResult(choice_rate=(low + high) / 2, ci=[low, high], kl=0.1)}
+
+
+WRONG_WAY = Effect(gain=-0.5, gain_ci=[-0.7, -0.3])
+MOVED = [OffTarget("behaviours/refusal", 0.5, {"transplanted": 0.3}, {"transplanted": 0.01})]
+
+
+@pytest.mark.parametrize(
+    "finding, parts, words",
+    [
+        ("concept", {}, "Try it on questions of your own"),
+        ("word", {}, "push the bare word"),
+        ("nothing", dict(arms=native(0.5, 0.9)), "Fit the map on more text"),
+        ("nothing", dict(arms=native(0.0, 0.2)), "does not do it here either"),
+        ("nothing", dict(effect=WRONG_WAY), "sides of the pairs were mixed up"),
+        ("nothing", dict(effect=Effect(gain=0.1, gain_ci=[-0.1, 0.3])), "four times as many"),
+        (None, {}, "Ask more questions in other words"),
+        (None, dict(groups=range(4)), "at least 10 scenarios; 4 are too few"),
+        (None, dict(arms={"random": ArmResult(draws=[0.1] * 3)}), "19 random directions or more; with 3"),
+        ("nothing", dict(arms={"base": ArmResult(choice_rate=0.9, ci=[0.8, 1])}), "answer to 90% already"),
+        (
+            "concept",
+            dict(capability=dict(base=Capability(0.9), transplanted=Capability(0.6, None, 120, 0.01))),
+            "60% of the easy questions are right, 90% before",
+        ),
+        (
+            "concept",
+            dict(capability=dict(base=Capability(repetition=0.1), transplanted=Capability(repetition=0.3))),
+            "30% of what it writes repeats itself",
+        ),
+        ("concept", dict(off_target=MOVED), "Look at refusal before any use"),
+        (
+            "concept",
+            dict(arms={"prompt": ArmResult(choice_rate=0.5, ci=[0.3, 0.7], kl=0.05)}),
+            "Where a prompt",
+        ),
+        (None, dict(effect=Effect()), "nothing was judged"),
+    ],
+)
+def test_what_to_do_next_follows_from_what_was_found(finding, parts, words):
+    said = advice(case(finding, **parts))
+    assert sum(words in x for x in said) == 1, said
+    assert parts == {} or not any(words in x for x in advice(case()))
+
+
+def test_nothing_is_advised_against_that_does_no_harm():
+    assert len(advice(case())) == 1
 
 
 # the verdict

@@ -9,14 +9,16 @@ import pytest
 import torch
 
 from concept_transfer.concepts import extract_concept
-from concept_transfer.data import load_pairs
+from concept_transfer.data import Corpus, load_pairs
 from concept_transfer.engine import encode, engine, pad
-from concept_transfer.measure import Bench
+from concept_transfer.measure import KEEP, Bench
 from concept_transfer.models import load_model, model_info, tiny_model
 from concept_transfer.steering import Transplant, generate, place
 from concept_transfer.tasks import load_task
 from concept_transfer.views import (
+    TEMPERATURES,
     Along,
+    damage_anchors,
     ladder,
     moved_items,
     pushes,
@@ -141,6 +143,34 @@ def test_items_are_those_of_the_bench(tiny, t):
     assert table.prompt.tolist() == task.prompts
     for item, said in zip(task.items, table.choices, strict=True):
         assert all(c.strip() in said for c in item.choices)
+    (wanted, *rest), k = moved.choices(moved.typical), moved.typical
+    assert wanted[0] == task.items[k].choices[task.items[k].target].strip()
+    np.testing.assert_allclose([sum(x[1:][i] for x in (wanted, *rest)) for i in (0, 1)], 1)
+    assert table.change.sort_values().iloc[3] == table.change[table.item == k].item()
+
+
+def test_labels_of_moved_items_do_not_cover_each_other(tiny, t):
+    moved = moved_items(t, load_task("emotions/happiness").take(8), 4)
+    (ax,) = moved.show().axes
+    places = sorted(x.get_position()[1] for x in ax.texts)
+    assert len(places) == len({*moved.ends()[0].item, *moved.ends()[1].item})
+    assert np.diff(places).min() > np.ptp([moved.before.margin, moved.after.margin]) / 20
+
+
+def test_a_damage_is_like_what_plain_logits_say(tiny):
+    texts = Corpus("some", [f"The harbour number {i} was quiet on that day." for i in range(8)])
+    found, bench = damage_anchors(tiny, texts), Bench(tiny, -1, neutral=texts)
+    before, read = bench.texts
+    kl = []
+    for ids in encode(tiny, read):
+        z = engine(tiny).logits(*pad(tiny, [ids[:-1]]), KEEP)[0].log_softmax(-1)  # (KEEP, vocabulary)
+        kl.append([(z.exp() * (z - (z / T).log_softmax(-1))).sum(-1).mean().item() for T in TEMPERATURES])
+    *warm, led = found.values()
+    np.testing.assert_allclose(warm, np.mean(kl, 0), rtol=1e-4)
+    alone = [
+        Bench(tiny, 0, load_task("emotions/happiness").take(1), texts).words(f"{x} ") for x in before[:3]
+    ]
+    assert led == pytest.approx(np.mean([damage.mean for _, damage in alone]), rel=1e-3)
 
 
 def test_two_at_once_add_up_where_steps_are_small(tiny, t):
