@@ -16,6 +16,7 @@ __all__ = [
     "cmd_plot",
     "cmd_transplant",
     "cmd_generate",
+    "cmd_play",
     "cmd_check",
     "cmd_adopt",
     "cmd_export",
@@ -606,7 +607,7 @@ def cmd_transplant(
         return _made(t, out, dose=t.dose, layers=t.layers, **names, **notes)
 
 
-# %% ../nbs/30_cli.ipynb #23977e44
+# %% ../nbs/30_cli.ipynb #6c84a6d6
 def _strengths(text):
     "Numbers with commas between."
     try:
@@ -616,6 +617,12 @@ def _strengths(text):
     if not all(map(math.isfinite, found)):
         raise BadParameter(f"--strengths {text!r}: give numbers with commas between, such as 0,1,2.")
     return found
+
+
+def _decoded(decoding, max_new_tokens):
+    "Options of a generation; a temperature or a share means that it samples."
+    options = {k: v for k, v in decoding.items() if v is not None} | {"max_new_tokens": max_new_tokens}
+    return options | ({"do_sample": True} if {"temperature", "top_p"} & {*options} else {})
 
 
 @command
@@ -640,9 +647,8 @@ def cmd_generate(
         raise BadParameter("give --prompt TEXT, or --prompts FILE.")
     steps = _strengths(strengths) if strengths else [strength]
     starts = load_corpus(prompts).texts if prompts else [prompt]
-    options = {k: v for k, v in decoding.items() if v is not None} | {"max_new_tokens": max_new_tokens}
+    options = _decoded(decoding, max_new_tokens)
     seed = options.pop("seed")
-    options |= {"do_sample": True} if {"temperature", "top_p"} & {*options} else {}
     t = transplant()
     if strengths or prompts:
         found = [ladder(t, start, steps, seed, **options) for start in starts]
@@ -656,6 +662,28 @@ def cmd_generate(
     with seeded(seed):
         base = generate(t.model, prompt, **options)
     return facts | dict(base=base), f"base:    {prompt}{base}\n\nsteered: {prompt}{text}"
+
+
+# %% ../nbs/30_cli.ipynb #8968365c
+@command
+def cmd_play(
+    transplant: Callable,  # file
+    prompts: str,  # file with one a line
+    out: str,  # page
+    decoding: dict,  # how texts are written
+    strengths: str = "0,0.5,1,1.5,2,3",  # steps of the slider
+    max_new_tokens: int = 40,  # length
+) -> Said:
+    """a page on which a slider turns the concept up and down
+
+    concept-transfer play --transplant happy.safetensors --prompts prompts.txt --out page.html"""
+    from concept_transfer.data import load_corpus
+    from concept_transfer.play import play_steps
+
+    page, starts, steps = _writable(out), load_corpus(prompts).texts, _strengths(strengths)
+    found = play_steps(transplant(), starts, steps, **_decoded(decoding, max_new_tokens))
+    found.save(page)
+    return found.data | {"page": str(page)}, f"{found!r}\n\nPage: {page}"
 
 
 # %% ../nbs/30_cli.ipynb #586054c8
@@ -772,7 +800,7 @@ def cmd_serve(
     return dict(command=argv, url=url, request=ask), "stopped"
 
 
-# %% ../nbs/30_cli.ipynb #57427c51
+# %% ../nbs/30_cli.ipynb #8283b98f
 @command
 def cmd_evaluate(
     transplant: Callable,  # file
@@ -816,10 +844,12 @@ def cmd_evaluate(
 
 def _looks(t, **given):
     "What a report shows first: texts at several strengths, and words."
-    from concept_transfer.views import PROMPTS, direction_words, ladder
+    from concept_transfer.play import play_steps
+    from concept_transfer.views import PROMPTS, direction_words
 
-    shown = {f"What it writes: {prompt} ...": ladder(t, prompt) for prompt in PROMPTS[:2]}
-    return shown | {"The words it means": direction_words(t, **given)}
+    steps = play_steps(t, PROMPTS[:2])
+    shown = {f"What it writes: {x.prompt} ...": x for x in steps.ladders}
+    return shown | {"Turn it up": steps, "The words it means": direction_words(t, **given)}
 
 
 def _reported(e, folder, pictures, suite=None):

@@ -124,29 +124,29 @@ def _words(ground, t, strength, text):
 _VIEWS: dict[str, Callable] = {"Ladder": _ladder, "Token by token": _heat, "Words": _words}
 
 
-# %% ../nbs/31_play.ipynb #9eaf187b
+# %% ../nbs/31_play.ipynb #e68acecf
 def _slider(name, value):
-    look = {"style": {"description_width": "initial"}, "layout": {"width": "95%"}}
-    return widgets.FloatSlider(
-        value, min=-4, max=4, step=0.25, description=name, continuous_update=False, **look
-    )
+    return widgets.FloatSlider(value, min=-4, max=4, step=0.25, description=f"strength of {name}")
 
 
 def _controls(t, other, prompt):
-    "What can be chosen, by name."
+    "What can be chosen, by name. A change counts when it is done."
     where = dict.fromkeys([t.positions, *(k for k, p in POSITIONS.items() if p.write)])
-    last, wide = t.target.layers - 1, {"width": "95%"}
     found = {
-        "prompt": widgets.Textarea(prompt, description="prompt", continuous_update=False, layout=wide),
+        "prompt": widgets.Textarea(prompt, description="prompt"),
         "strength": _slider(t.name, 1.0),
-        "layer": widgets.IntSlider(t.layer, 0, last, description="layer", continuous_update=False),
+        "layer": widgets.IntSlider(t.layer, 0, t.target.layers - 1, description="layer"),
         "positions": widgets.Dropdown(options=[*where], value=t.positions, description="positions"),
     }
     found["layer"].disabled = bool(t.deeper)
-    return found | ({"second": _slider(other.name, 0.0)} if other else {})
+    found |= {"second": _slider(other.name, 0.0)} if other else {}
+    for control in found.values():
+        control.style.description_width, control.layout.width = "12em", "95%"
+        control.continuous_update = False
+    return found
 
 
-# %% ../nbs/31_play.ipynb #18e9af87
+# %% ../nbs/31_play.ipynb #00e80f69
 class Playground:
     "Controls of a transplant, and what its target writes; it shows itself in a notebook."
 
@@ -189,7 +189,7 @@ def _show(self: Playground, request):
     if request is not self.newest:
         return
     rung = next(r for r in text.rungs if r.strength == strength)
-    self.text.value = _PARTS.step(text.base, rung, t.name)
+    self.text.value = _PARTS.step(text.base, rung, t.name) + _PARTS.note()
     for i, (make, view) in enumerate(zip(_VIEWS.values(), self.views.children, strict=True)):
         wanted = i == self.views.selected_index
         view.value = make(self, t, strength, text)._repr_html_() if wanted else ""

@@ -20,9 +20,8 @@ import pytest
 import torch
 import websocket
 
-from concept_transfer.cli import main
 from concept_transfer.models import tiny_model
-from concept_transfer.play import Steps, play, play_steps
+from concept_transfer.play import play, play_steps
 from concept_transfer.steering import generate, joined, place
 from concept_transfer.views import ladder
 
@@ -241,7 +240,7 @@ class Browser:
         assert "exceptionDetails" not in said, said["exceptionDetails"]
         return said["result"].get("value")
 
-    def until(self, code, seconds=90):
+    def until(self, code, seconds=120):
         "What an expression gives once it is true."
         end = time.monotonic() + seconds
         while not (found := self.js(code)):
@@ -335,11 +334,13 @@ def test_the_slider_of_a_page_moves_its_text(chromium, steps, tmp_path, where):
 CELLS = """
 import torch
 from concept_transfer.models import tiny_model
-from concept_transfer.play import play
+from concept_transfer.play import play, play_steps
 from concept_transfer.steering import place
 v = torch.randn(48, generator=torch.Generator().manual_seed(0))
 joy = place(v, tiny_model("llama", max_position_embeddings=256), 1, dose=0.3, name="joy")
-play(joy, prompt="It rained and", max_new_tokens=8)"""
+play(joy, prompt="It rained and", max_new_tokens=8)
+# %%
+play_steps(joy, ["It rained and"], [1, 3], max_new_tokens=8)"""
 
 
 @pytest.fixture
@@ -348,7 +349,9 @@ def lab(tmp_path):
     pytest.importorskip("jupyterlab")
     here = tmp_path / "lab"
     here.mkdir()
-    nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(CELLS)]), here / "play.ipynb")
+    book = nbformat.v4.new_notebook(cells=[*map(nbformat.v4.new_code_cell, CELLS.split("# %%"))])
+    book.metadata["kernelspec"] = {"name": "python3", "display_name": "python3", "language": "python"}
+    nbformat.write(book, here / "play.ipynb")
     places = {f"JUPYTER_{k}_DIR": str(tmp_path / k) for k in ("RUNTIME", "CONFIG", "DATA")}
     places |= {
         "JUPYTERLAB_SETTINGS_DIR": str(tmp_path / "set"),
@@ -368,18 +371,19 @@ def lab(tmp_path):
 @pytest.mark.slow
 @needs_chromium
 def test_the_playground_plays_in_jupyterlab(chromium, lab, joy):
-    "Run a notebook, press the right arrow on the slider, read the text."
+    "Run a notebook, press the right arrow on its sliders, read the texts."
     chromium.look(1280, 1000)
     chromium.send("Page.navigate", url=lab)
-    ready = "window.jupyterapp && document.querySelector('.jp-Notebook .jp-Cell') && true"
-    chromium.until(ready)
-    chromium.until("document.querySelector('.jp-NotebookPanel-toolbar') && true")
-    chromium.js("window.jupyterapp.commands.execute('notebook:run-all-cells').then(() => true)")
-    seen = "document.querySelector('.jp-OutputArea').innerText.replace(/\\s+/g, ' ')"
-    for strength in (1, 1.25, 1.5):
-        chromium.until(f"{seen}.includes('strength {strength:g} ')")
-        chromium.until(f"!{seen}.includes('Working')")
-        text = joy.generate("It rained and", strength, **WRITTEN)
-        assert " ".join(text.split()) in chromium.js(seen)
-        focus(chromium, ".jp-OutputArea .noUi-handle")
-        chromium.press("ArrowRight", 39)
+    kernel = "window.jupyterapp?.shell.currentWidget?.sessionContext?.session?.kernel"
+    chromium.until(f"{kernel}?.connectionStatus === 'connected' && {kernel}.status === 'idle'")
+    chromium.js("void window.jupyterapp.commands.execute('notebook:run-all-cells')")
+    seen = "document.querySelectorAll('.jp-OutputArea')[{}]?.innerText.replace(/\\s+/g, ' ') ?? ''".format
+    chromium.until(f"{seen(1)}.includes('strength 1 ')")
+    handles = [(0, ".noUi-handle", (1, 1.25, 1.5)), (1, ".play input", (1, 3))]
+    for k, handle, strengths in handles:
+        for strength in strengths:
+            chromium.until(f"{seen(k)}.includes('strength {strength:g} ')")
+            text = joy.generate("It rained and", strength, **WRITTEN)
+            assert " ".join(text.split()) in chromium.js(seen(k))
+            focus(chromium, f".jp-OutputArea {handle}")
+            chromium.press("ArrowRight", 39)
