@@ -17,6 +17,7 @@ from .measure import *
 from .models import *
 from .moments import *
 from .monitor import *
+from .play import *
 from .plots import *
 from .report import *
 from .rollout import *

@@ -16,6 +16,7 @@ __all__ = [
     "cmd_plot",
     "cmd_transplant",
     "cmd_generate",
+    "cmd_play",
     "cmd_check",
     "cmd_adopt",
     "cmd_export",
@@ -606,7 +607,7 @@ def cmd_transplant(
         return _made(t, out, dose=t.dose, layers=t.layers, **names, **notes)
 
 
-# %% ../nbs/30_cli.ipynb #23977e44
+# %% ../nbs/30_cli.ipynb #6c84a6d6
 def _strengths(text):
     "Numbers with commas between."
     try:
@@ -616,6 +617,12 @@ def _strengths(text):
     if not all(map(math.isfinite, found)):
         raise BadParameter(f"--strengths {text!r}: give numbers with commas between, such as 0,1,2.")
     return found
+
+
+def _decoded(decoding, max_new_tokens):
+    "Options of a generation; a temperature or a share means that it samples."
+    options = {k: v for k, v in decoding.items() if v is not None} | {"max_new_tokens": max_new_tokens}
+    return options | ({"do_sample": True} if {"temperature", "top_p"} & {*options} else {})
 
 
 @command
@@ -640,9 +647,8 @@ def cmd_generate(
         raise BadParameter("give --prompt TEXT, or --prompts FILE.")
     steps = _strengths(strengths) if strengths else [strength]
     starts = load_corpus(prompts).texts if prompts else [prompt]
-    options = {k: v for k, v in decoding.items() if v is not None} | {"max_new_tokens": max_new_tokens}
+    options = _decoded(decoding, max_new_tokens)
     seed = options.pop("seed")
-    options |= {"do_sample": True} if {"temperature", "top_p"} & {*options} else {}
     t = transplant()
     if strengths or prompts:
         found = [ladder(t, start, steps, seed, **options) for start in starts]
@@ -656,6 +662,28 @@ def cmd_generate(
     with seeded(seed):
         base = generate(t.model, prompt, **options)
     return facts | dict(base=base), f"base:    {prompt}{base}\n\nsteered: {prompt}{text}"
+
+
+# %% ../nbs/30_cli.ipynb #8968365c
+@command
+def cmd_play(
+    transplant: Callable,  # file
+    prompts: str,  # file with one a line
+    out: str,  # page
+    decoding: dict,  # how texts are written
+    strengths: str = "0,0.5,1,1.5,2,3",  # steps of the slider
+    max_new_tokens: int = 40,  # length
+) -> Said:
+    """a page on which a slider turns the concept up and down
+
+    concept-transfer play --transplant happy.safetensors --prompts prompts.txt --out page.html"""
+    from concept_transfer.data import load_corpus
+    from concept_transfer.play import play_steps
+
+    page, starts, steps = _writable(out), load_corpus(prompts).texts, _strengths(strengths)
+    found = play_steps(transplant(), starts, steps, **_decoded(decoding, max_new_tokens))
+    found.save(page)
+    return found.data | {"page": str(page)}, f"{found!r}\n\nPage: {page}"
 
 
 # %% ../nbs/30_cli.ipynb #586054c8
@@ -816,11 +844,14 @@ def cmd_evaluate(
 def _looks(t, task, e, neutral, concept=None, source=None, pairs=None):
     "What a report shows of the transplant itself, at the dose of the evidence."
     from concept_transfer import views
+    from concept_transfer.play import play_steps
     from concept_transfer.plots import figures
 
     t = replace(t, dose=e.arms["transplanted"].dose)
     items = views.moved_items(t, task)
-    shown: dict = {f"What it writes: {x} ...": views.ladder(t, x) for x in views.PROMPTS[:2]}
+    steps = play_steps(t, views.PROMPTS[:2])
+    shown: dict = {f"What it writes: {x.prompt} ...": x for x in steps.ladders}
+    shown["Turn it up"] = steps
     shown["The words it means"] = views.direction_words(t, concept, source, pairs, e)
     shown["Where it is read"] = views.token_heat(t, task.prompts[items.typical], concept, source)
     anchors = views.damage_anchors(t.model, neutral)
