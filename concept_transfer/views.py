@@ -49,7 +49,6 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-import seaborn as sns
 import torch
 from fastcore.basics import patch
 from markupsafe import Markup
@@ -93,7 +92,10 @@ class _View:
     def __repr__(self):
         return f"{self.title}\n{self.table.round(2).to_string(index=False)}"  # type: ignore[attr-defined]
 
-    how = ""  # to read it
+    @property
+    def how(self) -> str:
+        "How to read it."
+        return ""
 
     def _repr_html_(self) -> str:
         note = Markup('<div style="font-size:.85em;opacity:.75">{}</div>').format(self.how)
@@ -854,6 +856,8 @@ def layer_scores(
 @patch
 def show(self: LayerScores) -> Figure:
     "A cell a pair of layers with its scores; frames show the search."
+    import seaborn as sns
+
     rows, columns = self.maps.source_layers, self.maps.target_layers
     cells = [[(s, u) for u in columns] for s in rows]
     said = [
@@ -896,6 +900,8 @@ class Compared(_View):
 
     def show(self) -> Figure:
         "Both as one matrix."
+        import seaborn as sns
+
         z = np.tril(self.before, -1) + np.triu(self.after, 1) + np.eye(len(self.names))
         size = 1.9 + 0.62 * len(self.names)
         with canvas(size + 0.6, size - 0.3) as (fig, ax):
