@@ -85,7 +85,8 @@ def test_tests_and_the_code_of_studies_are_folded(site):
 
 def test_formulas_need_no_server(site):
     page = (site / "maps.html").read_text(encoding="utf-8")
-    assert page.count("<math") > 40 and "katex" not in page and 'class="math inline">\\(' not in page
+    assert page.count("<math") > 40 and '<math xmlns="http' in page and 'display="block"' in page
+    assert "katex" not in page and 'class="math inline">\\(' not in page
 
 
 def test_every_picture_says_what_it_shows(site):

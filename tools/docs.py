@@ -22,7 +22,6 @@ from typing import get_type_hints
 import nbformat
 import yaml
 from fastcore.docments import DocmentText
-from latex2mathml.converter import convert
 from nbconvert import MarkdownExporter
 from nbdev.config import get_config
 from nbdev.processors import FilterDefaults
@@ -224,24 +223,16 @@ def front_matter(path):
 
 def gallery(proc):
     "Pictures of the studies and of what there is to look at, as files and on a page of their own."
-    lines = [
-        "---",
-        "title: Gallery",
-        "description: Pictures of the studies and views, each with its maker",
-        "---",
-    ]
+    about = "Pictures of the studies and views, under the page that makes them"
+    lines = ["---", "title: Gallery", f"description: {about}", "---"]
     (proc / "gallery").mkdir()
     pages = [proc / "index.ipynb", proc / "walkthrough.ipynb", *sorted(proc.glob("*_views.ipynb"))]
     for page in [*pages, *sorted(proc.glob("studies/*.ipynb"))]:
         found = [p for cell in nbformat.read(page, 4).cells for p in pictures_of(cell)]
         if not found:
             continue
-        lines += [
-            "",
-            f"## [{front_matter(page)['title']}]({page.relative_to(proc)})",
-            "",
-            "::: {layout-ncol=2}",
-        ]
+        title = f"[{front_matter(page)['title']}]({page.relative_to(proc)})"
+        lines += ["", f"## {title}", "", "::: {layout-ncol=2}"]
         for i, (alt, png) in enumerate(found):
             file = proc / "gallery" / f"{page.stem}-{i}.png"
             file.write_bytes(base64.b64decode(png))
@@ -285,10 +276,13 @@ def preview(proc):
 
 def with_mathml(page):
     "The page with its formulas as MathML, which browsers draw, in the place of a script from a CDN."
+    from latex2mathml.converter import convert  # which README and Quarto do without
+
     page = re.sub(r"<(link|script)[^>]*katex[^>]*>(</script>)?\s*", "", page)
 
     def drawn(found):
-        return found[1] + convert(html.unescape(found[3]), "block" if found[2] == "display" else "inline")
+        display = "block" if found[2] == "display" else "inline"
+        return found[1] + convert(html.unescape(found[3]), display=display)
 
     return re.sub(
         r'(<span class="math (inline|display)">)\\[(\[](.+?)\\[)\]](?=</span>)', drawn, page, flags=re.S
