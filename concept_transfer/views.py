@@ -86,14 +86,17 @@ def _as_html(table):
     return html_table(list(table), shown.where(table.notna(), "-").values.tolist())
 
 
-# %% ../nbs/25_views.ipynb #4e1c6ba3
+# %% ../nbs/25_views.ipynb #beac1c2e
 class _View:
     "What shows itself by its title and its table, or by other parts."
 
     def __repr__(self):
         return f"{self.title}\n{self.table.round(2).to_string(index=False)}"  # type: ignore[attr-defined]
 
-    how = ""  # to read it
+    @property
+    def how(self) -> str:
+        "How to read it."
+        return ""
 
     def _repr_html_(self) -> str:
         note = Markup('<div style="font-size:.85em;opacity:.75">{}</div>').format(self.how)
