@@ -181,14 +181,15 @@ def _unclear(e):
 _WHY = {"concept": _no_word, "word": _only_word, "nothing": _nothing, None: _unclear}
 
 
-# %% ../nbs/26_report.ipynb #7494c761
+# %% ../nbs/26_report.ipynb #25e5ab84
 def _in_words(e):
     "Whether asking for it in words does as well."
     words, mine = (e.arms.get(k, ArmResult(reason="not asked for")) for k in ("prompt", "transplanted"))
     if why := words.reason or mine.reason:
         return f"Whether words in the prompt do as well was not measured: {why}."
     low, high = mine.ci
-    does = "less" if words.choice_rate < low else "more" if words.choice_rate > high else "as much"
+    gap = words.choice_rate - mine.choice_rate
+    does = "as much" if low <= words.choice_rate <= high or not gap else "more" if gap > 0 else "less"
     return (
         f"Asking for it in words does {does}: then {words.choice_rate:.0%} of the answers are the wanted one "
         f"(damage {words.kl:.2f}), with the transplant {mine.choice_rate:.0%} ({mine.kl:.2f})."

@@ -85,7 +85,7 @@ def _as_html(table):
     return html_table(list(table), shown.where(table.notna(), "-").values.tolist())
 
 
-# %% ../nbs/25_views.ipynb #4e1c6ba3
+# %% ../nbs/25_views.ipynb #beac1c2e
 class _View:
     "What shows itself by its title and its table, or by other parts."
 

@@ -282,6 +282,26 @@ def test_what_to_do_next_follows_from_what_was_found(finding, parts, words):
     assert parts == {} or not any(words in x for x in advice(case()))
 
 
+@pytest.mark.parametrize(
+    "share, ci, words, does",
+    [
+        (1.0, [0.94, 1 - 1e-9], 1.0, "as much"),
+        (0.5, [0.3, 0.7], 0.6, "as much"),
+        (0.5, [0.3, 0.7], 0.8, "more"),
+        (0.5, [0.3, 0.7], 0.2, "less"),
+    ],
+)
+def test_whether_words_do_as_well(evidence, tmp_path, share, ci, words, does):
+    mine, prompt = (evidence.arms[k] for k in ("transplanted", "prompt"))
+    arms = {"transplanted": replace(mine, choice_rate=share, ci=ci)}
+    arms["prompt"] = replace(prompt, choice_rate=words)
+    e = replace(evidence)
+    vars(e)["arms"] = evidence.arms | arms
+    write_report(e, tmp_path / "a.html", {})
+    page = (tmp_path / "a.html").read_text(encoding="utf-8")
+    assert f"Asking for it in words does {does}: then {words:.0%}" in page
+
+
 def test_nothing_is_advised_against_that_does_no_harm():
     assert len(advice(case())) == 1
 

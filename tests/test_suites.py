@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from concept_transfer import cli, evidence, report, steering, suites
+from concept_transfer import cli, evidence, plots, report, steering, suites, views
 from concept_transfer.arms import ARMS
 from concept_transfer.cards import TEMPLATES
 from concept_transfer.concepts import extract_concept
@@ -330,15 +330,21 @@ def test_from_a_shell(planted, index, tmp_path, monkeypatch, capsys):
     row = dict(harmful_version="How?\n\nTake one and two and three and four.")
     monkeypatch.setattr(suites, "MEASURES", {"refusal": stored(index, "refusal", json.dumps([row]))})
     monkeypatch.setattr(steering, "Transplant", SimpleNamespace(load=lambda file, model: push))
-    judged = SimpleNamespace(save=lambda path: None, data={})
+    there = {"transplanted": SimpleNamespace(dose=1.0)}
+    judged = SimpleNamespace(save=lambda path: None, data={}, arms=there)
     monkeypatch.setattr(evidence, "evaluate", lambda *a, **k: judged)
     for room, name in (
         (report, "write_report"),
         (report, "verdict"),
         (report, "details"),
-        (cli, "_looks"),
+        (plots, "figures"),
+        (views, "ladder"),
+        (views, "direction_words"),
+        (views, "token_heat"),
+        (views, "damage_anchors"),
     ):
         monkeypatch.setattr(room, name, lambda *a, **k: {})
+    monkeypatch.setattr(views, "moved_items", lambda *a: SimpleNamespace(typical=0))
     items = [i._asdict() for i in task.items]
     (tmp_path / "task.json").write_text(json.dumps(dict(name="planted", instruction="Say it. ", items=items)))
     argv = ["evaluate", "--transplant", "t", "--neutral", "neutral", "--task", tmp_path / "task.json"]
