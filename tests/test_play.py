@@ -291,7 +291,9 @@ def chromium(tmp_path):
         pages = json.load(urlopen(f"http://127.0.0.1:{port}/json"))
         url = next(p["webSocketDebuggerUrl"] for p in pages if p["type"] == "page")
         socket = websocket.create_connection(url, timeout=60)
-        yield Browser(socket)
+        page = Browser(socket)
+        page.send("Emulation.setFocusEmulationEnabled", enabled=True)  # as of a window that is in front
+        yield page
         socket.close()
 
 
@@ -374,10 +376,10 @@ def test_the_playground_plays_in_jupyterlab(chromium, lab, joy):
     "Run a notebook, press the right arrow on its sliders, read the texts."
     chromium.look(1280, 1000)
     chromium.send("Page.navigate", url=lab)
-    kernel = "window.jupyterapp?.shell.currentWidget?.sessionContext?.session?.kernel"
+    kernel = "[...(window.jupyterapp?.shell.widgets('main') ?? [])][0]?.sessionContext?.session?.kernel"
     chromium.until(f"{kernel}?.connectionStatus === 'connected' && {kernel}.status === 'idle'")
     chromium.js("void window.jupyterapp.commands.execute('notebook:run-all-cells')")
-    seen = "document.querySelectorAll('.jp-OutputArea')[{}]?.innerText.replace(/\\s+/g, ' ') ?? ''".format
+    seen = "(document.querySelectorAll('.jp-OutputArea')[{}]?.innerText ?? '').replace(/\\s+/g, ' ')".format
     chromium.until(f"{seen(1)}.includes('strength 1 ')")
     handles = [(0, ".noUi-handle", (1, 1.25, 1.5)), (1, ".play input", (1, 3))]
     for k, handle, strengths in handles:
