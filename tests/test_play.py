@@ -11,6 +11,7 @@ import threading
 import time
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from itertools import count
 from pathlib import Path
 from urllib.request import urlopen
@@ -252,12 +253,7 @@ class Browser:
         for kind in ("rawKeyDown", "keyUp"):
             self.send("Input.dispatchKeyEvent", type=kind, key=key, code=key, windowsVirtualKeyCode=code)
 
-    def right(self):
-        self.press("ArrowRight", 39)
-
-    def look(self, width, height, dark=False):
-        scheme = [{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}]
-        self.send("Emulation.setEmulatedMedia", features=scheme)
+    def look(self, width, height):
         size = dict(width=width, height=height, deviceScaleFactor=1, mobile=width < 500)
         self.send("Emulation.setDeviceMetricsOverride", **size)
 
@@ -287,11 +283,14 @@ def chromium(tmp_path):
     profile = tmp_path / "profile"
     quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     with ended([CHROMIUM, *FLAGS, f"--user-data-dir={profile}", "about:blank"], **quiet):
-        port = found(lambda: [p.read_text().split() for p in profile.glob("DevToolsActivePort")])[0][0]
-        pages = json.load(urlopen(f"http://127.0.0.1:{port}/json"))
-        url = next(p["webSocketDebuggerUrl"] for p in pages if p["type"] == "page")
-        socket = websocket.create_connection(url, timeout=60)
-        yield Browser(socket)
+        told = profile / "DevToolsActivePort"
+        port = found(lambda: told.exists() and told.read_text().split())[0]
+        pages = partial(urlopen, f"http://127.0.0.1:{port}/json")
+        page = found(lambda: [p for p in json.load(pages()) if p["type"] == "page"])[0]
+        socket = websocket.create_connection(page["webSocketDebuggerUrl"], timeout=60)
+        page = Browser(socket)
+        page.send("Emulation.setFocusEmulationEnabled", enabled=True)  # as of a window that is in front
+        yield page
         socket.close()
 
 
@@ -363,7 +362,7 @@ def lab(tmp_path):
     env = os.environ | places | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     with ended([sys.executable, "-m", "jupyterlab", *options], env=env, cwd=here, **quiet):
-        (file,) = found(lambda: [*(tmp_path / "RUNTIME").glob("jpserver-*.json")])
+        (file,) = found(lambda: [p for p in tmp_path.glob("RUNTIME/jpserver-*.json") if p.stat().st_size])
         said = json.loads(file.read_text())
         yield f"http://127.0.0.1:{said['port']}/lab/tree/play.ipynb?token={said['token']}"
 
@@ -374,10 +373,10 @@ def test_the_playground_plays_in_jupyterlab(chromium, lab, joy):
     "Run a notebook, press the right arrow on its sliders, read the texts."
     chromium.look(1280, 1000)
     chromium.send("Page.navigate", url=lab)
-    kernel = "window.jupyterapp?.shell.currentWidget?.sessionContext?.session?.kernel"
+    kernel = "[...(window.jupyterapp?.shell.widgets('main') ?? [])][0]?.sessionContext?.session?.kernel"
     chromium.until(f"{kernel}?.connectionStatus === 'connected' && {kernel}.status === 'idle'")
     chromium.js("void window.jupyterapp.commands.execute('notebook:run-all-cells')")
-    seen = "document.querySelectorAll('.jp-OutputArea')[{}]?.innerText.replace(/\\s+/g, ' ') ?? ''".format
+    seen = "(document.querySelectorAll('.jp-OutputArea')[{}]?.innerText ?? '').replace(/\\s+/g, ' ')".format
     chromium.until(f"{seen(1)}.includes('strength 1 ')")
     handles = [(0, ".noUi-handle", (1, 1.25, 1.5)), (1, ".play input", (1, 3))]
     for k, handle, strengths in handles:
