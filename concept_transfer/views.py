@@ -859,10 +859,9 @@ def show(self: LayerScores) -> Figure:
     import seaborn as sns
 
     rows, columns = self.maps.source_layers, self.maps.target_layers
-    cells = [[(s, u) for u in columns] for s in rows]
     said = [
-        ["\n".join(f"{k} {x[at]:.2f}" for k, x in self.scores.items() if at in x) for at in row]
-        for row in cells
+        ["\n".join(f"{k} {x[s, u]:.2f}" for k, x in self.scores.items() if (s, u) in x) for u in columns]
+        for s in rows
     ]
     how = "R2: of the map. AUC: of the carried direction on the target's texts. Gain: of the margin, in nats."
     size = 1.6 + 0.85 * len(columns), 1.5 + (0.2 + 0.16 * len(self.scores)) * len(rows)
