@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import pytest
 
 REAL = {"smol", "gemma"}
-LONG = [f"test_{x}" for x in "studies evidence models cli play remote_local report steering drift docs".split()]
+LONG = [f"test_{x}" for x in "studies evidence models cli remote_local report steering drift docs".split()]
 
 
 @pytest.hookimpl(tryfirst=True)  # before `-m` selects
