@@ -195,7 +195,7 @@ def _show(self: Playground, request):
         view.value = make(self, t, strength, text)._repr_html_() if wanted else ""
 
 
-# %% ../nbs/31_play.ipynb #61db8d1f
+# %% ../nbs/31_play.ipynb #461219c5
 @patch
 def _answer(self: Playground, request):
     "Show what was asked for, or why that cannot be."
@@ -206,7 +206,8 @@ def _answer(self: Playground, request):
         try:
             self._show(request)
         except Exception as e:
-            self.text.value = ""
+            for part in (self.text, *self.views.children):
+                part.value = ""
             said = _PARTS.trouble(str(e) if isinstance(e, ValueError) else f"{type(e).__name__}: {e}")
         if request is self.newest:
             self.status.value = said
