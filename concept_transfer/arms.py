@@ -378,7 +378,7 @@ def _word_carried(trial):
     return [] if v is None else [_placed(trial, [v @ m.W for m in maps], "the word, carried")]
 
 
-def _other_carried(trial):
+def _nearest_concept(trial):
     "The other concept, read in the source, through the maps."
     pairs, maps = trial.given["other"], trial.t.carriers(trial.given["map"])
     concept = extract_concept(trial.given["source"], pairs, sorted({m.layers[0] for m in maps}))
@@ -456,7 +456,7 @@ _WORDS = (
         _NO_WORD,
     ),
     Arm(
-        "unembedding_carried",
+        "unembedding_mapped",
         "unembedding of the word, carried",
         _word_carried,
         "map source",
@@ -479,9 +479,9 @@ _STRONGER = (
         "needs the concept's pairs (--pairs), and draws",
     ),
     Arm(
-        "other_carried",
+        "nearest_concept",
         "other concept, transplanted",
-        _other_carried,
+        _nearest_concept,
         "map source other",
         "#44bb99",
         "x",
@@ -547,7 +547,7 @@ _OTHERS = (
     ),
 )
 NULLS = ("covariance", "permuted")
-WORD_ARMS = ("unembedding", "logit_bias", "unembedding_carried")
+WORD_ARMS = ("unembedding", "logit_bias", "unembedding_mapped")
 ARMS = {a.name: a for a in (*_DIRECTIONS, *_WORDS, *_STRONGER, *_OTHERS)}
 
 

@@ -4,6 +4,7 @@
 
 # %% auto #0
 __all__ = [
+    "MEANINGS",
     "Provenance",
     "ArmResult",
     "Effect",
@@ -359,6 +360,14 @@ def tests(self: Evidence) -> dict[str, float]:
     return {k: p for k, p in found.items() if p is not None}
 
 
+MEANINGS = {
+    "concept": "It is a concept",
+    "word": "It is a word, not shown to be a concept",
+    "nothing": "It is nothing",
+    None: "Whether it is a concept or a word cannot be said",
+}
+
+
 @patch(as_prop=True)
 def finding(self: Evidence) -> str | None:
     "concept, word or nothing, see above; None where that cannot be said."
@@ -472,7 +481,8 @@ def _repr_html_(self: Evidence) -> Markup:
 @patch(as_prop=True)
 def data(self: Evidence) -> dict:
     "The evidence as `evidence.json` holds it."
-    parts = {k: getattr(self, k) for k in ("runs", "arms", "capability", "off_target", "readouts", "finding")}
+    parts = {k: getattr(self, k) for k in ("runs", "arms", "capability", "off_target", "readouts")}
+    parts["verdict"] = {"kind": self.finding, "text": MEANINGS[self.finding]}
     parts["prose"] = {k: _damage_of(self.provenance, runs) for k, runs in self.of("prose").items()}
     parts = plain(vars(self.provenance) | vars(self.effect) | parts)
     return parts | {"digest": data_hash([json.dumps(parts)])}

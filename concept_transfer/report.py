@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from .arms import ARMS, STARTS, WORD_ARMS, Arm
 from .artefacts import whole_file
 from .cards import TEMPLATES, bar
-from .evidence import ArmResult, Capability, Evidence
+from .evidence import MEANINGS, ArmResult, Capability, Evidence
 from .plots import figures, look
 from .suites import SuiteResult
 from .views import MovedItems
@@ -37,17 +37,9 @@ def _chance(e):
 
 
 # %% ../nbs/26_report.ipynb #9c001262
-_MEANING = {
-    "concept": "It is a concept",
-    "word": "It is a word, not shown to be a concept",
-    "nothing": "It is nothing",
-    None: "Whether it is a concept or a word cannot be said",
-}
-
-
 def _meaning(e):
     "Whether a concept moved or a word, with the readout that decides."
-    said = f" {_MEANING[e.finding]}."
+    said = f" {MEANINGS[e.finding]}."
     if e.finding == "nothing" or not e.readouts or "transplanted" not in e.readouts[-1].shift:
         return said
     last = e.readouts[-1]
@@ -310,7 +302,7 @@ def write_report(
         e=e,
         verdict=verdict(e),
         details=details(e),
-        found=_MEANING[e.finding],
+        found=MEANINGS[e.finding],
         why=_WHY[e.finding](e),
         in_words=_in_words(e),
         advice=advice(e),

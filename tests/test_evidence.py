@@ -682,6 +682,7 @@ def test_a_concept_moves_what_its_word_does_not(pair, task, two_words, beyond):
     e = found(pair[2], two_words, [task, beyond])
     planted, other = e.readouts
     assert e.finding == "concept" and "It is a concept" in verdict(e)
+    assert e.data["verdict"] == {"kind": "concept", "text": "It is a concept"}
     assert planted.task == "planted" and planted.n == len(task) and other.n == len(beyond)
     assert other.shift["native"] == pytest.approx(other.shift["transplanted"], abs=0.05)
     assert all(other.ahead[k][0] > 0 for k in ("unembedding", "logit_bias"))
@@ -820,9 +821,11 @@ def test_arms_through_the_map_and_at_another_layer(pair, two_words):
     given = dict(map=fit_maps(m, t, Corpus("scenes", texts), [2], [2])[2, 2], source=m)
     native = place(extract_concept(t, PAIRS), t, 1)
     e = found(joy, two_words, [], other=load_pairs("emotions/fear"), native=native, **given)
-    for arm in ("unembedding_carried", "other_carried", "native_best", "prompt_transplanted"):
+    for arm in ("unembedding_mapped", "nearest_concept", "native_best", "prompt_transplanted"):
         assert e.arms[arm].ci and e.arms[arm].kl > 0.1, arm
-    assert e.arms["other_carried"].choice_rate == pytest.approx(e.arms["other_concept"].choice_rate, abs=0.1)
+    assert e.arms["nearest_concept"].choice_rate == pytest.approx(
+        e.arms["other_concept"].choice_rate, abs=0.1
+    )
     assert e.arms["native_best"].dose != e.arms["native"].dose
     assert e.arms["prompt_transplanted"].kl > e.arms["prompt"].kl
     assert e.effect.p_stronger is not None and len(e.arms["covariance"].draws) == 10

@@ -138,7 +138,7 @@ def test_the_twin_gets_all_of_the_native_effect_at_several_layers(given):
     assert t.layers == [2, [1, 2]] and t.deeper_shuffled.shape == (1, 48)
     assert 0.2 < t.notes["kl"] < 0.45 and t.notes["damage_budget"] == 0.3
     arms = {k: ARMS[k] for k in ("base", "transplanted", "shuffled_map", "random", "covariance", "permuted")}
-    arms |= {k: ARMS[k] for k in ("unembedding", "gradient", "unembedding_carried", "other_carried")}
+    arms |= {k: ARMS[k] for k in ("unembedding", "gradient", "unembedding_mapped", "nearest_concept")}
     source, other = load_model(*planted_module()), load_pairs("emotions/fear")
     own = joined([place(joy, source, k, dose=t.dose) for k in (1, 2)])
     there = joined([place(joy, target, map=maps[k, k], dose=t.dose) for k in (1, 2)])
