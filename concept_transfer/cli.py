@@ -558,7 +558,7 @@ def cmd_plot(
     return {"out": out}, f"{out} is drawn."
 
 
-# %% ../nbs/30_cli.ipynb #5184ab77
+# %% ../nbs/30_cli.ipynb #29d8c4be
 @command
 def cmd_transplant(
     concept: str,  # file
@@ -594,6 +594,8 @@ def cmd_transplant(
     if pair[1]:
         several = [int(k) for k in pair[2].split(",")]
         where = int(pair[1]), several if len(several) > 1 else several[0]
+        if len({*several}) < len(several):
+            raise BadParameter(f"--layers {layers}: a layer stands twice.")
         for k in several:  # layers without a map: say so before the model is loaded
             maps[int(pair[1]), k]
     if task and layers != "auto":

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ["wrap", "ModelInfo", "model_info", "tiny_model", "twin", "load_model"]
 
-# %% ../nbs/10_models.ipynb #27e63c66
+# %% ../nbs/10_models.ipynb #cb8082be
 import copy
 import hashlib
 import json
@@ -26,6 +26,7 @@ from nnsight import TransformersModel
 from psutil import virtual_memory
 from transformers import AutoConfig, AutoTokenizer
 
+from .artefacts import Count
 from .cards import card
 from .data import find_file
 from .engine import Local, attach, checked, engine, wrapped
@@ -52,15 +53,15 @@ def wrap(
         return checked(attach(model, Local(model, name)))
 
 
-# %% ../nbs/10_models.ipynb #306e74cc
+# %% ../nbs/10_models.ipynb #96a6a759
 @dataclass(frozen=True, repr=False)
 class ModelInfo:
     "Which model this is: enough to refuse another."
 
     name: str
     family: str
-    layers: int
-    width: int
+    layers: Count
+    width: Count
     weights: str  # hash of all weights; of a model on a server "remote:precision:" and a hash of what it says
     tokenizer: str  # hash of vocabulary and merges
     revision: str = ""

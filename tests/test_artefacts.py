@@ -46,7 +46,7 @@ def file(tmp_path):
     return tmp_path / "x.safetensors"
 
 
-ARTEFACTS = "concept map affine moments transplant".split()
+ARTEFACTS = "concept map affine moments transplant places".split()
 
 
 @pytest.mark.parametrize("kind", [*ARTEFACTS, "states", "journal"])
