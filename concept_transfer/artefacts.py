@@ -482,7 +482,7 @@ def fingerprint(*values: Any) -> str:  # 16 hex digits
         raise ValueError(f"{why}; give texts, numbers, or functions of these.") from None
 
 
-# %% ../nbs/04_artefacts.ipynb #60b91500
+# %% ../nbs/04_artefacts.ipynb #a3a0499c
 class Journal:
     """What a run has finished, by name, kept at `path` so that a rerun goes on from there.
 
@@ -502,7 +502,7 @@ class Journal:
         self.done: dict = {}
         self._chain, self._size, self._end = "", 0, 0  # digest of all lines, their bytes, those of the file
         if self.path and tensors:
-            if self.path.is_file():
+            if self.path.exists() and not self.path.is_dir():
                 self._refuse("is a file, where a folder is needed")
             for file in sorted(self.path.glob("*.safetensors")):
                 kept, _ = load_artefact(file, what)
@@ -510,6 +510,8 @@ class Journal:
                     raise ValueError(f"{file} holds what is not finite; delete it, to have it made again.")
                 self.done |= kept
         elif self.path:
+            if self.path.exists() and not self.path.is_file():
+                self._refuse("is a folder or a device, where a file is needed")
             parts = {"format": _FORMAT} | (parts or {})
             short = {k: v if isinstance(v, str | int) else fingerprint(v) for k, v in parts.items()}
             self._read({"journal": what, "parts": short})

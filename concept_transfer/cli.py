@@ -494,7 +494,7 @@ def _fitted(source, target, texts, file, method, template, layers):
         raise
 
 
-# %% ../nbs/30_cli.ipynb #3aaeb39b
+# %% ../nbs/30_cli.ipynb #5a2a2612
 @command
 def cmd_align(
     source: str,  # model that is read
@@ -512,13 +512,14 @@ def cmd_align(
       --texts 300 --template "{} The main emotion in this story is" --out map.safetensors"""
     import numpy as np
 
-    from concept_transfer.data import load_corpus
+    from concept_transfer.data import fill, load_corpus
     from concept_transfer.maps import MAP_METHODS
     from concept_transfer.models import load_model
 
     if method not in MAP_METHODS:
         raise BadParameter(f"--method {method!r} is not one of {', '.join(MAP_METHODS)}.")
     chosen, file, read = _layer_lists(layers), _writable(out), load_corpus(corpus)
+    fill(template, read.texts[:1])  # raises where it has no place for a text
     read = read if texts is None else read.take(texts)
     m, part = _fitted(load_model(source), load_model(target), read, file, method, template, chosen)
     names = "method rows texts source_layers target_layers r2 cosine r2_shuffled"

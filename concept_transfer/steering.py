@@ -303,7 +303,7 @@ def __call__(
         yield self.model
 
 
-# %% ../nbs/15_steering.ipynb #ab2052c8
+# %% ../nbs/15_steering.ipynb #d53b1e96
 _PLAIN = dict.fromkeys(vars(GenerationConfig())) | GenerationConfig._get_default_generation_params()
 _PLAIN = {k: v for k, v in _PLAIN.items() if k not in ("bos_token_id", "eos_token_id", "max_length")}
 _OURS = """num_return_sequences return_dict_in_generate output_scores output_logits output_attentions
@@ -311,7 +311,9 @@ _OURS = """num_return_sequences return_dict_in_generate output_scores output_log
     custom_generate trust_remote_code""".split()
 _KINDS = {"bool": bool, "int": NonNegativeInt, "float": float}
 _SAID = re.findall(r"(\w+) ?\(`(bool|int|float)`", GenerationConfig.__doc__ or "")  # (option, kind)
+_SHARES = "top_p min_p typical_p epsilon_cutoff eta_cutoff".split()  # transformers ignores what is none
 _HINTS = {k: _KINDS[kind] for k, kind in _SAID} | {"stop_strings": str | Sequence[str]}
+_HINTS |= dict.fromkeys(_SHARES, Annotated[float, Field(ge=0, le=1)])
 
 
 def _options(tokenizer, given):
