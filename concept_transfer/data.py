@@ -181,7 +181,7 @@ def find_file(
     )
 
 
-# %% ../nbs/01_data.ipynb #92af2a32
+# %% ../nbs/01_data.ipynb #6a4e7bc1
 _NAMES = """pos positive, chosen positive, answer_matching_behavior positive, neg negative, rejected negative,
 answer_not_matching_behavior negative, statement text, sentence text, question prompt, groups group"""
 _RENAMED = dict(pair.split() for pair in _NAMES.split(","))
@@ -192,7 +192,7 @@ def open_data(
     known: Iterable[str],  # as for `find_file`
 ) -> tuple[Path, Any]:
     "Where data stands, and what is there."
-    if not isinstance(ref, (str, Path)) and isinstance(ref, Iterable) and getattr(ref, "ndim", 1):
+    if not isinstance(ref, (str, Path)) and isinstance(ref, Iterable) and getattr(ref, "ndim", True):
         return Path("data"), ref if isinstance(ref, (dict, pd.DataFrame)) else list(ref)
     path = find_file(ref, known)
     return path, read_file(path)

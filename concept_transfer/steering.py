@@ -303,7 +303,7 @@ def __call__(
         yield self.model
 
 
-# %% ../nbs/15_steering.ipynb #d53b1e96
+# %% ../nbs/15_steering.ipynb #bb23c8bb
 _PLAIN = dict.fromkeys(vars(GenerationConfig())) | GenerationConfig._get_default_generation_params()
 _PLAIN = {k: v for k, v in _PLAIN.items() if k not in ("bos_token_id", "eos_token_id", "max_length")}
 _OURS = """num_return_sequences return_dict_in_generate output_scores output_logits output_attentions
@@ -312,8 +312,9 @@ _OURS = """num_return_sequences return_dict_in_generate output_scores output_log
 _KINDS = {"bool": bool, "int": NonNegativeInt, "float": float}
 _SAID = re.findall(r"(\w+) ?\(`(bool|int|float)`", GenerationConfig.__doc__ or "")  # (option, kind)
 _SHARES = "top_p min_p typical_p epsilon_cutoff eta_cutoff".split()  # transformers ignores what is none
+_SHARE: Any = Annotated[float, Field(ge=0, le=1)]
 _HINTS = {k: _KINDS[kind] for k, kind in _SAID} | {"stop_strings": str | Sequence[str]}
-_HINTS |= dict.fromkeys(_SHARES, Annotated[float, Field(ge=0, le=1)])
+_HINTS |= dict.fromkeys(_SHARES, _SHARE)
 
 
 def _options(tokenizer, given):
@@ -478,7 +479,7 @@ def save(self: Transplant, path: str | Path):
     save_fields(self, path, positions=position_name(self.positions, "write"))
 
 
-# %% ../nbs/15_steering.ipynb #daaa9fc2
+# %% ../nbs/15_steering.ipynb #fb5b235f
 @patch(cls_method=True)
 def load(
     cls: Transplant,
@@ -488,5 +489,5 @@ def load(
     "Read what `save` wrote. Raises ValueError for another model."
     t = load_fields(cls, path)
     target = t.target.load() if target is None else target
-    t.target.require(model_info(target), f"transplant {t.name!r}")
+    t.target.require(model_info(target), f"transplant {t.name!r} of {path}")
     return replace(t, model=target)
