@@ -176,14 +176,15 @@ def versions() -> dict[str, str]:  # by package
     return {"concept_transfer": __version__} | {k: version(k) for k in ("torch", "transformers", "nnsight")}
 
 
-# %% ../nbs/04_artefacts.ipynb #319d827b
+# %% ../nbs/04_artefacts.ipynb #4a8020e6
 _FORMAT = 2
 _BLANK = "0" * 64  # where the digest will stand
 
 
-def _write(path, kind, tensors, values):
+def _write(path, kind, tensors, values, later=False):  # whether some of it came later
     "Tensors and a header of values, in one safetensors file with a digest."
-    head = {"digest": _BLANK, "kind": kind, "format": _FORMAT, "package": __version__, "site": "block output"}
+    head = {"digest": _BLANK, "kind": kind, "format": _FORMAT + later}
+    head |= {"package": __version__, "site": "block output"}
     tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
     shared = Counter(v.untyped_storage().data_ptr() for v in tensors.values())
     tensors = {k: v.clone() if shared[v.untyped_storage().data_ptr()] > 1 else v for k, v in tensors.items()}
@@ -251,7 +252,7 @@ def _content(path):
             return head, tensors, (known.metadata() or {}).get("concept_transfer")
 
 
-# %% ../nbs/04_artefacts.ipynb #57dc5221
+# %% ../nbs/04_artefacts.ipynb #639b705f
 def load_artefact(
     path: str | Path,
     kind: str | None = None,  # which one is needed; default: any
@@ -266,15 +267,16 @@ def load_artefact(
         raise ValueError(f"{broken} ({e}). Make it again.") from None
     if not head:
         raise ValueError(f"{path} is a safetensors file, but not one of this package.")
-    if (old := head["format"]) > _FORMAT:
+    if (old := head["format"]) > _FORMAT + 1:
         raise ValueError(
-            f"{path} has format {old}, newer than this version reads ({_FORMAT}). Upgrade concept_transfer."
+            f"{path} has format {old}, newer than this version reads ({_FORMAT + 1}). "
+            "Upgrade concept_transfer."
         )
     mark = head.pop("digest", "")
     found = hashlib.sha256(start.replace(str(mark).encode(), _BLANK.encode(), 1))
     for t in tensors.values():
         found.update(_bytes(t))
-    if (mark or old == _FORMAT) and found.hexdigest() != mark:
+    if (mark or old >= _FORMAT) and found.hexdigest() != mark:
         raise ValueError(f"{broken} (its digest is not that of its content). Make it again.")
     if kind and head["kind"] != kind:
         raise ValueError(f"{path} holds kind {head['kind']!r}, where {kind!r} is needed.")
@@ -386,7 +388,7 @@ def _check_shapes(x):
             raise ValueError(f"{k!r} is {v}, but layers go from 0 to {min(most) - 1}.")
 
 
-# %% ../nbs/04_artefacts.ipynb #5d29a740
+# %% ../nbs/04_artefacts.ipynb #163ed059
 def _values(x):
     "What counts of a dataclass, by name; of what came later only what is there."
     found = {f.name: getattr(x, f.name) for f in fields(x) if f.compare}
@@ -401,7 +403,8 @@ def save_fields(
     "Write an object to one safetensors file, whole or not at all; `load_fields` reads it."
     values = _values(x) | more
     tensors = {k: v for k, v in values.items() if isinstance(v, Tensor)}
-    _write(path, x.artefact, tensors, {k: v for k, v in values.items() if k not in tensors})
+    rest = {k: v for k, v in values.items() if k not in tensors}
+    _write(path, x.artefact, tensors, rest, later=bool({*x.added} & {*values}))
 
 
 def load_fields(
@@ -479,7 +482,7 @@ def fingerprint(*values: Any) -> str:  # 16 hex digits
         raise ValueError(f"{why}; give texts, numbers, or functions of these.") from None
 
 
-# %% ../nbs/04_artefacts.ipynb #60b91500
+# %% ../nbs/04_artefacts.ipynb #a3a0499c
 class Journal:
     """What a run has finished, by name, kept at `path` so that a rerun goes on from there.
 
@@ -499,7 +502,7 @@ class Journal:
         self.done: dict = {}
         self._chain, self._size, self._end = "", 0, 0  # digest of all lines, their bytes, those of the file
         if self.path and tensors:
-            if self.path.is_file():
+            if self.path.exists() and not self.path.is_dir():
                 self._refuse("is a file, where a folder is needed")
             for file in sorted(self.path.glob("*.safetensors")):
                 kept, _ = load_artefact(file, what)
@@ -507,6 +510,8 @@ class Journal:
                     raise ValueError(f"{file} holds what is not finite; delete it, to have it made again.")
                 self.done |= kept
         elif self.path:
+            if self.path.exists() and not self.path.is_file():
+                self._refuse("is a folder or a device, where a file is needed")
             parts = {"format": _FORMAT} | (parts or {})
             short = {k: v if isinstance(v, str | int) else fingerprint(v) for k, v in parts.items()}
             self._read({"journal": what, "parts": short})

@@ -495,7 +495,7 @@ def _fitted(source, target, texts, file, method, template, layers):
         raise
 
 
-# %% ../nbs/30_cli.ipynb #3aaeb39b
+# %% ../nbs/30_cli.ipynb #5a2a2612
 @command
 def cmd_align(
     source: str,  # model that is read
@@ -513,13 +513,14 @@ def cmd_align(
       --texts 300 --template "{} The main emotion in this story is" --out map.safetensors"""
     import numpy as np
 
-    from concept_transfer.data import load_corpus
+    from concept_transfer.data import fill, load_corpus
     from concept_transfer.maps import MAP_METHODS
     from concept_transfer.models import load_model
 
     if method not in MAP_METHODS:
         raise BadParameter(f"--method {method!r} is not one of {', '.join(MAP_METHODS)}.")
     chosen, file, read = _layer_lists(layers), _writable(out), load_corpus(corpus)
+    fill(template, read.texts[:1])  # raises where it has no place for a text
     read = read if texts is None else read.take(texts)
     m, part = _fitted(load_model(source), load_model(target), read, file, method, template, chosen)
     names = "method rows texts source_layers target_layers r2 cosine r2_shuffled"
@@ -559,7 +560,7 @@ def cmd_plot(
     return {"out": out}, f"{out} is drawn."
 
 
-# %% ../nbs/30_cli.ipynb #5184ab77
+# %% ../nbs/30_cli.ipynb #29d8c4be
 @command
 def cmd_transplant(
     concept: str,  # file
@@ -595,6 +596,8 @@ def cmd_transplant(
     if pair[1]:
         several = [int(k) for k in pair[2].split(",")]
         where = int(pair[1]), several if len(several) > 1 else several[0]
+        if len({*several}) < len(several):
+            raise BadParameter(f"--layers {layers}: a layer stands twice.")
         for k in several:  # layers without a map: say so before the model is loaded
             maps[int(pair[1]), k]
     if task and layers != "auto":

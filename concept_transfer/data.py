@@ -130,9 +130,10 @@ def _table(text, path, mark):
     return [dict(zip(table[0], row, strict=True)) for row in table[1:]]
 
 
-# %% ../nbs/01_data.ipynb #acabc856
+# %% ../nbs/01_data.ipynb #cfeef2d1
 _ENDING = re.compile(r"\.(csv|tsv|json|jsonl|ndjson|txt)(\.gz)?$")
 _LIMIT = 2**28  # characters of a file
+_NO_DATA = re.compile(r"(?i)\s*(<!doctype html|<html|version https://git-lfs)")
 _LIKE_JSON = re.compile(r'\s*(\[\s*\{|\[|\{)\s*"')
 _LIKE_TABLE = re.compile(r"(?i)(?=\w+[,;\t])(\w+[,;\t])*(text|statement|sentence|positive)([,;\t]\w+)*\n")
 
@@ -149,6 +150,10 @@ def read_file(path: Path) -> Any:
             text = f.read(_LIMIT)
     except (UnicodeError, EOFError, gzip.BadGzipFile, zlib.error) as e:
         raise ValueError(f"{path} is not UTF-8 text; save it so ({e}).") from None
+    if _NO_DATA.match(text):
+        raise ValueError(
+            f"{path} is a web page, or a pointer of Git LFS, and no data; fetch the file itself."
+        )
     if len(text) == _LIMIT:
         raise ValueError(f"{path} holds {_LIMIT} characters or more; take a part of it.")
     if "json" in form or _LIKE_JSON.match(text):
@@ -176,7 +181,7 @@ def find_file(
     )
 
 
-# %% ../nbs/01_data.ipynb #2e44e6ae
+# %% ../nbs/01_data.ipynb #6a4e7bc1
 _NAMES = """pos positive, chosen positive, answer_matching_behavior positive, neg negative, rejected negative,
 answer_not_matching_behavior negative, statement text, sentence text, question prompt, groups group"""
 _RENAMED = dict(pair.split() for pair in _NAMES.split(","))
@@ -187,7 +192,7 @@ def open_data(
     known: Iterable[str],  # as for `find_file`
 ) -> tuple[Path, Any]:
     "Where data stands, and what is there."
-    if not isinstance(ref, (str, Path)) and isinstance(ref, Iterable):
+    if not isinstance(ref, (str, Path)) and isinstance(ref, Iterable) and getattr(ref, "ndim", True):
         return Path("data"), ref if isinstance(ref, (dict, pd.DataFrame)) else list(ref)
     path = find_file(ref, known)
     return path, read_file(path)

@@ -108,15 +108,15 @@ def so_far(given: dict, h: Tensor) -> Tensor:  # what a pass was called with, (b
     return mask
 
 
-# %% ../nbs/06_engine.ipynb #2bf5a295
+# %% ../nbs/06_engine.ipynb #70cdccb5
 def hidden_of(output: Any) -> Tensor:  # (b, t, d)
     "The residual stream in what a block returned."
-    return output[0] if isinstance(output, tuple) else output
+    return output[0] if isinstance(output, tuple | list) else output
 
 
 def with_hidden(output: Any, hidden: Tensor):
     "What a block returned, with another residual stream."
-    return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+    return (hidden, *output[1:]) if isinstance(output, tuple | list) else hidden
 
 
 def _write(block, args, output):
@@ -296,7 +296,7 @@ class Sums(Protocol):
         read, and return their number."""
 
 
-# %% ../nbs/06_engine.ipynb #f723757e
+# %% ../nbs/06_engine.ipynb #09c535b5
 def _device(model):
     "Where inputs go; the CPU for a model without weights here."
     device = model._module.device
@@ -305,7 +305,8 @@ def _device(model):
 
 def context_length(model: TransformersModel) -> int:
     "Longest input in tokens that the model was made for."
-    return getattr(model._module.config.get_text_config(), "max_position_embeddings", None) or 2048
+    size = getattr(model._module.config.get_text_config(), "max_position_embeddings", None) or 0
+    return size if size > 0 else 2048  # some say -1 for no limit
 
 
 # %% ../nbs/06_engine.ipynb #307f485f
@@ -336,11 +337,23 @@ def refuse_empty(texts: Sequence[str], ids: Ids, nothing: Sequence[int] = ()):
             )
 
 
-# %% ../nbs/06_engine.ipynb #20ebc720
+# %% ../nbs/06_engine.ipynb #e3a24f9a
+def _tokens(tokenizer, texts, **how):
+    "What a tokenizer makes of texts. Raises ValueError for one that fails, which has errors of any kind."
+    try:
+        return tokenizer(texts, **how)
+    except Exception as e:
+        say = "Give it a token for what it does not know, or take the model's own."
+        raise ValueError(f"this tokenizer cannot read the texts ({e}). {say}") from e
+
+
 def start_mark(model: TransformersModel) -> list[int]:
-    "What the tokenizer puts before every text."
-    whole, bare = (model.tokenizer("a", add_special_tokens=x).input_ids for x in (True, False))
-    return whole[: whole.index(bare[0])]
+    "What the tokenizer puts before every text. Raises ValueError for one that reads a text now so, now so."
+    whole, bare = (_tokens(model.tokenizer, "a", add_special_tokens=x).input_ids for x in (True, False))
+    starts = [i for i in range(len(whole)) if bare and whole[i : i + len(bare)] == bare]
+    if not starts:
+        raise ValueError("this tokenizer reads the text 'a' not at all, or each time otherwise (dropout?).")
+    return whole[: starts[0]]
 
 
 def tokenized(
@@ -352,7 +365,7 @@ def tokenized(
         if not isinstance(text, str) or text.encode("utf-8", "ignore").decode() != text:
             raise ValueError(f"text {i} is no text, or holds half a character: {text!r}. Write it anew.")
     tok, start = model.tokenizer, start_mark(model)
-    got = tok(list(texts), add_special_tokens=False, return_offsets_mapping=tok.is_fast)
+    got = _tokens(tok, list(texts), add_special_tokens=False, return_offsets_mapping=tok.is_fast)
     n, spans = len(start), got.get("offset_mapping") or [[] for _ in texts]
     for ids, at in zip(got.input_ids, spans, strict=True):
         while n and ids[:n] == start:
@@ -380,7 +393,7 @@ def _rendered(model, i, chat):
         raise ValueError(f"{say} Give messages {{'role': ..., 'content': ...}}, or the text itself.") from e
 
 
-# %% ../nbs/06_engine.ipynb #8066c15e
+# %% ../nbs/06_engine.ipynb #a7de552a
 def encode(
     model: TransformersModel,
     texts: Sequence,  # or a chat, or a list of chats: messages {"role": ..., "content": ...}
@@ -402,6 +415,12 @@ def encode(
             f"{room} new tokens leave no room for a prompt in a context of {size}; ask for fewer."
         )
     refuse_empty(texts, ids)
+    known = model._module.config.get_text_config().vocab_size
+    if odd := [i for i, x in enumerate(ids) if max(x) >= known]:
+        raise ValueError(
+            f"text {odd[0]} has the token {max(ids[odd[0]])}, and the model knows {known}: its tokenizer was "
+            "given more. Take the model's own, or resize its embeddings and train them."
+        )
     if long := [i for i, x in enumerate(ids) if len(x) > limit]:
         what = f"context of {size} tokens has room for ({limit}; first: text {long[0]})"
         warnings.warn(f"{len(long)} texts are longer than the {what}; their beginning was cut.", stacklevel=2)
@@ -542,7 +561,7 @@ def _fingerprint(module):
     return h.hexdigest()[:32], tuple(sketch.double().round(decimals=5).tolist())
 
 
-# %% ../nbs/06_engine.ipynb #2874df51
+# %% ../nbs/06_engine.ipynb #f6be36c2
 @dataclass(eq=False)
 class Local:
     "A model that runs here, through nnsight."
@@ -567,7 +586,7 @@ class Local:
 
     @cached_property
     def tuples(self) -> bool:  # whether its blocks return tuples
-        return isinstance(_block_output(self.model, 0), tuple)
+        return isinstance(_block_output(self.model, 0), tuple | list)
 
     @cached_property
     def branching(self) -> int:
@@ -971,27 +990,32 @@ def sums(self: Local, texts, prepare, into, notes=None, tokens=0):
             yield partial(take, chunk, Y)
 
 
-# %% ../nbs/06_engine.ipynb #6dc9aa99
+# %% ../nbs/06_engine.ipynb #372b96ef
 def _faults(model):
     "What is wrong with a model, and what to do."
     here, (ids, mask), k = Local(model), _probe(model), len(model.layers) // 2
     other = torch.cat([ids[:, :-1], ids[:, :1]], 1)
     (got, deep), (_, moved) = (here.read(x, mask, [k, len(model.layers) - 1]) for x in (ids, other))
     want, width = hidden_of(_block_output(model, k)), model._module.config.get_text_config().hidden_size
-    if not deep.isfinite().all():
-        yield "states are not finite. Load it in float32, or get its weights anew."
+    if got.shape != (*ids.shape, width):
+        yield f"states of layer {k} are {tuple(got.shape)}, not {(*ids.shape, width)}. {_RENAME}"
+    before = here.logits(ids, mask)
+    if not (deep.isfinite().all() and (before < torch.inf).all()):
+        yield "states or logits are not finite. Load it in float32, or get its weights anew."
     if ((deep - moved).norm(dim=-1) > 0.01 * deep.norm(dim=-1))[:, :-1].any():
         yield "a later token moves an earlier state. Load one that reads from left to right (`is_causal`)."
     if not (got - want).abs().max() <= 1e-6 * want.abs().max():
         yield f"reading layer {k} through nnsight differs from a plain hook. {_RENAME}"
-    if got.shape[-1] != width:
-        yield f"layer {k} is {got.shape[-1]} wide, not {width}. {_RENAME}"
     ramp = torch.linspace(-1, 1, width).to(got)
-    before = here.logits(ids, mask)
     with here.steer(k, lambda h: h + ramp * h.norm(dim=-1, keepdim=True)):
         after = here.logits(ids, mask)
     if torch.equal(before, after):
         yield f"writing to layer {k} does not reach the logits. {_RENAME}"
+    rows, last = [ids[0].tolist(), ids[0, 2:].tolist()], [len(model.layers) - 1]
+    (alone,), (behind,) = (here.read(*pad(model, x, left=True), last) for x in (rows[1:], rows))  # (b, t, d)
+    apart = (alone[-1, -1] - behind[-1, -1]).norm() / alone[-1, -1].norm()
+    if not apart <= (0.01 if here.precision == "float32" else 0.2):
+        yield "padding in front of a text moves its states. Take a model that reads an attention mask."
 
 
 _RENAME = "Pass rename={path of its list of blocks: 'layers'}."
@@ -999,6 +1023,10 @@ _RENAME = "Pass rename={path of its list of blocks: 'layers'}."
 
 def checked(model: TransformersModel) -> TransformersModel:
     "The model, read and written once. Raises ValueError naming the fix."
-    for fault in _faults(model):
+    try:
+        fault = next(_faults(model), None)
+    except (RuntimeError, AttributeError, LookupError, TypeError) as e:
+        fault = f"it does not run as language models do ({type(e).__name__}: {e}). See its configuration."
+    if fault:
         raise ValueError(f"{type(model._module).__name__}: {fault}")
     return model

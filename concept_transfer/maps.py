@@ -21,13 +21,14 @@ __all__ = [
     "downstream",
 ]
 
-# %% ../nbs/14_maps.ipynb #03a0a96c
+# %% ../nbs/14_maps.ipynb #4e1f71c2
 import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache, cached_property, partial
 from itertools import product
+from operator import index
 from pathlib import Path
 from typing import Annotated
 
@@ -561,15 +562,15 @@ def fit_maps(
     return entry.fit(*given, **collecting) if entry.fit else solve(collect(*given, **collecting), entry)
 
 
-# %% ../nbs/14_maps.ipynb #28e4e5ee
+# %% ../nbs/14_maps.ipynb #833ecfc7
 @patch
 def __getitem__(self: LayerGrid, layers: Sequence[int]) -> AffineMap:
     try:
-        s, t = map(int, layers)
+        s, t = map(index, layers)
         at = self.source_layers.index(s), self.target_layers.index(t)
     except (TypeError, ValueError):
         raise ValueError(
-            f"no map for layers {':'.join(map(str, np.ravel(layers)))}; source layers are "
+            f"no map for layers {':'.join(map(str, np.ravel(np.array(layers, object))))}; source layers are "
             f"{list(self.source_layers)}, target layers {list(self.target_layers)}."
         ) from None
     notes: dict = {"lam": float(f"{self.lam[at]:.6g}")}

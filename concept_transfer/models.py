@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ["wrap", "ModelInfo", "model_info", "tiny_model", "twin", "load_model"]
 
-# %% ../nbs/10_models.ipynb #27e63c66
+# %% ../nbs/10_models.ipynb #cb8082be
 import copy
 import hashlib
 import json
@@ -26,6 +26,7 @@ from nnsight import TransformersModel
 from psutil import virtual_memory
 from transformers import AutoConfig, AutoTokenizer
 
+from .artefacts import Count
 from .cards import card
 from .data import find_file
 from .engine import Local, attach, checked, engine, wrapped
@@ -52,15 +53,15 @@ def wrap(
         return checked(attach(model, Local(model, name)))
 
 
-# %% ../nbs/10_models.ipynb #306e74cc
+# %% ../nbs/10_models.ipynb #96a6a759
 @dataclass(frozen=True, repr=False)
 class ModelInfo:
     "Which model this is: enough to refuse another."
 
     name: str
     family: str
-    layers: int
-    width: int
+    layers: Count
+    width: Count
     weights: str  # hash of all weights; of a model on a server "remote:precision:" and a hash of what it says
     tokenizer: str  # hash of vocabulary and merges
     revision: str = ""
@@ -273,7 +274,7 @@ def _named(name, tokenizer, dtype, device, rename, remote):
     return wrap(module, tokenizer, _called(name), rename)
 
 
-# %% ../nbs/10_models.ipynb #8ea07485
+# %% ../nbs/10_models.ipynb #4ab2ef8d
 def load_model(
     ref: str | Path | torch.nn.Module | TransformersModel,  # embedded name, folder, .gguf, id, loaded model
     tokenizer: Any = None,  # needed with a loaded transformers model
@@ -307,8 +308,9 @@ def load_model(
     name = ""
     if isinstance(ref, TransformersModel):
         ref, tokenizer, name = ref._module, tokenizer or ref.tokenizer, engine(ref).name
-    if not callable(tokenizer):
-        raise ValueError("a loaded model needs its tokenizer: load_model(model, tokenizer=...).")
+    if not (callable(tokenizer) and hasattr(tokenizer, "pad_token_id")):
+        say = "load_model(model, tokenizer=...). A processor of images and text has it as `tokenizer`"
+        raise ValueError(f"a loaded model needs its tokenizer: {say}.")
     moved = device and ref.device.type not in str(device)  # type: ignore[operator]
     if moved or (dtype and str(ref.dtype) != f"torch.{dtype}"):
         raise ValueError(

@@ -112,7 +112,7 @@ def causal_score(
     return Carried(np.corrcoef(there, here)[: len(there), len(there) :])
 
 
-# %% ../nbs/20_selection.ipynb #afb70048
+# %% ../nbs/20_selection.ipynb #3bfc61f6
 def _tried(bench, placed=None):
     "What a candidate does at the damage of a bench, or the base model."
     before, dosed = bench.read, placed and bench.at_damage(placed)
@@ -124,11 +124,11 @@ def _tried(bench, placed=None):
 
 def _pair(maps, layers):
     "A pair of layers as numbers; the second may be a list, of several places. Raises ValueError for no map."
-    if len(layers) != 2 or not isinstance(layers[1], list | tuple):
+    if len(layers) != 2 or np.ndim(layers[1]) != 1:
         return maps[layers].layers
-    if not layers[1]:
-        raise ValueError(f"layers {layers}: give at least one layer of the target.")
     found = [maps[layers[0], t].layers for t in layers[1]]
+    if len({*found}) < len(found) or not found:
+        raise ValueError(f"layers {layers}: give at least one layer of the target, and each once.")
     return found[0][0], sorted(t for _, t in found)
 
 

@@ -175,26 +175,29 @@ def layers(self: Transplant) -> list:
     return [x[0] if len({*x}) == 1 else [*x] for x in zip(*pairs, strict=True)]
 
 
-# %% ../nbs/15_steering.ipynb #4e870475
+# %% ../nbs/15_steering.ipynb #1d05eb4a
 @strict
 def joined(
     transplants: Annotated[Sequence[Transplant], Field(min_length=1)],  # of one model, at different layers
 ) -> Transplant:
-    """One transplant at all their places; dose, name and notes are those of the lowest. Raises ValueError for
-    different models or positions, and for a layer that comes twice."""
+    """One transplant at all their places, with name and notes of the lowest; a KL that only some of them had
+    is none of it. Raises ValueError for what it can have only once, and for a layer that comes twice."""
     first, *rest = sorted((p for t in transplants for p in t.places), key=lambda t: t.layer)
     for t in rest:
         first.target.require(t.target, f"transplant {first.name!r}")
-        if t.positions != first.positions:
-            raise ValueError(
-                f"{first} and {t} have different positions, {first.positions} and {t.positions}."
-            )
+        for k in ("positions", "dose", "source"):
+            if (one := getattr(first, k)) != (other := getattr(t, k)):
+                raise ValueError(
+                    f"{first} and {t} have different {k}, {one} and {other}; give them the same."
+                )
     columns = {v: [getattr(t, k) for t in rest] for k, v in _COLUMNS.items()}
     columns = {k: x for k, x in columns.items() if x and not any(v is None for v in x)}
     stacked: dict[str, Any] = {
         k: torch.stack(x) if isinstance(x[0], Tensor) else tuple(x) for k, x in columns.items()
     }
-    return replace(first, **stacked)
+    alike = all(t.notes.get("kl") == first.notes.get("kl") for t in rest)
+    notes = {k: v for k, v in first.notes.items() if k != "kl" or alike}
+    return replace(first, **stacked, notes=notes)
 
 
 # %% ../nbs/15_steering.ipynb #195d536a
@@ -224,7 +227,7 @@ def _repr_html_(self: Transplant) -> str:
     return card(f"Transplant {self.name}", facts)
 
 
-# %% ../nbs/15_steering.ipynb #21847195
+# %% ../nbs/15_steering.ipynb #59463128
 class _Going(local):
     """What `generate` goes on from in this thread: tokens of its prompts, how many there are, which go on
     together. A request takes it along."""
@@ -237,6 +240,18 @@ class _Going(local):
 
 
 _GOING = _Going()
+
+
+def _everywhere(at, h, rule):  # what a rule gave, states (b, t, d) -> (b, t)
+    "Where to add. Raises ValueError for what does not say so of each state."
+    try:
+        return at.to(h).expand(h.shape[:2])
+    except (AttributeError, RuntimeError):
+        found, wanted = tuple(getattr(at, "shape", ())) or at, tuple(h.shape[:2])
+    raise ValueError(
+        f"positions {rule.name!r} give {found!r:.60}, where a mask {wanted} of the states of this pass is "
+        "needed: mask[:, -hidden.shape[1]:] is that of the tokens."
+    )
 
 
 def adding(
@@ -261,7 +276,7 @@ def adding(
         at = rule.write(h, mask)  # type: ignore[misc]
         if rule.asked and width:  # the end of the prompts and all behind it, whatever a pass holds
             at = torch.arange(mask.shape[1])[-h.shape[1] :] >= width - 1  # (t,)
-        return h + v if at is None else h + at.to(h)[..., None] * v  # (b, t, 1) * (d,)
+        return h + v if at is None else h + _everywhere(at, h, rule)[..., None] * v  # (b, t, 1) * (d,)
 
     return add
 
@@ -288,7 +303,7 @@ def __call__(
         yield self.model
 
 
-# %% ../nbs/15_steering.ipynb #ab2052c8
+# %% ../nbs/15_steering.ipynb #bb23c8bb
 _PLAIN = dict.fromkeys(vars(GenerationConfig())) | GenerationConfig._get_default_generation_params()
 _PLAIN = {k: v for k, v in _PLAIN.items() if k not in ("bos_token_id", "eos_token_id", "max_length")}
 _OURS = """num_return_sequences return_dict_in_generate output_scores output_logits output_attentions
@@ -296,7 +311,10 @@ _OURS = """num_return_sequences return_dict_in_generate output_scores output_log
     custom_generate trust_remote_code""".split()
 _KINDS = {"bool": bool, "int": NonNegativeInt, "float": float}
 _SAID = re.findall(r"(\w+) ?\(`(bool|int|float)`", GenerationConfig.__doc__ or "")  # (option, kind)
+_SHARES = "top_p min_p typical_p epsilon_cutoff eta_cutoff".split()  # transformers ignores what is none
+_SHARE: Any = Annotated[float, Field(ge=0, le=1)]
 _HINTS = {k: _KINDS[kind] for k, kind in _SAID} | {"stop_strings": str | Sequence[str]}
+_HINTS |= dict.fromkeys(_SHARES, _SHARE)
 
 
 def _options(tokenizer, given):
@@ -461,7 +479,7 @@ def save(self: Transplant, path: str | Path):
     save_fields(self, path, positions=position_name(self.positions, "write"))
 
 
-# %% ../nbs/15_steering.ipynb #daaa9fc2
+# %% ../nbs/15_steering.ipynb #fb5b235f
 @patch(cls_method=True)
 def load(
     cls: Transplant,
@@ -471,5 +489,5 @@ def load(
     "Read what `save` wrote. Raises ValueError for another model."
     t = load_fields(cls, path)
     target = t.target.load() if target is None else target
-    t.target.require(model_info(target), f"transplant {t.name!r}")
+    t.target.require(model_info(target), f"transplant {t.name!r} of {path}")
     return replace(t, model=target)

@@ -399,11 +399,11 @@ toxicity = Scorer(
     _toxicity,
 )
 
-# %% ../nbs/02_tasks.ipynb #10f9533c
+# %% ../nbs/02_tasks.ipynb #583d67f0
 _LANGUAGES = "english french german italian spanish".split()
 
 
-_KINDS = {"n": int, "name": Literal[*_LANGUAGES], "phrase": str, "word": str, "what": str}
+_KINDS = {"n": PositiveInt, "name": Literal[*_LANGUAGES], "phrase": str, "word": str, "what": str}
 _TOLD: Any = TypedDict("told", _KINDS, total=False)  # type: ignore[misc]
 
 

@@ -129,14 +129,20 @@ def _row(line):
     return {}
 
 
-# %% ../nbs/27_uselog.ipynb #42df2aed
+# %% ../nbs/27_uselog.ipynb #5d39092a
+def _begun(half):
+    "Whether half a line may be one of ours."
+    start = b'{"digest": "'
+    return half[: len(start)] == start[: len(half)]
+
+
 def _end(path):
     "How many rows there are, the digest of the last one, and bytes of a torn line, which are taken away."
-    torn, start = 0, b'{"digest": "'
+    torn = 0
     for part in reversed(_parts(path)):
         *lines, half = part.read_bytes().split(b"\n")
         row = _row(lines[-1]) if lines else {}
-        if (lines and not row) or half[: len(start)] != start[: len(half)]:
+        if (lines and not row) or not _begun(half):
             raise ValueError(f"{part} does not end in a row of a use log. Audit it, or give another path.")
         if half:
             torn += len(half)
@@ -374,7 +380,7 @@ def _each_file(path):
         yield part, file
 
 
-# %% ../nbs/27_uselog.ipynb #246b0808
+# %% ../nbs/27_uselog.ipynb #d161bf33
 def read_log(
     path: str | Path,
 ) -> Iterator[tuple[dict, str]]:  # a row, and what is wrong there or nothing
@@ -387,7 +393,7 @@ def read_log(
         raise FileNotFoundError(f"{path}: there is no log.")
     for part, line in ((part, line) for part, file in _each_file(path) for line in file):
         if not line.endswith(b"\n") or not (row := _row(line)):
-            torn = part == path and not line.endswith(b"\n")
+            torn = part == path and not line.endswith(b"\n") and _begun(line)
             what = f"{TORN} of {len(line)} bytes" if torn else f"{part.name} holds a line that is no row"
             yield {}, what
             digest = None

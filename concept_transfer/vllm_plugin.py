@@ -5,29 +5,46 @@
 # %% auto #0
 __all__ = ["SERVED", "served", "wanted", "deltas", "follow", "mark", "lay_out", "hook", "register"]
 
-# %% ../nbs/22_vllm_plugin.ipynb #7ce7b63a
+# %% ../nbs/22_vllm_plugin.ipynb #fe93c183
+import hashlib
 import json
-import math
 import os
 from collections.abc import Callable, Iterable
 from functools import cache, partial, wraps
+from pathlib import Path
 from typing import Any
 
-# %% ../nbs/22_vllm_plugin.ipynb #2c670f34
+# %% ../nbs/22_vllm_plugin.ipynb #bd4dc000
 SERVED = "CONCEPT_TRANSFER_SERVED"  # the variable that names transplant files, separated as in PATH
+
+
+def _read(path):
+    "Header and tensors of a transplant file. Raises ValueError for one that is another, damaged or newer."
+    from safetensors import SafetensorError, safe_open
+
+    raw = Path(path).read_bytes()
+    try:
+        with safe_open(path, "pt") as file:
+            head = json.loads((file.metadata() or {}).get("concept_transfer", "{}"))
+            tensors = {k: file.get_tensor(k) for k in file.offset_keys()}
+    except (SafetensorError, ValueError) as e:
+        raise ValueError(f"{path} is damaged, or no transplant ({e}). Make it again.") from None
+    if head.get("kind") != "transplant" or head["format"] not in (1, 2, 3):
+        raise ValueError(f"{path} is no transplant, or newer than this plugin. Upgrade concept_transfer.")
+    mark = head.get("digest", "")
+    found = hashlib.sha256(raw.replace(mark.encode(), b"0" * 64, 1)).hexdigest()
+    if found != mark and (mark or head["format"] > 1):
+        raise ValueError(f"{path} is damaged: its digest is not that of its content. Make it again.")
+    return head, tensors
 
 
 @cache
 def served() -> dict:  # {name: {layer: vector of strength 1 (d,)}}
     "What may be asked for. Raises ValueError for a file that cannot be served, OSError where there is none."
-    from safetensors import safe_open
-
     found: dict = {}
     for path in filter(None, os.environ.get(SERVED, "").split(os.pathsep)):
-        with safe_open(path, "pt") as file:
-            head, rows = json.loads(file.metadata()["concept_transfer"]), [file.get_tensor("direction")]
-            if "deeper" in head:
-                rows += [*file.get_tensor("deeper_directions")]
+        head, tensors = _read(path)
+        rows = [tensors["direction"], *tensors.get("deeper_directions", ())]
         if head["positions"] != "all":
             raise ValueError(f"{path} steers the positions {head['positions']!r}; vLLM can steer all alone.")
         if head["name"] in found:
@@ -39,7 +56,7 @@ def served() -> dict:  # {name: {layer: vector of strength 1 (d,)}}
     return found
 
 
-# %% ../nbs/22_vllm_plugin.ipynb #2c616577
+# %% ../nbs/22_vllm_plugin.ipynb #46f9462f
 def wanted(
     params: Any,  # a request's sampling parameters; None of one that does not generate
 ) -> tuple[str, float] | None:  # name and strength
@@ -48,9 +65,9 @@ def wanted(
     if "steer" not in asked:
         return None
     name, strength = asked["steer"], asked.get("strength", 1.0)
-    if name not in served():
+    if not isinstance(name, str) or name not in served():
         raise ValueError(f"no transplant {name!r} is served here; ask for one of {', '.join(served())}.")
-    if not isinstance(strength, int | float) or not math.isfinite(strength):
+    if not isinstance(strength, int | float) or not abs(strength) < 1e30:
         raise ValueError(f"strength {strength!r}: give a finite number.")
     return name, float(strength)
 

@@ -32,7 +32,7 @@ from concept_transfer.evidence import evaluate
 from concept_transfer.maps import fit_maps
 from concept_transfer.models import tiny_model, twin
 from concept_transfer.moments import collect
-from concept_transfer.steering import Transplant, place
+from concept_transfer.steering import Transplant, joined, place
 from concept_transfer.tasks import load_task
 
 BLANK = "0" * 64
@@ -105,13 +105,14 @@ def subjects(folder):
         Corpus("c", load_pairs("emotions/fear").texts[:40]),
     )
     joy, moments = extract_concept(a, pairs, [0, 1]), collect(a, b, scenes, [1], [0], folds=2)
-    grid = fit_maps(a, b, scenes, [0, 1], [1])
+    grid = fit_maps(a, b, scenes, [0, 1], [0, 1])
     made = {"concept": joy, "map": grid, "affine": grid[1, 1], "moments": moments}
     made["transplant"] = place(joy, b, map=grid[1, 1])
+    made["places"] = joined([place(joy, b, map=grid[1, k]) for k in (0, 1)])
     out, file = [], folder / "made"
     for name, x in made.items():
         x.save(file)
-        read = partial(of_model, b) if name == "transplant" else type(x).load
+        read = partial(of_model, b) if isinstance(x, Transplant) else type(x).load
         out.append(Subject(name, file.read_bytes(), read, "artefact"))
     activations(a, pairs.texts[:3], path=folder / "kept states")
     (kept,) = (folder / "kept states").iterdir()
@@ -155,7 +156,9 @@ WRONG = [
     float("nan"),
     float("inf"),
 ]
-FREE = {"source", "source_layer", "shift_x", "shift_y", "shuffled", "r2", "auc"}  # may be None, or hold it
+FREE = {
+    *"source source_layer shift_x shift_y shuffled r2 auc deeper_sources deeper_shuffled".split()
+}  # or None
 
 
 def places(x, path=()):
@@ -218,7 +221,7 @@ def tensors_changed(raw, rng):
         del tensors[k]
     else:
         tensors["strange" if way == "more" else k] = new[way]
-    free = (way == "lost" and k == "shuffled" and head["kind"] == "transplant") or (
+    free = (way == "lost" and k.endswith("shuffled") and head["kind"] == "transplant") or (
         k == "seen" and way in ("cut", "none")
     )
     free |= (k, way) in (("scale", "inf"), ("held_of", "char"))

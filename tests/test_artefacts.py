@@ -46,7 +46,7 @@ def file(tmp_path):
     return tmp_path / "x.safetensors"
 
 
-ARTEFACTS = "concept map affine moments transplant".split()
+ARTEFACTS = "concept map affine moments transplant places".split()
 
 
 @pytest.mark.parametrize("kind", [*ARTEFACTS, "states", "journal"])
@@ -410,3 +410,25 @@ def test_fuzz(tmp_path, kinds, work):
 def test_killed_runs_come_to_the_same(tmp_path):
     said: list = []
     assert fuzz.kills(4, tmp_path, said.append) == 0, "\n".join(said)
+
+
+def test_a_journal_in_the_place_of_a_folder_or_a_device(model, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path, tmp_path / "pipe", "/dev/null"):
+        with pytest.raises(ValueError, match=f"^{path} is a folder or a device"):
+            Journal(path, "values")
+    for path in (tmp_path / "pipe", "/dev/null"):
+        with pytest.raises(ValueError, match=f"^{path} is a file, where a folder is needed"):
+            activations(model, ["Rain."], path=path)
+
+
+@pytest.mark.parametrize("kind", ["map", "moments", "concept", "transplant"])
+@pytest.mark.parametrize("key", ["layers", "width"])
+@pytest.mark.parametrize("value", [10**400, -1, 2.0, "4"])
+def test_the_shape_of_a_model_is_numbers(kinds, kind, key, value, file):
+    s = kinds[kind]
+    head = fuzz.head_of(s.raw)
+    side = "model" if kind == "concept" else "target"
+    file.write_bytes(fuzz.sealed(fuzz.load(s.raw), head | {side: head[side] | {key: value}}))
+    with pytest.raises(ValueError, match="x.safetensors"):
+        s.load(file)

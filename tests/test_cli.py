@@ -473,6 +473,14 @@ NUMBERS = [
 ]
 
 
+def test_a_template_without_a_place_is_refused_before_a_model_is_loaded(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("concept_transfer.models.load_model", lambda *_: pytest.fail("it was loaded"))
+    argv = ["align", "--source", "a", "--target", "b", "--corpus", "general", "--out", "c"]
+    assert main(*argv, "--template", "none") == 1
+    assert "template 'none' has no {} for the text" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("argv, option, value", NUMBERS)
 def test_106_103_numbers_are_refused_at_once(argv, option, value, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)

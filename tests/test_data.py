@@ -615,3 +615,26 @@ def test_lists_that_differ_have_other_fingerprints(a, b):
         assert (data_hash(a) == data_hash(b)) == (a == b)
     except UnicodeEncodeError:
         assert re.search("[\ud800-\udfff]", "".join(a + b))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "version https://git-lfs.github.com/spec/v1\noid sha256:aa\nsize 12\n",
+        "\n<!DOCTYPE html>\n<p>Not found",
+        "<html>",
+    ],
+)
+@pytest.mark.parametrize("name", ["c.txt", "c.csv", "c.jsonl"])
+def test_what_stands_for_a_file_is_no_data(tmp_path, name, text):
+    "A pointer of Git LFS, or the page of a server that has not got it."
+    (tmp_path / name).write_text(text)
+    for load in (load_corpus, load_pairs, load_task):
+        with pytest.raises(ValueError, match=f"{name} is a web page, or a pointer"):
+            load(tmp_path / name)
+
+
+def test_an_array_without_a_dimension_is_no_list():
+    for load in (load_corpus, load_pairs, load_task):
+        with pytest.raises(FileNotFoundError, match="'abc' is neither"):
+            load(np.array("abc"))

@@ -13,7 +13,8 @@ import nnsight
 import numpy as np
 import pytest
 import torch
-from tokenizers import processors
+from tokenizers import Tokenizer, pre_tokenizers, processors
+from tokenizers.models import WordLevel
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from concept_transfer.arms import Settings
@@ -715,3 +716,106 @@ print(anyio.run(ask), hasattr(torch.ones(1), "save"))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["nobody", "there", "True"]
+
+
+OTHERS = {  # family: (its blocks, its configuration)
+    "rwkv": ("rwkv.blocks", dict(hidden_size=48, attention_hidden_size=48, num_hidden_layers=3)),
+    "roberta": ("roberta.encoder.layer", dict(is_decoder=True, max_position_embeddings=256)),
+    "xlnet": ("transformer.layer", dict(d_model=48, n_layer=3, n_head=4, d_inner=64)),
+    "openai-gpt": ("transformer.h", dict(n_embd=48, n_layer=3, n_head=4, n_positions=256)),
+    "bart": ("model.decoder.layers", dict(d_model=48, decoder_layers=3, decoder_attention_heads=4)),
+}
+
+
+def other_family(name):
+    "A random model of a family that has its own ways, with large weights, and its tokenizer."
+    t, (blocks, size) = tiny_tokenizer("byte"), OTHERS[name]
+    small = dict(hidden_size=48, num_hidden_layers=3, num_attention_heads=4, intermediate_size=64)
+    size = (small if name == "roberta" else {}) | size
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        config = AutoConfig.for_model(name, vocab_size=len(t), bos_token_id=0, eos_token_id=1, **size)
+        module = AutoModelForCausalLM.from_config(config)
+        for w in module.parameters():
+            if w.ndim == 2:
+                w.data = torch.randn_like(w) / w.shape[-1] ** 0.5
+    return module.eval(), t, {blocks: "layers"}
+
+
+@pytest.mark.parametrize(
+    "family, says",
+    [
+        ("rwkv", "padding in front of a text moves its states"),  # it knows no mask
+        ("roberta", "padding in front of a text moves its states"),  # it counts positions by itself
+        ("xlnet", r"are \(6, 1, 48\), not \(1, 6, 48\)"),  # tokens come first
+        ("bart", "padding in front of a text moves its states"),
+    ],
+)
+def test_a_family_that_would_give_other_numbers_in_a_batch_is_refused(family, says):
+    module, t, rename = other_family(family)
+    with pytest.raises(ValueError, match=says):
+        load_model(module, t, rename=rename)
+
+
+def test_a_model_that_cannot_run_is_said_in_words():
+    module, t = tiny_module("llama")
+    module.model.layers[1].mlp = torch.nn.Linear(3, 3)
+    with pytest.raises(
+        ValueError, match="LlamaForCausalLM: it does not run as language models do .RuntimeError"
+    ):
+        load_model(module, t)
+
+
+def test_blocks_may_return_lists():
+    module, t, rename = other_family("openai-gpt")
+    m, texts = load_model(module, t, rename=rename), ["Rain fell on the roof.", "Rain"]
+    v = place(torch.randn(48, generator=torch.Generator().manual_seed(0)), m, 1, dose=1.0)
+    want = [v.generate(x, s, 5) for x, s in zip(texts, (1.0, -2.0), strict=True)]
+    assert v.generate(texts, [1.0, -2.0], 5) == want != v.generate(texts, 0.0, 5)
+
+
+def test_a_context_without_limit():
+    module, t = tiny_module("llama")
+    module.config.max_position_embeddings = -1
+    assert generate(load_model(module, t), "Rain fell", 3)
+
+
+def other_tokenizer(words, at=0, **how):
+    "One that knows some words, and nothing for all others."
+    t = Tokenizer(WordLevel({w: at + i for i, w in enumerate(words.split())}, **how))
+    t.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=t)
+
+
+@pytest.mark.parametrize(
+    "tokenizer, says",
+    [
+        (other_tokenizer("rain fell"), "this tokenizer cannot read the texts .*UNK"),
+        (other_tokenizer("a rain"), "this tokenizer cannot read the texts .*UNK"),
+        (other_tokenizer("a rain fell", 900), "text 0 has the token 902, and the model knows 800"),
+    ],
+)
+def test_a_tokenizer_that_does_not_go_with_the_model(tokenizer, says):
+    m = load_model(tiny_model("llama")._module, tokenizer)
+    for use in (lambda: generate(m, "rain fell", 3), lambda: activations(m, ["rain fell"])):
+        with pytest.raises(ValueError, match=says):
+            use()
+
+
+def test_a_tokenizer_that_deals_is_refused():
+    m = tiny_model("llama")
+    t = copy.deepcopy(m.tokenizer)
+    t.backend_tokenizer.model.dropout = 1.0  # no pair of letters is ever merged
+    t.add_special_tokens({"additional_special_tokens": ["<new>"]})
+    with pytest.raises(ValueError, match="text 0 has the token 800, and the model knows 800"):
+        generate(load_model(m._module, t), "Rain <new>", 3)
+    real, n = t.__class__.__call__, iter(range(10))
+
+    class Dealt(t.__class__):
+        def __call__(self, text, **how):
+            return real(self, text if next(n) % 2 else "b", **how)
+
+    t.__class__ = Dealt
+    x = load_model(m._module, t)
+    with pytest.raises(ValueError, match="not at all, or each time otherwise"):
+        encode(x, ["Rain"])

@@ -654,3 +654,10 @@ def test_74_a_model_of_ones_own_is_known_by_its_folder(folder, monkeypatch):
 def test_75_a_fingerprint_that_fits_everything_is_refused(weights):
     with pytest.raises(ValueError, match="no fingerprint"):
         replace(model_info(tiny_model("llama")), weights=weights)
+
+
+def test_a_processor_is_no_tokenizer():
+    m = tiny_model("llama")
+    for wrong in (lambda text: [1, 2], SimpleNamespace(tokenizer=m.tokenizer), 5, "llama"):
+        with pytest.raises(ValueError, match="needs its tokenizer.*A processor of images and text has it"):
+            load_model(m._module, wrong)

@@ -5,6 +5,7 @@ import json
 from contextlib import ExitStack
 from dataclasses import replace
 
+import fuzz
 import numpy as np
 import pytest
 import torch
@@ -27,7 +28,7 @@ from concept_transfer.tasks import load_task
 from concept_transfer.toys import planted_module
 from concept_transfer.uselog import used
 from concept_transfer.views import layer_scores, together
-from concept_transfer.vllm_plugin import SERVED, deltas, served
+from concept_transfer.vllm_plugin import SERVED, deltas, served, wanted
 
 PAIRS = load_pairs("emotions/happiness")
 SCENES = Corpus("scenes", [x for e in ("sadness", "fear") for x in load_pairs(f"emotions/{e}").texts])
@@ -89,6 +90,8 @@ def test_places_come_apart_and_together(llama):
         ([], "'transplants'"),
         ([some[0], some[0]], "give each once"),
         ([some[0], replace(some[1], positions="last")], "different positions"),
+        ([some[0], replace(some[1], dose=0.1)], "different dose, 0.5 and 0.1"),
+        ([some[0], replace(some[1], source=some[1].target)], "different source"),
         ([some[0], place(torch.ones(48), tiny_model("gpt2"), 2)], "belongs to"),
     ):
         with pytest.raises(ValueError, match=said):
@@ -164,8 +167,18 @@ def test_a_search_may_try_several_layers(given, tmp_path):
     t.save(tmp_path / "t")
     assert Transplant.load(tmp_path / "t", target).notes["search"] == t.notes["search"]
     assert layer_scores(maps, joy, replace(t, model=target)).scores["gain"].keys() == {(2, 2)}
-    for wrong in ((2, []), (2, [9]), (2, [1, 1])):
-        with pytest.raises(ValueError, match="at least one|no map for|give each once"):
+    assert transplant(joy, maps, target, layers=(2, range(1, 3)), neutral=NEUTRAL).layers == [2, [1, 2]]
+    for wrong in (
+        (2, []),
+        (2, [9]),
+        (2, [1, 1]),
+        (2, "1"),
+        (1.5, 2),
+        ([1, 2], 1),
+        ([1, 2], [1, 2]),
+        (2, {1}),
+    ):
+        with pytest.raises(ValueError, match="at least one|no map for"):
             transplant(joy, maps, target, layers=wrong, neutral=NEUTRAL)
 
 
@@ -181,6 +194,68 @@ def test_files_know_all_places_and_one_place_writes_what_it_did(llama, tmp_path)
         "kind format package site name layer dose norm target source source_layer positions shuffled".split()
     )
     assert fingerprint(t) != fingerprint(some[0]) and used(t)["layers"] == [None, [1, 2, 3]]
+
+
+def test_the_damage_of_one_place_is_not_that_of_all(llama):
+    _, some = llama
+    alone = [
+        replace(t, notes={"kl": kl, "method": "ridge"}) for t, kl in zip(some, (0.1, 0.2, 0.1), strict=True)
+    ]
+    assert joined(alone).notes == {"method": "ridge"}
+    assert joined(joined(alone[::2]).places).notes == {"kl": 0.1, "method": "ridge"}
+
+
+def test_readers_of_before_cannot_miss_a_place(llama, tmp_path, monkeypatch):
+    "Format 3 is newer to them. The plugin, which reads for itself, refuses what it cannot vouch for."
+    t, some = llama
+    t.save(tmp_path / "several")
+    some[0].save(tmp_path / "one")
+    formats = [load_artefact(tmp_path / k)[1]["format"] for k in ("one", "several")]
+    assert formats == [2, 3]
+
+    def serve(raw):
+        (tmp_path / "served").write_bytes(raw)
+        monkeypatch.setenv(SERVED, str(tmp_path / "served"))
+        served.cache_clear()
+        return served()
+
+    raw = (tmp_path / "several").read_bytes()
+    assert serve(raw)["joy"].keys() == {1, 2, 3}
+    head, tensors = fuzz.head_of(raw), fuzz.load(raw)
+    wrong = {
+        "damaged": [raw[:-9], raw[:-1] + bytes([raw[-1] ^ 1]), b"{}", b""],
+        "no transplant, or newer": [
+            fuzz.sealed(tensors, head | more) for more in ({"format": 4}, {"kind": "concept"})
+        ],
+    }
+    for said, files in wrong.items():
+        for file in files:
+            with pytest.raises(ValueError, match=f"served is {said}"):
+                serve(file)
+    served.cache_clear()
+
+
+@pytest.mark.parametrize("strength", [10**400, float("inf"), "1", None, [1]])
+@pytest.mark.parametrize("name", ["joy", ["joy"], {}, 1])
+def test_a_request_of_any_form_is_answered_in_words(name, strength, monkeypatch):
+    monkeypatch.setattr("concept_transfer.vllm_plugin.served", lambda: {"joy": {}})
+    with pytest.raises(ValueError, match="is served here|a finite number"):
+        wanted(type("Params", (), {"extra_args": {"steer": name, "strength": strength}}))
+
+
+RULES = {
+    "of all tokens so far": lambda h, mask: mask,
+    "of another size": lambda h, mask: torch.ones(3),
+    "a word": lambda h, mask: "x",
+    "numbers": lambda h, mask: [1, 0],
+}
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_a_rule_that_gives_no_mask_is_told_what_one_is(name):
+    t, _ = three(tiny_model("llama"), positions=RULES[name])
+    with pytest.raises(ValueError, match="where a mask .* of this pass is needed"):
+        t.generate(PROMPTS, 1.0, 4)
 
 
 def test_a_changed_target_is_checked_at_every_place(given):
@@ -225,7 +300,7 @@ def test_every_way_out_holds_all_places(llama, tmp_path, to, monkeypatch):
             torch.testing.assert_close(found[p.layer][2:], p.vector(-2).expand(3, -1))
             assert not found[p.layer][:2].any()
     with pytest.raises(ValueError, match="cannot express"):
-        export(joined([*some, place(torch.ones(48), t.model, 0)]), tmp_path / "no.gguf")
+        export(joined([*some, place(torch.ones(48), t.model, 0, dose=0.5)]), tmp_path / "no.gguf")
 
 
 def test_what_two_do_at_once_at_several_layers(llama):
@@ -249,3 +324,9 @@ def test_the_command_line_takes_several_layers(given, tmp_path, monkeypatch, cap
     assert json.loads(capsys.readouterr().out)["deeper"] == [2]
     for wrong in ("2:1,", "2:1,9"):
         assert main([*begin, wrong]) != 0
+
+    def load(*_):
+        raise AssertionError("a layer that stands twice is refused before the model is loaded")
+
+    monkeypatch.setattr("concept_transfer.models.load_model", load)
+    assert main([*begin, "2:1,1"]) == 2

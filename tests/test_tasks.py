@@ -377,3 +377,10 @@ def test_lint_finds_what_a_task_shares_with_pairs():
     other = ChoiceTask("x", [STREET._replace(group="row 1"), STREET._replace(group="0")])
     assert not any("leakage" in p for p in lint(pairs, other))
     assert any("leakage" in p for p in lint(pairs, ChoiceTask("x", [STREET._replace(group="rain")])))
+
+
+@pytest.mark.parametrize("scorer", ["distinct", "repetition", "at_most", "numbered"])
+@pytest.mark.parametrize("n", [0, -1, 1.5, True, "2"])
+def test_a_number_of_words_is_one(scorer, n):
+    with pytest.raises(ValueError, match="'n': Input should be"):
+        load_task({"prompts": ["It rained"], "scorer": scorer, "args": {"n": n}})

@@ -781,3 +781,11 @@ def test_audit_from_the_shell(tmp_path, capsys):
     path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:-1]))
     assert main(["audit", str(path), "--json"]) == 1
     assert "cut at the end" in json.loads(capsys.readouterr().out)["error"]
+
+
+@pytest.mark.parametrize("text", ["{}", "hello", '{"error": 1}', "\0"])
+def test_what_is_no_log_is_not_called_a_torn_one(tmp_path, text, capsys):
+    (tmp_path / "other.json").write_text(text)
+    found = audit(tmp_path / "other.json")
+    assert not found.torn and found.faults == ["other.json holds a line that is no row"]
+    assert main(["audit", str(tmp_path / "other.json")]) == 1
