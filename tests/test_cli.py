@@ -239,7 +239,7 @@ def test_maps_are_fitted_inside_the_words_of_a_concept(here, capsys):
     argv = [*TO_LARGE, "--corpus", "short.txt", "--out", "inside.safetensors", "--template"]
     assert main(*argv, "{} It was") == 0
     assert LayerGrid.load("inside.safetensors").template == "{} It was"
-    assert main(*argv, "It was") == 1 and "'template'" in capsys.readouterr().err
+    assert main(*argv, "It was") == 1 and "template 'It was' has no {}" in capsys.readouterr().err
 
 
 def test_layers_and_number_of_texts_of_the_maps_are_chosen(here, capsys):

@@ -143,7 +143,16 @@ def make(folder, target):
 @pytest.mark.slow
 def test_prepare_formats_and_then_changes_nothing(tmp_path):
     "A formatter and nbdev's export must not undo each other's work."
-    made = ["README.md", "_quarto.yml", "nbs", "tests", "tools", "benchmarks", "concept_transfer"]
+    made = [
+        "README.md",
+        "CHANGELOG.md",
+        "_quarto.yml",
+        "nbs",
+        "tests",
+        "tools",
+        "benchmarks",
+        "concept_transfer",
+    ]
     folder = set_up(tmp_path, *made)
     notebook, module = folder / "nbs" / "00_cards.ipynb", folder / "concept_transfer" / "cards.py"
     content = json.loads(notebook.read_text())
