@@ -306,6 +306,13 @@ def main(argv: list[str] | None = None) -> int:
         return e.exit_code  # type: ignore[attr-defined]
 
 
+# %% ../nbs/31_cli.ipynb #5a0c71d2
+def _short(v):
+    "A value of a header on a line; the sketch of a model's weights is for programs."
+    told = {k: x for k, x in v.items() if k != "sketch"} if isinstance(v, dict) else v
+    return shorten(json.dumps(told), 300, placeholder=" ...")
+
+
 # %% ../nbs/31_cli.ipynb #3f7d4add
 def _words(file, kind, model):
     "The words of a concept or a transplant; of a transplant texts at several strengths too."
@@ -323,12 +330,6 @@ def _words(file, kind, model):
     read = load_model(model) if model else c.model.load()
     c.model.require(model_info(read), f"concept {c.name!r}")
     return [words_of(c.name, {f"layer {c.best} of {c.model.name}": (read, c[c.best])})]
-
-
-def _short(v):
-    "A value of a header on a line; the sketch of a model's weights is for programs."
-    told = {k: x for k, x in v.items() if k != "sketch"} if isinstance(v, dict) else v
-    return shorten(json.dumps(told), 300, placeholder=" ...")
 
 
 @command
@@ -567,7 +568,7 @@ def cmd_plot(
             raise ValueError(f"{file!r} is a {kind}; a picture shows a concept, maps or evidence.json.")
         drawn = draw[known[0]](known[0].load(file))
     with whole_file(picture) as part:
-        drawn.savefig(part, format=picture.suffix[1:] or "png", dpi=130)
+        drawn.savefig(part, format=picture.suffix[1:] or "png", dpi=130, bbox_inches="tight")
     return {"out": out}, f"{out} is drawn."
 
 

@@ -388,6 +388,11 @@ def test_a_search_is_reported(evidence):
     of = replace(evidence.provenance, notes=notes)
     said = details(replace(evidence, provenance=of))[-1]
     assert said.startswith("2 layer pairs were tried on tuning items (792 texts read, p of the best 0.012)")
+    assert said.endswith("from other items.")
+    of = replace(of, notes=notes | {"reused": 4})
+    assert details(replace(evidence, provenance=of))[-1].endswith(
+        "4 of the items here are among these, so the result is too good."
+    )
 
 
 # pictures
