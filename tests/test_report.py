@@ -231,8 +231,11 @@ def case(finding="concept", **parts):
         "random": ArmResult(choice_rate=0.1, ci=[0.0, 0.2], kl=0.1, draws=[0.1] * 20),
     } | parts.pop("arms", {})
     effect = Effect(gain=0.5, gain_ci=[0.3, 0.7], smallest_effect=0.2)
-    given = dict(capability={}, off_target=[], readouts=["one"], groups=range(20), effect=effect) | parts
-    of = SimpleNamespace(groups=given.pop("groups"))
+    given = (
+        dict(capability={}, off_target=[], readouts=["one"], groups=range(20), notes={}, effect=effect)
+        | parts
+    )
+    of = SimpleNamespace(groups=given.pop("groups"), notes=given.pop("notes"))
     return SimpleNamespace(finding=finding, arms=arms, provenance=of, **given)
 
 
@@ -254,6 +257,7 @@ MOVED = [OffTarget("behaviours/refusal", 0.5, {"transplanted": 0.3}, {"transplan
         ("nothing", dict(effect=WRONG_WAY), "sides of the pairs were mixed up"),
         ("nothing", dict(effect=Effect(gain=0.1, gain_ci=[-0.1, 0.3])), "four times as many"),
         (None, {}, "Ask more questions in other words"),
+        (None, dict(notes={"reused": 4}), "did not choose layers and dose: 4 of these did"),
         (None, dict(groups=range(4)), "at least 10 scenarios; 4 are too few"),
         (None, dict(arms={"random": ArmResult(draws=[0.1] * 3)}), "19 random directions or more; with 3"),
         ("nothing", dict(arms={"base": ArmResult(choice_rate=0.9, ci=[0.8, 1])}), "answer to 90% already"),
