@@ -17,7 +17,7 @@ from matplotlib.text import Text
 
 from concept_transfer.arms import ARMS, Arm, Settings, readouts_of, recorded
 from concept_transfer.concepts import extract_concept
-from concept_transfer.data import EMOTIONS, Corpus, load_corpus, load_pairs
+from concept_transfer.data import EMOTIONS, Corpus, data_hash, load_corpus, load_pairs
 from concept_transfer.evidence import ArmResult, Capability, Effect, Evidence, OffTarget, evaluate
 from concept_transfer.maps import fit_maps
 from concept_transfer.measure import Bench, prose_damage
@@ -383,6 +383,14 @@ def test_nothing_transplanted_is_no_verdict(joy, tmp_path):
     write_report(e, tmp_path / "a.html")
     page = (tmp_path / "a.html").read_text(encoding="utf-8")
     assert "No verdict" in page and "equal damage was not asked for" in page
+
+
+def test_items_that_chose_the_layers_are_counted(joy):
+    task = load_task("emotions/happiness").take(4)
+    chose = [data_hash([prompt]) for prompt in task.prompts[:2]]
+    with pytest.warns(UserWarning, match="2 of these items chose layers"):
+        e = evaluate(replace(joy, notes=joy.notes | {"tuning_items": chose}), task, NEUTRAL, experiments=[])
+    assert e.provenance.notes["reused"] == 2
 
 
 @pytest.mark.slow
