@@ -44,6 +44,7 @@ from dataclasses import replace
 from functools import cache, partial
 from inspect import Signature, cleandoc, signature
 from pathlib import Path
+from textwrap import shorten
 from typing import Annotated, Any
 
 from fastcore.docments import docments
@@ -305,6 +306,13 @@ def main(argv: list[str] | None = None) -> int:
         return e.exit_code  # type: ignore[attr-defined]
 
 
+# %% ../nbs/31_cli.ipynb #5a0c71d2
+def _short(v):
+    "A value of a header on a line; the sketch of a model's weights is for programs."
+    told = {k: x for k, x in v.items() if k != "sketch"} if isinstance(v, dict) else v
+    return shorten(json.dumps(told), 300, placeholder=" ...")
+
+
 # %% ../nbs/31_cli.ipynb #3f7d4add
 def _words(file, kind, model):
     "The words of a concept or a transplant; of a transplant texts at several strengths too."
@@ -340,7 +348,7 @@ def cmd_info(
     head = load_artefact(file)[1]
     scores = [repr(c.load(file)) for c in (Concept, LayerGrid, AffineMap) if c.artefact == head["kind"]]
     shown = _words(file, head["kind"], model) if words else []
-    lines = scores + [f"{k}: {json.dumps(v)[:300]}" for k, v in head.items()]
+    lines = scores + [f"{k}: {_short(v)}" for k, v in head.items()]
     found = {"words": [view.data for view in shown]} if words else {}
     return head | found, "\n".join([*lines, *(f"\n{view!r}" for view in shown)])
 
@@ -358,11 +366,15 @@ def cmd_list(
     from concept_transfer.maps import MAP_METHODS
     from concept_transfer.tasks import TASKS
 
-    corpora = dict(general="a corpus, for maps", neutral="one for doses", prose="one that no model wrote")
+    corpora = dict(
+        general="sentences that maps are fitted to",
+        neutral="sentences that set the dose",
+        prose="text that no model wrote",
+    )
     there = {
         "models": {k: m["terms"] for k, m in FAMILIES["embedded"].items()},
         "sets": dict.fromkeys(PAIRS, "contrast pairs") | corpora,
-        "tasks": dict.fromkeys(TASKS, ""),
+        "tasks": {k: getattr(make, "func", make).__doc__ for k, make in TASKS.items()},
         "methods": {k: m.words for k, m in MAP_METHODS.items()},
         "arms": {k: a.words for k, a in ARMS.items()},
     }
@@ -379,7 +391,7 @@ def cmd_lint(
     file: str,  # of pairs, or a built-in set such as honesty
     task: Callable | None = None,  # what will be asked, file or built in: do they share scenarios?
 ) -> Said:
-    """what would make a direction from these pairs mean something else
+    """what tells the two sides apart besides the concept
 
     concept-transfer lint pairs.jsonl --task task.json"""
     from concept_transfer.data import lint, load_pairs
@@ -440,7 +452,7 @@ def _made(x, out, **facts):
 @command
 def cmd_extract(
     model: str,  # a name, a folder or a .gguf file
-    pairs: str,  # file, or a built-in set such as honesty
+    pairs: str,  # file, whose name the concept gets, or a built-in set such as honesty
     out: str,  # file that is written
 ) -> Said:
     """a concept from contrast pairs
@@ -556,15 +568,15 @@ def cmd_plot(
             raise ValueError(f"{file!r} is a {kind}; a picture shows a concept, maps or evidence.json.")
         drawn = draw[known[0]](known[0].load(file))
     with whole_file(picture) as part:
-        drawn.savefig(part, format=picture.suffix[1:] or "png", dpi=130)
+        drawn.savefig(part, format=picture.suffix[1:] or "png", dpi=130, bbox_inches="tight")
     return {"out": out}, f"{out} is drawn."
 
 
 # %% ../nbs/31_cli.ipynb #29d8c4be
 @command
 def cmd_transplant(
-    concept: str,  # file
-    map: str,  # file
+    concept: str,  # file that `extract` wrote
+    map: str,  # file that `align` wrote
     out: str,  # file that is written
     task: Callable | None = None,  # to choose with: file, or a built-in one such as emotions/fear
     pairs: str | None = None,  # the concept's, for the target to read: they rank the layers
@@ -574,7 +586,7 @@ def cmd_transplant(
 ) -> Said:
     """put a concept into the target
 
-    concept-transfer transplant --concept joy.safetensors --map map.safetensors \
+    concept-transfer transplant --concept joy.safetensors --map map.safetensors \\
       --task emotions/happiness --out happy.safetensors"""
     from concept_transfer.artefacts import keeping
     from concept_transfer.concepts import Concept
@@ -630,7 +642,7 @@ def _decoded(decoding, max_new_tokens):
 
 @command
 def cmd_generate(
-    transplant: Callable,  # file
+    transplant: Callable,  # file that `transplant` wrote
     decoding: dict,  # how texts are written
     prompt: str = "",  # text
     strength: float = 1.0,  # 0 is the base model
@@ -670,7 +682,7 @@ def cmd_generate(
 # %% ../nbs/31_cli.ipynb #8968365c
 @command
 def cmd_play(
-    transplant: Callable,  # file
+    transplant: Callable,  # file that `transplant` wrote
     prompts: str,  # file with one a line
     out: str,  # page
     decoding: dict,  # how texts are written
@@ -742,7 +754,7 @@ def cmd_adopt(
     source: str | None = None,  # the map's: name it where it comes from a hub, or lies elsewhere now
     neutral: str | None = None,  # the text that set the dose, if it was another than neutral
 ) -> Said:
-    """a transplant for a descendant of its target, where it still holds
+    """the transplant for a target that was trained on
 
     concept-transfer adopt --transplant happy.safetensors --target ./tuned --out happy-tuned.safetensors"""
     from concept_transfer.data import load_corpus
@@ -759,7 +771,7 @@ def cmd_adopt(
 # %% ../nbs/31_cli.ipynb #c635a349
 @command
 def cmd_export(
-    transplant: Callable,  # file
+    transplant: Callable,  # file that `transplant` wrote
     to: str,  # gguf, baked, vllm, lm-eval or hub
     out: str,  # file, or folder of baked and hub
     evidence: str | None = None,  # evidence.json, for the model card of hub
@@ -806,7 +818,7 @@ def cmd_serve(
 # %% ../nbs/31_cli.ipynb #4ed0d6fc
 @command
 def cmd_evaluate(
-    transplant: Callable,  # file
+    transplant: Callable,  # file that `transplant` wrote
     task: Callable,  # file, or a built-in one such as emotions/fear, behaviours/honesty, truthfulness
     out: str,  # folder of the report
     settings: Callable,  # of the controls
@@ -817,7 +829,7 @@ def cmd_evaluate(
 ) -> Said:
     """effect and damage beside controls
 
-    concept-transfer evaluate --transplant happy.safetensors --task emotions/happiness \
+    concept-transfer evaluate --transplant happy.safetensors --task emotions/happiness \\
       --pairs emotions/happiness --out evidence"""
     from concept_transfer.data import load_corpus, load_pairs
     from concept_transfer.evidence import evaluate
@@ -890,7 +902,7 @@ def cmd_audit(
     if out:
         write_page(file, _writable(out))
     if found.faults:
-        raise ValueError(f"{file} is not what was written: {'; '.join(found.faults)}.")
+        raise ValueError(f"{file} is not what was written: {'; '.join(dict.fromkeys(found.faults))}.")
     text = f"{found!r}\nhead: {found.head}\n\n{found.uses.to_string(index=False)}"
     return vars(found) | {"uses": found.uses.to_dict("records")}, text
 
@@ -988,18 +1000,18 @@ def _flow(folder, models, pairs, texts, items, settings, most, other=None):
 # %% ../nbs/31_cli.ipynb #682ad392
 @command
 def cmd_run(
-    pairs: str,  # of the concept: file, or a built-in set such as honesty
-    task: str,  # what is asked: file of items, or a built-in one such as emotions/fear
+    pairs: str,  # file, whose name the concept gets, or a built-in set such as honesty
+    task: str,  # file, of which a third chooses and the rest judges, or a built-in one such as emotions/fear
     out: str,  # folder of the report and of what each step made
     settings: Callable,  # of the controls
     source: str = "smollm2-135m-instruct",  # model that has the concept
     target: str = "gemma-3-270m",  # model that gets it
     corpus: str = "general",  # file, or general
-    quick: bool = False,  # 300 texts, 32 and 50 items, 4 layer pairs
+    quick: bool = False,  # 300 texts, 32 items to choose with and 50 to judge by, 4 layer pairs
 ) -> Said:
     """extract, align, transplant and evaluate in one
 
-    concept-transfer run --pairs pairs.jsonl --task task.json --out joy --quick"""
+    concept-transfer run --pairs joy.csv --task joy-task.json --out joy --quick"""
     from concept_transfer.data import lint, load_corpus, load_pairs
 
     data, texts, items, chosen = load_pairs(pairs), load_corpus(corpus), _two_parts(task), settings()

@@ -86,10 +86,17 @@ class Provenance(Strict):
 
 
 # %% ../nbs/18_evidence.ipynb #42928dab
+def _reused(t, task):
+    "How many items of a task chose layers and dose."
+    return len({data_hash([x]) for x in task.prompts} & {*t.notes.get("tuning_items", ())})
+
+
 def _provenance(t, bench, settings):
     "Where an evaluation comes from."
     task, where = bench.task, t.positions if isinstance(t.positions, str) else "a function"
     notes = plain({k: v for k, v in t.notes.items() if k != "tuning_items"})
+    if reused := _reused(t, task):
+        notes["reused"] = reused
     return Provenance(
         t.name,
         task.name,
@@ -550,8 +557,8 @@ def _check_asked(t, task, experiments, given, arms):
     given = {k: v for k, v in given.items() if v is not None}
     fits(given, _GIVEN, "evaluate")
     _check_map(t, **{k: given[k] for k in ("map", "source", "native") if k in given})
-    if seen := {data_hash([x]) for x in task.prompts} & {*t.notes.get("tuning_items", ())}:
-        say = f"{len(seen)} of these items chose layers and dose; the result will be too good. Use others."
+    if reused := _reused(t, task):
+        say = f"{reused} of these items chose layers and dose; the result will be too good. Use others."
         warnings.warn(say, stacklevel=3)
     if "pairs" in given and (say := leak(given["pairs"], task)):
         warnings.warn(say, stacklevel=3)

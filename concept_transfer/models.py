@@ -267,8 +267,9 @@ def _named(name, tokenizer, dtype, device, rename, remote):
         module = pretrained(where, dtype=dtype).requires_grad_(False)
         module.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     except Exception as e:  # transformers, tokenizers and safetensors have many
+        why = (str(e) or repr(e)).splitlines()[0].rstrip(".")
         raise OSError(
-            f"could not load {name!r}{f' on {device}' * bool(device)}: {(str(e) or repr(e)).splitlines()[0]} "
+            f"could not load {name!r}{f' on {device}' * bool(device)}: {why}. "
             f"A model is {_KNOWN} (which needs a connection the first time)."
         ) from None
     return wrap(module, tokenizer, _called(name), rename)

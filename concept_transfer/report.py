@@ -114,7 +114,10 @@ def details(e: Evidence) -> list[str]:
     if {"search", "texts_read", "search_p"} <= {*notes}:
         tried = {str(s["layers"]) for s in notes["search"]}
         cost = f"on tuning items ({notes['texts_read']} texts read, p of the best {notes['search_p']:.3f})"
-        out.append(f"{len(tried)} layer pairs were tried {cost}; the numbers here are from other items.")
+        rest = "the numbers here are from other items."
+        if reused := notes.get("reused"):
+            rest = f"{reused} of the items here are among these, so the result is too good."
+        out.append(f"{len(tried)} layer pairs were tried {cost}; {rest}")
     return out
 
 
@@ -210,6 +213,8 @@ def _better_asked(e):
         yield f"Ask about at least 10 scenarios; {n} are too few."
     if (n := len(e.arms.get("random", ArmResult()).draws or ())) < 19:
         yield f"Compare with 19 random directions or more; with {n} no p value can be .05."
+    if n := e.provenance.notes.get("reused"):
+        yield f"Ask questions that did not choose layers and dose: {n} of these did."
 
 
 def _after(e):
@@ -228,7 +233,7 @@ def _after(e):
         either = ": the model's own direction does not do it here either" if own.ci else ""
         yield f"Try other layers or other questions{either}."
     else:
-        yield "Ask more questions in other words (`readouts`), to tell a concept from a word."
+        yield "Ask more questions in other words, as readouts, to tell a concept from a word."
 
 
 # %% ../nbs/26_report.ipynb #ea36edda

@@ -256,7 +256,7 @@ def transplant(
         if task is not None:
             return choose(concept, maps, target, task, neutral, damage, [pair for _, pair in best])
         say = f"layers {layers[0]}:{layers[1]} were chosen without a task, by an offline score of {score:.2f}"
-        warnings.warn(f"{say}. That is a guess: give tuning items, or say layers=(s, t).", stacklevel=3)
+        warnings.warn(f"{say}. That is a guess: give a task to choose with, or layers.", stacklevel=3)
     pair = _pair(maps, layers)
     bench = Bench(target, int(np.min(pair[1])), neutral=neutral, damage=damage)
     t = bench.at_damage(_placed(bench, concept, maps, pair))

@@ -176,7 +176,7 @@ def choice_task(
 
 # %% ../nbs/02_tasks.ipynb #4fa54813
 def _emotion(emotion, split):
-    "Scenarios of the other emotions; the target is this one."
+    "Scenarios of the other emotions: which of six is it? The target is this one."
     texts = [t for e, scenes in emotion_scenes(split).items() if e != emotion for t in scenes]
     return choice_task(texts, EMOTIONS, emotion, f"emotions/{emotion}")
 
@@ -189,7 +189,7 @@ def _emotions(split):
 
 # %% ../nbs/02_tasks.ipynb #62edd02d
 def _synonyms(emotion, split):
-    "The scenarios of `_emotion`, answered by synonyms; five sets of them in turn."
+    "The same scenarios, answered by synonyms, five sets of them in turn."
     words = {r["concept"]: r["words"] for r in builtin_rows("synonyms")}
     task = _emotion(emotion, split)
     sets = [tuple(f" {words[e][k]}" for e in EMOTIONS) for k in range(5)]
@@ -608,7 +608,8 @@ def _read_task(path, found):
         groups = scenarios(table.get("group", columns[0]), range(len(table)))
         return ChoiceTask(path.stem, _two_ways(zip(*columns, groups, strict=True)))
     raise ValueError(
-        f"{path}: a task is JSON with the list 'items', or with the list 'prompts' and a 'scorer', "
+        f"{path}: a task is JSON with the list 'items' (each with prompt, choices and the target's "
+        "position among them), or with the list 'prompts' and a 'scorer', "
         "TruthfulQA's CSV, prompts with answers that match a behavior or not (or 'chosen' and 'rejected'), "
         "or pairs (say what to ask with --choices a,b,c and --target a)."
     )

@@ -17,7 +17,7 @@ from matplotlib.text import Text
 
 from concept_transfer.arms import ARMS, Arm, Settings, readouts_of, recorded
 from concept_transfer.concepts import extract_concept
-from concept_transfer.data import EMOTIONS, Corpus, load_corpus, load_pairs
+from concept_transfer.data import EMOTIONS, Corpus, data_hash, load_corpus, load_pairs
 from concept_transfer.evidence import ArmResult, Capability, Effect, Evidence, OffTarget, evaluate
 from concept_transfer.maps import fit_maps
 from concept_transfer.measure import Bench, prose_damage
@@ -231,8 +231,11 @@ def case(finding="concept", **parts):
         "random": ArmResult(choice_rate=0.1, ci=[0.0, 0.2], kl=0.1, draws=[0.1] * 20),
     } | parts.pop("arms", {})
     effect = Effect(gain=0.5, gain_ci=[0.3, 0.7], smallest_effect=0.2)
-    given = dict(capability={}, off_target=[], readouts=["one"], groups=range(20), effect=effect) | parts
-    of = SimpleNamespace(groups=given.pop("groups"))
+    given = (
+        dict(capability={}, off_target=[], readouts=["one"], groups=range(20), notes={}, effect=effect)
+        | parts
+    )
+    of = SimpleNamespace(groups=given.pop("groups"), notes=given.pop("notes"))
     return SimpleNamespace(finding=finding, arms=arms, provenance=of, **given)
 
 
@@ -254,6 +257,7 @@ MOVED = [OffTarget("behaviours/refusal", 0.5, {"transplanted": 0.3}, {"transplan
         ("nothing", dict(effect=WRONG_WAY), "sides of the pairs were mixed up"),
         ("nothing", dict(effect=Effect(gain=0.1, gain_ci=[-0.1, 0.3])), "four times as many"),
         (None, {}, "Ask more questions in other words"),
+        (None, dict(notes={"reused": 4}), "did not choose layers and dose: 4 of these did"),
         (None, dict(groups=range(4)), "at least 10 scenarios; 4 are too few"),
         (None, dict(arms={"random": ArmResult(draws=[0.1] * 3)}), "19 random directions or more; with 3"),
         ("nothing", dict(arms={"base": ArmResult(choice_rate=0.9, ci=[0.8, 1])}), "answer to 90% already"),
@@ -381,6 +385,14 @@ def test_nothing_transplanted_is_no_verdict(joy, tmp_path):
     assert "No verdict" in page and "equal damage was not asked for" in page
 
 
+def test_items_that_chose_the_layers_are_counted(joy):
+    task = load_task("emotions/happiness").take(4)
+    chose = [data_hash([prompt]) for prompt in task.prompts[:2]]
+    with pytest.warns(UserWarning, match="2 of these items chose layers"):
+        e = evaluate(replace(joy, notes=joy.notes | {"tuning_items": chose}), task, NEUTRAL, experiments=[])
+    assert e.provenance.notes["reused"] == 2
+
+
 @pytest.mark.slow
 def test_a_search_is_reported(evidence):
     tried = [{"layers": [1, 2]}, {"layers": [2, 2]}, {"layers": [1, 2]}]
@@ -388,6 +400,11 @@ def test_a_search_is_reported(evidence):
     of = replace(evidence.provenance, notes=notes)
     said = details(replace(evidence, provenance=of))[-1]
     assert said.startswith("2 layer pairs were tried on tuning items (792 texts read, p of the best 0.012)")
+    assert said.endswith("from other items.")
+    of = replace(of, notes=notes | {"reused": 4})
+    assert details(replace(evidence, provenance=of))[-1].endswith(
+        "4 of the items here are among these, so the result is too good."
+    )
 
 
 # pictures
