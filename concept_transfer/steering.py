@@ -142,7 +142,7 @@ def vector(
     return torch.stack(v) if np.ndim(strength) else v[0]
 
 
-# %% ../nbs/15_steering.ipynb #bbddc89f
+# %% ../nbs/15_steering.ipynb #af1773f7
 _COLUMNS = dict(  # of one place and of the deeper ones
     zip(("layer", "direction", "norm", "source_layer", "shuffled"), Transplant.added, strict=True)
 )
@@ -155,10 +155,10 @@ def places(self: Transplant) -> list[Transplant]:
         return [self]
     first = replace(self, **dict.fromkeys(self.added))
     columns: dict[str, Any] = {k: getattr(self, v) for k, v in _COLUMNS.items()}
-    rows: list[dict[str, Any]] = [
-        {k: x if x is None else x[i] for k, x in columns.items()} for i in range(len(self.deeper))
-    ]
-    return [first, *(replace(first, **row) for row in rows)]
+    out = [first]
+    for i in range(len(self.deeper)):
+        out.append(replace(first, **{k: x if x is None else x[i] for k, x in columns.items()}))
+    return out
 
 
 @patch(as_prop=True)
