@@ -99,7 +99,12 @@ class Run(Strict):
         return None if self.kl is None else Damage(np.array(self.kl), np.array(self.lost))
 
 
-# %% ../nbs/17_arms.ipynb #91df72c5
+# %% ../nbs/17_arms.ipynb #040e26f3
+def _rounded(damage):
+    "Numbers of a damage as they are kept, by name."
+    return {k: v.round(5).tolist() for k, v in vars(damage).items()}
+
+
 def recorded(
     arm: str,
     experiment: str,
@@ -110,7 +115,7 @@ def recorded(
 ) -> Run:
     "A run from answers and damage, with numbers as they are kept: rounded to five digits."
     kept = {k: v.astype(float).round(5).tolist() for k, v in answers.metrics.items()}
-    hurt = {k: v.round(5).tolist() for k, v in vars(damage).items()} if damage else {}
+    hurt = _rounded(damage) if damage else {}
     groups = [i.group for i in answers.items] if where.get("task") else None
     return Run(arm, experiment, dose=dose, answers=kept, groups=groups, **hurt, **where)
 
@@ -179,7 +184,7 @@ class Trial:
         return [Run(**r) for r in self.journal(name, lambda: [vars(r) for r in make()])]
 
 
-# %% ../nbs/17_arms.ipynb #081c8475
+# %% ../nbs/17_arms.ipynb #d5766003
 @dataclass(frozen=True)
 class Words:
     "Words before every prompt, with a transplant at the damage of the bench or without; they add their own."
@@ -189,7 +194,7 @@ class Words:
 
     def __call__(self, bench: Bench) -> tuple:
         "Answers, damage and dose."
-        (dosed,) = bench.at_damage([self.t]) if self.t else [None]
+        dosed = self.t and bench.at_damage(self.t)
         return *bench.words(self.text, dosed), dosed and dosed.dose
 
     def again(self, bench: Bench, dose: Number) -> Answers:
@@ -646,7 +651,7 @@ def readouts_of(task: ChoiceTask) -> list[Task]:
     return [load_task(name, split) for name, split in found.items() if name in TASKS]
 
 
-# %% ../nbs/17_arms.ipynb #39cc10b8
+# %% ../nbs/17_arms.ipynb #3b093911
 def _asked_again(trial):
     "The tasks that are readouts here."
     given = trial.settings.readouts
@@ -671,8 +676,7 @@ def _prose(trial, placed):
     found, groups = prose_damage(trial.bench.model, trial.bench.layer, [*placed.values()])
     runs = []
     for (arm, t), damage in zip(placed.items(), found, strict=True):
-        hurt = {k: v.round(5).tolist() for k, v in vars(damage).items()}
-        runs.append(Run(arm, "prose", dose=t and t.dose, groups=groups, **hurt))
+        runs.append(Run(arm, "prose", dose=t and t.dose, groups=groups, **_rounded(damage)))
     return runs
 
 

@@ -124,7 +124,7 @@ def _words(ground, t, text, rung):
 _VIEWS: dict[str, Callable] = {"Ladder": _ladder, "Token by token": _heat, "Words": _words}
 
 
-# %% ../nbs/30_play.ipynb #e68acecf
+# %% ../nbs/30_play.ipynb #f32b0e5b
 def _slider(name, value):
     return widgets.FloatSlider(value, min=-4, max=4, step=0.25, description=f"strength of {name}")
 
@@ -139,7 +139,8 @@ def _controls(t, other, prompt):
         "positions": widgets.Dropdown(options=[*where], value=t.positions, description="positions"),
     }
     found["layer"].disabled = bool(t.deeper)
-    found |= {"second": _slider(other.name, 0.0)} if other else {}
+    if other:
+        found["second"] = _slider(other.name, 0.0)
     for control in found.values():
         control.style.description_width, control.layout.width = "12em", "95%"
         control.continuous_update = False

@@ -142,7 +142,7 @@ def vector(
     return torch.stack(v) if np.ndim(strength) else v[0]
 
 
-# %% ../nbs/15_steering.ipynb #af1773f7
+# %% ../nbs/15_steering.ipynb #4d943430
 _COLUMNS = dict(  # of one place and of the deeper ones
     zip(("layer", "direction", "norm", "source_layer", "shuffled"), Transplant.added, strict=True)
 )
@@ -153,7 +153,8 @@ def places(self: Transplant) -> list[Transplant]:
     "Each place as a transplant of its own, the lowest first."
     if self.deeper is None:
         return [self]
-    first = replace(self, **dict.fromkeys(self.added))
+    none: dict[str, Any] = dict.fromkeys(self.added)
+    first = replace(self, **none)
     columns: dict[str, Any] = {k: getattr(self, v) for k, v in _COLUMNS.items()}
     out = [first]
     for i in range(len(self.deeper)):

@@ -361,7 +361,7 @@ def __repr__(self: SuiteResult) -> str:
     return "\n".join([head, self.table.round(3).to_string(index=False), *self.lines])
 
 
-# %% ../nbs/19_suites.ipynb #60f8e362
+# %% ../nbs/19_suites.ipynb #dcb5753b
 def _shown(x, ci=None):
     "A number with its interval; a dash for none."
     span = " ({:.2f} to {:.2f})".format(*ci) if ci else ""
@@ -371,7 +371,8 @@ def _shown(x, ci=None):
 @patch
 def _repr_html_(self: SuiteResult) -> Markup:
     damage = ", ".join(f"{k} {x:.3g}" for k, x in self.damage.items())
-    facts = dict(line.split(": ", 1) for line in self.lines)
+    facts = {"dose": f"{self.dose:.3g}", "damage, nats a token": damage}
+    facts |= dict(line.split(": ", 1) for line in self.lines)
     rows = [
         [
             r.measure,
@@ -383,7 +384,6 @@ def _repr_html_(self: SuiteResult) -> Markup:
         for r in self.table.itertuples()
     ]
     columns = ["measure", "arm", "score", "change", "detectable", "chance"]
-    facts = {"dose": self.dose, "damage, nats a token": damage} | facts
     return card(f"Suite for {self.transplant}", facts, html_table(columns, rows))
 
 
