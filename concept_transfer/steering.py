@@ -142,7 +142,7 @@ def vector(
     return torch.stack(v) if np.ndim(strength) else v[0]
 
 
-# %% ../nbs/15_steering.ipynb #4d943430
+# %% ../nbs/15_steering.ipynb #e90fe21c
 _COLUMNS = dict(  # of one place and of the deeper ones
     zip(("layer", "direction", "norm", "source_layer", "shuffled"), Transplant.added, strict=True)
 )
@@ -153,12 +153,12 @@ def places(self: Transplant) -> list[Transplant]:
     "Each place as a transplant of its own, the lowest first."
     if self.deeper is None:
         return [self]
-    none: dict[str, Any] = dict.fromkeys(self.added)
-    first = replace(self, **none)
+    first = replace(self, **dict.fromkeys(self.added))  # type: ignore[arg-type]
     columns: dict[str, Any] = {k: getattr(self, v) for k, v in _COLUMNS.items()}
     out = [first]
     for i in range(len(self.deeper)):
-        out.append(replace(first, **{k: x if x is None else x[i] for k, x in columns.items()}))
+        row: dict[str, Any] = {k: x if x is None else x[i] for k, x in columns.items()}
+        out.append(replace(first, **row))
     return out
 
 
