@@ -829,7 +829,7 @@ class LayerScores(_View):
         return pd.DataFrame({"source": source, "target": target, **some, "rounds": reached})
 
 
-# %% ../nbs/25_views.ipynb #3e501401
+# %% ../nbs/25_views.ipynb #fc2d3d15
 def layer_scores(
     maps: LayerGrid,
     concept: Concept,
@@ -843,13 +843,11 @@ def layer_scores(
     if t and pairs:
         area = downstream(maps, concept, t.model, pairs)[0]
         found["AUC"] = dict(zip(grid, area.flatten().tolist(), strict=True))
-    if causal:
-        found["causal"] = causal
+    found |= {"causal": causal} if causal else {}
     search = sorted(t.notes.get("search", []), key=lambda x: x["round"]) if t else []
     search = [x for x in search if isinstance(x["layers"][1], int)]  # several layers have no cell
     rounds = {tuple(x["layers"]): x["round"] + 1 for x in search}
-    if search:
-        found["gain"] = {tuple(x["layers"]): x["margin"] for x in search}
+    found |= {"gain": {tuple(x["layers"]): x["margin"] for x in search}} if search else {}
     taken = (t.source_layer, t.layer) if t and search and not t.deeper else None
     return LayerScores(maps, found, rounds, taken)
 
