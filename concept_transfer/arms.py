@@ -99,7 +99,12 @@ class Run(Strict):
         return None if self.kl is None else Damage(np.array(self.kl), np.array(self.lost))
 
 
-# %% ../nbs/17_arms.ipynb #91df72c5
+# %% ../nbs/17_arms.ipynb #040e26f3
+def _rounded(damage):
+    "Numbers of a damage as they are kept, by name."
+    return {k: v.round(5).tolist() for k, v in vars(damage).items()}
+
+
 def recorded(
     arm: str,
     experiment: str,
@@ -110,7 +115,7 @@ def recorded(
 ) -> Run:
     "A run from answers and damage, with numbers as they are kept: rounded to five digits."
     kept = {k: v.astype(float).round(5).tolist() for k, v in answers.metrics.items()}
-    hurt = {k: v.round(5).tolist() for k, v in vars(damage).items()} if damage else {}
+    hurt = _rounded(damage) if damage else {}
     groups = [i.group for i in answers.items] if where.get("task") else None
     return Run(arm, experiment, dose=dose, answers=kept, groups=groups, **hurt, **where)
 
@@ -140,12 +145,12 @@ STARTS = (
 )
 
 
-# %% ../nbs/17_arms.ipynb #bcb48c9e
+# %% ../nbs/17_arms.ipynb #dd26c04a
 @dataclass(frozen=True)
 class Settings(Strict):
     "How an evaluation is done. Raises ValueError for what cannot be."
 
-    random: int = 20  # random directions
+    random: NonNegativeInt = 20  # random directions
     damage: Number = None  # nats a token for every arm; default: that of the transplant, else 0.1
     seed: NonNegativeInt = 0  # of the random directions and the bootstrap
     bootstrap: PositiveInt = 2000  # draws
@@ -155,8 +160,6 @@ class Settings(Strict):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.random < 0:
-            raise ValueError(f"random={self.random}: give the number of random directions, 0 for none.")
         for tasks in (self.off, self.readouts):
             if tasks and ("" in (names := {t.name for t in tasks}) or len(names) < len(tasks)):
                 raise ValueError("every task of `off` and `readouts` needs a name of its own.")
@@ -181,7 +184,7 @@ class Trial:
         return [Run(**r) for r in self.journal(name, lambda: [vars(r) for r in make()])]
 
 
-# %% ../nbs/17_arms.ipynb #081c8475
+# %% ../nbs/17_arms.ipynb #d5766003
 @dataclass(frozen=True)
 class Words:
     "Words before every prompt, with a transplant at the damage of the bench or without; they add their own."
@@ -191,7 +194,7 @@ class Words:
 
     def __call__(self, bench: Bench) -> tuple:
         "Answers, damage and dose."
-        (dosed,) = bench.at_damage([self.t]) if self.t else [None]
+        dosed = self.t and bench.at_damage(self.t)
         return *bench.words(self.text, dosed), dosed and dosed.dose
 
     def again(self, bench: Bench, dose: Number) -> Answers:
@@ -234,7 +237,7 @@ class Placed:
         return replace(bench, layer=self.t.layer).ask(replace(self.t, dose=dose))
 
 
-# %% ../nbs/17_arms.ipynb #1f692f98
+# %% ../nbs/17_arms.ipynb #b6e2d383
 @dataclass(frozen=True)
 class Unsteered:
     "A model as it is: the target, or another one."
@@ -243,8 +246,8 @@ class Unsteered:
 
     def __call__(self, bench: Bench) -> tuple:
         "Answers; of the target itself also damage and dose, which are zero."
-        own = self.model is bench.model
-        return (bench.ask(), bench.hurt(), 0.0) if own else (Bench(self.model, -1, bench.task).ask(),)
+        answers = self.again(bench, 0.0)
+        return (answers, bench.hurt(), 0.0) if self.model is bench.model else (answers,)
 
     def again(self, bench: Bench, dose: Number) -> Answers:
         "Answers to another task."
@@ -267,7 +270,7 @@ class Arm:
     followed: bool = False  # dose curves, knowledge, texts and other behaviours are asked too
 
 
-# %% ../nbs/17_arms.ipynb #81ffcf76
+# %% ../nbs/17_arms.ipynb #937f938f
 def _as_read(trial, pairs):
     "Pairs, position and reducer as of the concept. Raises ValueError where that cannot be repeated."
     t, notes = trial.t, trial.t.notes
@@ -291,11 +294,6 @@ def _placed(trial, found, name=None, maps=None):
     return joined(out)
 
 
-def _everywhere(trial, x, name=None):
-    "The same for every place."
-    return _placed(trial, [x] * len(trial.t.places), name)
-
-
 def _at(trial):
     "The layers of its places."
     return [t.layer for t in trial.t.places]
@@ -305,7 +303,8 @@ def native_direction(trial: Trial, pairs: ContrastPairs) -> list[Transplant]:
     """The direction that `pairs` show in the target, at the place of the transplant. Raises ValueError where
     the concept was read in a way that cannot be repeated."""
     pairs, position, reducer = _as_read(trial, pairs)
-    return [_everywhere(trial, extract_concept(trial.bench.model, pairs, _at(trial), position, reducer))]
+    own = extract_concept(trial.bench.model, pairs, _at(trial), position, reducer)
+    return [_placed(trial, [own] * len(trial.t.places))]
 
 
 # %% ../nbs/17_arms.ipynb #134d35e8
@@ -358,11 +357,11 @@ def _permuted(trial):
     return out
 
 
-# %% ../nbs/17_arms.ipynb #631e1933
+# %% ../nbs/17_arms.ipynb #1cbe09aa
 def _unembedding(trial):
     "The direction that promotes the asked word, taken after the last layer of the target."
     v = word_direction(trial.bench.model, trial.bench.task)
-    return [] if v is None else [_everywhere(trial, v, "the word")]
+    return [] if v is None else [_placed(trial, [v] * len(trial.t.places), "the word")]
 
 
 def _gradient(trial):
@@ -652,7 +651,7 @@ def readouts_of(task: ChoiceTask) -> list[Task]:
     return [load_task(name, split) for name, split in found.items() if name in TASKS]
 
 
-# %% ../nbs/17_arms.ipynb #39cc10b8
+# %% ../nbs/17_arms.ipynb #3b093911
 def _asked_again(trial):
     "The tasks that are readouts here."
     given = trial.settings.readouts
@@ -677,8 +676,7 @@ def _prose(trial, placed):
     found, groups = prose_damage(trial.bench.model, trial.bench.layer, [*placed.values()])
     runs = []
     for (arm, t), damage in zip(placed.items(), found, strict=True):
-        hurt = {k: v.round(5).tolist() for k, v in vars(damage).items()}
-        runs.append(Run(arm, "prose", dose=t and t.dose, groups=groups, **hurt))
+        runs.append(Run(arm, "prose", dose=t and t.dose, groups=groups, **_rounded(damage)))
     return runs
 
 

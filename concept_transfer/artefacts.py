@@ -316,7 +316,7 @@ _SAID = _FLOATS | _COUNTS | _WORDS | _LISTS | {"template": Template, "r2": Score
 _NOTES = schema("allow", *_SAID.items(), total=False)
 
 
-# %% ../nbs/04_artefacts.ipynb #0157f161
+# %% ../nbs/04_artefacts.ipynb #54dd6c18
 class Artefact:
     """A dataclass in one safetensors file. What is made, in memory or from a file, is checked: the types of
     its fields, and `shapes`. Fields that do not count in a comparison stay out of files."""
@@ -331,6 +331,14 @@ class Artefact:
     def __post_init__(self):
         _check_values(self)
         _check_shapes(self)
+
+    def __init_subclass__(cls):  # comes before `dataclass`, which keeps a comparison that is there
+        cls.__eq__ = Artefact.__eq__  # type: ignore[method-assign]
+
+    def __eq__(self, other: object) -> bool:
+        return type(self) is type(other) and _same(self, other)
+
+    __hash__ = object.__hash__
 
     def save(self, path: str | Path):
         "Write to one safetensors file, whole or not at all."
@@ -445,7 +453,7 @@ def _told_once(x, memo):
     return memo[x]
 
 
-# %% ../nbs/04_artefacts.ipynb #799d0ef5
+# %% ../nbs/04_artefacts.ipynb #998a594a
 def _said(x, memo):
     "A value as nested lists of what `repr` tells apart."
     said = partial(_said, memo=memo)
@@ -480,6 +488,17 @@ def fingerprint(*values: Any) -> str:  # 16 hex digits
     except (TypeError, RecursionError) as e:
         why = f"{values} cannot be told from others of its kind ({e})"
         raise ValueError(f"{why}; give texts, numbers, or functions of these.") from None
+
+
+def _same(x, y):
+    "Whether all that counts of two artefacts of a class is the same; NaN is itself."
+    pairs = ((getattr(x, f.name), getattr(y, f.name)) for f in fields(x) if f.compare)
+    return all(
+        torch.equal(a, b)
+        if isinstance(a, Tensor) and isinstance(b, Tensor)
+        else fingerprint(a) == fingerprint(b)
+        for a, b in pairs
+    )
 
 
 # %% ../nbs/04_artefacts.ipynb #a3a0499c

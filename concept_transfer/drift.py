@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ["SHARED", "SAME", "KEPT", "FACTOR", "Drift", "check", "refit", "adopt"]
 
-# %% ../nbs/21_drift.ipynb #69d6137f
+# %% ../nbs/21_drift.ipynb #30c384b9
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,7 +16,7 @@ import torch
 from nnsight import TransformersModel
 
 from .artefacts import load_fields
-from .cards import card
+from .cards import card, table
 from .data import Corpus, load_corpus
 from .maps import AffineMap, SourceLayer, ridge
 from .measure import Bench
@@ -36,7 +36,7 @@ _FOLDS = 5
 _PRIORS = tuple(np.logspace(-3, 4, 15))  # penalties on the change of a map; at the last, none is left
 
 
-# %% ../nbs/21_drift.ipynb #243249bc
+# %% ../nbs/21_drift.ipynb #7a17c3ae
 @dataclass(frozen=True)
 class Drift:
     "What a check of a transplant in a changed target found."
@@ -50,7 +50,7 @@ class Drift:
         return f"Drift({self.verdict}: {'; '.join(self.reasons)})"
 
     def _repr_html_(self):
-        return card(f"Drift: {self.verdict}", dict(enumerate(self.reasons)))
+        return card(f"Drift: {self.verdict}", {}, table(["what was found"], [[x] for x in self.reasons]))
 
 
 # %% ../nbs/21_drift.ipynb #be672d71

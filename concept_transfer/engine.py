@@ -904,27 +904,14 @@ def _halved(work, *rows):  # of a batch (b, ...), or None
     return torch.cat([_halved(work, *part) for part in parts])
 
 
-# %% ../nbs/06_engine.ipynb #8ec965f2
-@patch
-def logits(self: _Scores, keep, ids, mask, hidden=None):  # -> (b, keep, vocabulary)
-    "Logits of texts, perhaps going on from a state (b, t, d) after the layer."
-    layer = -1 if hidden is None else self.layer
-    return self.here.logits(ids, mask, keep, layer, hidden)
-
-
-@patch
-def state(self: _Scores, ids, mask):  # -> (b, t, d)
-    "Residual stream after the layer."
-    return self.here.read(ids, mask, [self.layer])[0]
-
-
-# %% ../nbs/06_engine.ipynb #0a6f39b3
+# %% ../nbs/06_engine.ipynb #f9d1ebbe
 @patch
 def after(self: _Scores, batch, base, ids, mask, hidden=None):
     "What `reduce` makes of a batch, perhaps going on from a state (b, t, d) after the layer."
     self.read += len(batch.rows)
+    start = -1 if hidden is None else self.layer
     with passing(self.here.model):
-        z = _halved(partial(self.logits, batch.keep), ids, mask, hidden)  # (b, keep, vocabulary)
+        z = _halved(lambda x, m, h: self.here.logits(x, m, batch.keep, start, h), ids, mask, hidden)
         real = mask[:, -batch.keep :] > 0 if mask.ndim == 2 else ...  # not the padding
         if not z.sum(-1)[real].isfinite().all():
             raise ValueError(
@@ -937,7 +924,7 @@ def after(self: _Scores, batch, base, ids, mask, hidden=None):
 @patch
 def begin(self: _Scores, batch):
     "A batch, the state after the layer, and the base; texts whose base is their own are not read twice."
-    h = _halved(self.state, batch.ids, batch.mask)  # (b, t, d)
+    h = _halved(lambda x, m: self.here.read(x, m, [self.layer])[0], batch.ids, batch.mask)  # (b, t, d)
     if batch.plain is None:
         return batch, h, None
     ids, mask = batch.plain

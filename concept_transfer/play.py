@@ -84,15 +84,16 @@ def save(self: Steps, path: str | Path):
         tmp.write_text(page, encoding="utf-8")
 
 
-# %% ../nbs/30_play.ipynb #e18249c7
+# %% ../nbs/30_play.ipynb #9aff1db6
 def _mixed(t, strength, other, second):
     "Two transplants at strengths of their own as one, and the strength at which it does the same."
     parts = [(x, s) for x, s in ((t, strength), (other, second)) if x and s]
     if len(parts) < 2:
         return parts[0] if parts else (t, 0.0)
-    sums: dict = {}
-    for here, s in ((here, s) for x, s in parts for here in x.places):
-        sums[here.layer] = sums.get(here.layer, 0) + here.vector(s)
+    sums: dict = {}  # what is added, (d,), by layer
+    for x, s in parts:
+        for here in x.places:
+            sums[here.layer] = sums.get(here.layer, 0) + here.vector(s)
     name = " and ".join(f"{x.name} {s:g}" for x, s in parts)
     first = replace(t.places[0], name=name, dose=1.0)
     both = [replace(first, layer=k, direction=v, norm=v.norm().item()) for k, v in sums.items() if v.any()]
@@ -106,17 +107,16 @@ def _moved(t, layer, positions):
     return replace(t, layer=layer, norm=norm, positions=positions)
 
 
-# %% ../nbs/30_play.ipynb #ad19728b
-def _ladder(ground, t, strength, text):
+# %% ../nbs/30_play.ipynb #1ad972f8
+def _ladder(ground, t, text, rung):
     return ladder(t, text.prompt, seed=ground.seed, **ground.decoding)
 
 
-def _heat(ground, t, strength, text):
-    written = next(r.text for r in text.rungs if r.strength == strength)
-    return token_heat(t, text.prompt + written, strength=strength)
+def _heat(ground, t, text, rung):
+    return token_heat(t, text.prompt + rung.text, strength=rung.strength)
 
 
-def _words(ground, t, strength, text):
+def _words(ground, t, text, rung):
     some = [x for x in (ground.t, ground.other) if x]
     return words_of(t.name, {f"{x.name}, layer {x.layer}": (x.model, x.direction) for x in some})
 
@@ -124,7 +124,7 @@ def _words(ground, t, strength, text):
 _VIEWS: dict[str, Callable] = {"Ladder": _ladder, "Token by token": _heat, "Words": _words}
 
 
-# %% ../nbs/30_play.ipynb #e68acecf
+# %% ../nbs/30_play.ipynb #f32b0e5b
 def _slider(name, value):
     return widgets.FloatSlider(value, min=-4, max=4, step=0.25, description=f"strength of {name}")
 
@@ -139,14 +139,15 @@ def _controls(t, other, prompt):
         "positions": widgets.Dropdown(options=[*where], value=t.positions, description="positions"),
     }
     found["layer"].disabled = bool(t.deeper)
-    found |= {"second": _slider(other.name, 0.0)} if other else {}
+    if other:
+        found["second"] = _slider(other.name, 0.0)
     for control in found.values():
         control.style.description_width, control.layout.width = "12em", "95%"
         control.continuous_update = False
     return found
 
 
-# %% ../nbs/30_play.ipynb #00e80f69
+# %% ../nbs/30_play.ipynb #a607de6e
 class Playground:
     "Controls of a transplant, and what its target writes; it shows itself in a notebook."
 
@@ -174,25 +175,25 @@ class Playground:
 
 @patch
 def _written(self: Playground, prompt, strength, layer, positions, second=0.0):
-    "What is placed in the target, at which strength, and its text there beside the base model's."
+    "What is placed in the target, a ladder of one strength, and its rung."
     if not prompt.strip():
         raise ValueError("There is no prompt; write how the text begins.")
     other = self.other and replace(self.other, positions=positions)
     t, strength = _mixed(_moved(self.t, layer, positions), strength, other, second)
-    return t, strength, ladder(t, prompt, [strength], self.seed, **self.decoding)
+    text = ladder(t, prompt, [strength], self.seed, **self.decoding)
+    return t, text, next(r for r in text.rungs if r.strength == strength)
 
 
 @patch
 def _show(self: Playground, request):
     "Show what was asked for, unless something newer was asked meanwhile."
-    t, strength, text = self.written(**request)
+    t, text, rung = self.written(**request)
     if request is not self.newest:
         return
-    rung = next(r for r in text.rungs if r.strength == strength)
     self.text.value = _PARTS.step(text.base, rung, t.name) + _PARTS.note()
     for i, (make, view) in enumerate(zip(_VIEWS.values(), self.views.children, strict=True)):
         wanted = i == self.views.selected_index
-        view.value = make(self, t, strength, text)._repr_html_() if wanted else ""
+        view.value = make(self, t, text, rung)._repr_html_() if wanted else ""
 
 
 # %% ../nbs/30_play.ipynb #461219c5

@@ -142,7 +142,7 @@ def vector(
     return torch.stack(v) if np.ndim(strength) else v[0]
 
 
-# %% ../nbs/15_steering.ipynb #a8a965ef
+# %% ../nbs/15_steering.ipynb #e90fe21c
 _COLUMNS = dict(  # of one place and of the deeper ones
     zip(("layer", "direction", "norm", "source_layer", "shuffled"), Transplant.added, strict=True)
 )
@@ -153,19 +153,13 @@ def places(self: Transplant) -> list[Transplant]:
     "Each place as a transplant of its own, the lowest first."
     if self.deeper is None:
         return [self]
-    first = replace(
-        self,
-        deeper=None,
-        deeper_directions=None,
-        deeper_norms=None,
-        deeper_sources=None,
-        deeper_shuffled=None,
-    )
+    first = replace(self, **dict.fromkeys(self.added))  # type: ignore[arg-type]
     columns: dict[str, Any] = {k: getattr(self, v) for k, v in _COLUMNS.items()}
-    rows: list[dict[str, Any]] = [
-        {k: x if x is None else x[i] for k, x in columns.items()} for i in range(len(self.deeper))
-    ]
-    return [first, *(replace(first, **row) for row in rows)]
+    out = [first]
+    for i in range(len(self.deeper)):
+        row: dict[str, Any] = {k: x if x is None else x[i] for k, x in columns.items()}
+        out.append(replace(first, **row))
+    return out
 
 
 @patch(as_prop=True)
@@ -175,13 +169,13 @@ def layers(self: Transplant) -> list:
     return [x[0] if len({*x}) == 1 else [*x] for x in zip(*pairs, strict=True)]
 
 
-# %% ../nbs/15_steering.ipynb #1d05eb4a
+# %% ../nbs/15_steering.ipynb #83f68916
 @strict
 def joined(
     transplants: Annotated[Sequence[Transplant], Field(min_length=1)],  # of one model, at different layers
 ) -> Transplant:
-    """One transplant at all their places, with name and notes of the lowest; a KL that only some of them had
-    is none of it. Raises ValueError for what it can have only once, and for a layer that comes twice."""
+    """One transplant at all their places, with name and notes of the lowest, and with a KL that all of them
+    note. Raises ValueError for what it can have only once, and for a layer that comes twice."""
     first, *rest = sorted((p for t in transplants for p in t.places), key=lambda t: t.layer)
     for t in rest:
         first.target.require(t.target, f"transplant {first.name!r}")
@@ -190,14 +184,14 @@ def joined(
                 raise ValueError(
                     f"{first} and {t} have different {k}, {one} and {other}; give them the same."
                 )
-    columns = {v: [getattr(t, k) for t in rest] for k, v in _COLUMNS.items()}
-    columns = {k: x for k, x in columns.items() if x and not any(v is None for v in x)}
-    stacked: dict[str, Any] = {
-        k: torch.stack(x) if isinstance(x[0], Tensor) else tuple(x) for k, x in columns.items()
-    }
+    deeper: dict[str, Any] = {}
+    for k, column in _COLUMNS.items():
+        found = [getattr(t, k) for t in rest]
+        if found and not any(x is None for x in found):
+            deeper[column] = torch.stack(found) if isinstance(found[0], Tensor) else tuple(found)
     alike = all(t.notes.get("kl") == first.notes.get("kl") for t in rest)
     notes = {k: v for k, v in first.notes.items() if k != "kl" or alike}
-    return replace(first, **stacked, notes=notes)
+    return replace(first, **deeper, notes=notes)
 
 
 # %% ../nbs/15_steering.ipynb #195d536a

@@ -361,12 +361,30 @@ def __repr__(self: SuiteResult) -> str:
     return "\n".join([head, self.table.round(3).to_string(index=False), *self.lines])
 
 
-# %% ../nbs/19_suites.ipynb #f3418a66
+# %% ../nbs/19_suites.ipynb #dcb5753b
+def _shown(x, ci=None):
+    "A number with its interval; a dash for none."
+    span = " ({:.2f} to {:.2f})".format(*ci) if ci else ""
+    return "-" if pd.isna(x) else f"{x:.2f}{span}"
+
+
 @patch
 def _repr_html_(self: SuiteResult) -> Markup:
-    shown = self.table.round(3)
-    facts = dict(dose=self.dose, damage=self.damage, found="; ".join(self.lines))
-    return card(f"Suite for {self.transplant}", facts, html_table([*shown], shown.to_numpy().tolist()))
+    damage = ", ".join(f"{k} {x:.3g}" for k, x in self.damage.items())
+    facts = {"dose": f"{self.dose:.3g}", "damage, nats a token": damage}
+    facts |= dict(line.split(": ", 1) for line in self.lines)
+    rows = [
+        [
+            r.measure,
+            r.arm,
+            _shown(r.score, r.ci),
+            _shown(r.change, r.change_ci),
+            *map(_shown, (r.detectable, r.chance)),
+        ]
+        for r in self.table.itertuples()
+    ]
+    columns = ["measure", "arm", "score", "change", "detectable", "chance"]
+    return card(f"Suite for {self.transplant}", facts, html_table(columns, rows))
 
 
 # %% ../nbs/19_suites.ipynb #efb38afd

@@ -385,6 +385,27 @@ def test_a_concept_made_in_memory_is_checked_too(joy, wrong):
         replace(joy, **wrong)
 
 
+@pytest.mark.parametrize("kind", ARTEFACTS)
+def test_artefacts_are_equal_by_what_they_hold(kinds, kind, file):
+    s = kinds[kind]
+    file.write_bytes(s.raw)
+    one, other = s.load(file), s.load(file)
+    assert one == other and one != "it"
+    for k, v in fuzz.content(one).items():
+        if isinstance(v, torch.Tensor) and v.is_floating_point():
+            assert one != replace(other, **{k: 2 * v}), k
+    more = {"seed": 9} if kind == "concept" else {"source_layers": (0,)} if kind == "moments" else None
+    assert one != replace(other, **(more or {"source": replace(one.target, name="it")}))
+
+
+def test_what_was_not_measured_is_equal_to_itself_and_a_control_to_none(joy, model):
+    unmeasured = [replace(joy, auc=(float("nan"), *joy.auc[1:])) for _ in range(2)]
+    assert unmeasured[0] == unmeasured[1] != joy
+    t = place(joy, model, 1)
+    assert t != replace(t, shuffled=t.direction) and t == replace(t, model=None)
+    assert hash(joy) == hash(joy) and len({joy, joy}) == 1
+
+
 @pytest.mark.parametrize("cls", [Concept, AffineMap, LayerGrid, Transplant, Moments])
 def test_shapes_name_fields(cls):
     assert cls.shapes.keys() | {*cls.apart, *cls.endless, *cls.missing} - {"scores"} <= {

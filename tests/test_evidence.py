@@ -275,7 +275,7 @@ def test_items_that_chose_the_layers_are_noticed_again(pair, task):
     assert e.provenance.notes["texts_read"] == found.notes["texts_read"]
     with pytest.raises(ValueError, match="positive KL"):
         asked(pair, task, damage=0.0)
-    with pytest.raises(ValueError, match="number of random"):
+    with pytest.raises(ValueError, match="'random': .* greater than or equal to 0"):
         Settings(random=-1)
 
 

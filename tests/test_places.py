@@ -166,7 +166,13 @@ def test_a_search_may_try_several_layers(given, tmp_path):
     assert sorted(map(str, tried)) == ["[1, [0, 1]]", "[2, 2]", "[2, [1, 2]]"]
     t.save(tmp_path / "t")
     assert Transplant.load(tmp_path / "t", target).notes["search"] == t.notes["search"]
-    assert layer_scores(maps, joy, replace(t, model=target)).scores["gain"].keys() == {(2, 2)}
+    view = layer_scores(maps, joy, replace(t, model=target), causal={(1, 0): 0.5})
+    assert view.scores["gain"].keys() == view.rounds.keys() == {(2, 2)}
+    assert view.taken == ((2, 2) if not t.deeper else None)
+    table = view.table.set_index(["source", "target"])
+    assert table.R2.is_monotonic_decreasing and table.causal.dropna().to_dict() == {(1, 0): 0.5}
+    for (s, u), found in table.R2.items():
+        assert found == pytest.approx(maps[s, u].r2, abs=1e-6)
     assert transplant(joy, maps, target, layers=(2, range(1, 3)), neutral=NEUTRAL).layers == [2, [1, 2]]
     for wrong in (
         (2, []),

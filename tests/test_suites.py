@@ -177,7 +177,9 @@ def test_a_planted_truth_has_control_and_a_random_direction_has_none(planted):
     assert found.gates["control"] and found.gates["utility"] is False  # what one gains the other loses
     assert rows.score["target", "native"] == rows.score["target", "transplanted"] == 1
     assert {"prompt", "prompt_transplanted"} < {*found.table.arm} and found.damage["transplanted"] > 0
-    assert "gate utility: FAILED" in repr(found) and "easy" in found._repr_html_()
+    assert "gate utility: FAILED" in repr(found)
+    page = found._repr_html_()
+    assert "FAILED" in page and "easy" in page and not {*page} & {*"{}[]"}, "values as Python writes them"
     v = np.random.default_rng(1).normal(size=len(push.direction))
     other = measure_suite(place(v, push.model, 2, dose=push.dose * 0.05), task, [])
     assert not other.gates["control"] and other.gates["utility"] is None
