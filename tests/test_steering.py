@@ -1,8 +1,10 @@
 "Where something is added to the residual stream, wherever the padding stands and however a model runs."
 
+import gc
 from dataclasses import replace
 
 import numpy as np
+import psutil
 import pytest
 import torch
 
@@ -443,3 +445,18 @@ def test_the_norm_is_of_a_model_a_layer_and_texts(llama):
     ):
         with pytest.raises(ValueError):
             residual_norm(*given)
+
+
+@pytest.mark.slow
+def test_memory_is_flat_over_a_thousand_steered_generations(llama):
+    "Contexts are opened and closed as often; what was freed once is used again."
+    t, process = place(torch.ones(48), llama, 1, dose=0.1), psutil.Process()
+
+    def grown(n):
+        for k in range(n):
+            t.generate("It rained", 1 + k % 3, 2)
+        gc.collect()
+        return process.memory_info().rss / 1e6
+
+    settled = grown(200)
+    assert grown(1000) - settled < 5  # MB
