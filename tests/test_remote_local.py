@@ -327,8 +327,8 @@ def test_rows_that_are_not_finite_are_named(bring, monkeypatch):
     a, b = tiny_model("llama"), tiny_model("gpt2", seed=3)
     odd, texts = "The cat sat on the mat, and left.", [f"It rained {i} times." for i in range(300)]
     token = (set(b.tokenizer(odd).input_ids) - {x for ids in b.tokenizer(texts).input_ids for x in ids}).pop()
-    b._module.get_input_embeddings().weight.data[token] = float("nan")
     far = load_model(b, remote=SMALL)
+    b._module.get_input_embeddings().weight.data[token] = float("nan")  # with it, loading is refused
     real = Ndif.planned
     monkeypatch.setattr(Ndif, "planned", lambda self, *how: (real(self, *how)[0], bring))
     with pytest.raises(

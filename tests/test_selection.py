@@ -89,7 +89,7 @@ def test_layers_are_auto_or_a_pair(given, unread, layers):
 
 def test_layers_that_no_task_chose_are_said(given):
     with pytest.warns(
-        UserWarning, match="chosen without a task, by an offline score of 0.*give tuning items"
+        UserWarning, match="chosen without a task, by an offline score of 0.*give a task to choose with"
     ) as said:
         t = transplant(*given, neutral=NEUTRAL, damage=0.5)
     assert [w.filename for w in said] == [__file__]
