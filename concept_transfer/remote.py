@@ -307,6 +307,10 @@ def _named(name, there):
 
 def _not_hosted(name, there):
     "The error that says what is hosted instead, and what was probably meant."
+    if name in there:
+        return ValueError(
+            f"{host_name()} lists {name!r} but could not start it: ask whoever runs it, or try later."
+        )
     short = {r.split("/")[-1]: r for r in there}
     near = get_close_matches(name.split("/")[-1], short, 1)
     meant = "".join(f" Did you mean {short[k]!r}?" for k in near)
