@@ -26,7 +26,7 @@ __all__ = [
     "load_task",
 ]
 
-# %% ../nbs/02_tasks.ipynb #c1b8f839
+# %% ../nbs/02_tasks.ipynb #af6aaf85
 import inspect
 import json
 import random
@@ -45,7 +45,7 @@ from pydantic import FiniteFloat, PositiveInt
 from scipy.special import softmax
 from typing_extensions import TypedDict
 
-from .cards import card, table
+from .cards import Entry, card, table
 from concept_transfer.data import (
     EMOTION_PROMPT,
     EMOTIONS,
@@ -335,18 +335,15 @@ def mc_scores(
     return dict(zip(names, np.transpose(rows), strict=True))  # (n, 4) -> (4, n)
 
 
-# %% ../nbs/02_tasks.ipynb #551a1109
-@dataclass(frozen=True)
-class Scorer:
+# %% ../nbs/02_tasks.ipynb #afce8905
+@dataclass(frozen=True, repr=False)
+class Scorer(Entry):
     "A function from text to number, and what the number means."
 
     name: str
     words: str  # what it measures
     score: Callable  # of a text and, by name, what else it must know
     told: Any = dict  # type of what it must know
-
-    def __repr__(self):
-        return f"Scorer({self.name!r}: {self.words})"
 
 
 @patch
