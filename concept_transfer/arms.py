@@ -31,7 +31,7 @@ __all__ = [
     "measured",
 ]
 
-# %% ../nbs/17_arms.ipynb #c4eba7fb
+# %% ../nbs/17_arms.ipynb #aaec84c2
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -40,10 +40,11 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 from nnsight import TransformersModel
-from pydantic import NonNegativeInt, PositiveInt, StringConstraints
+from pydantic import NonNegativeInt, PositiveFloat, PositiveInt, StringConstraints
 from tqdm import tqdm
 
 from .artefacts import Journal, fingerprint
+from .cards import Entry
 from .concepts import POSITIONS, REDUCERS, activations, extract_concept
 from .data import ContrastPairs, load_corpus
 from .engine import engine
@@ -145,13 +146,15 @@ STARTS = (
 )
 
 
-# %% ../nbs/17_arms.ipynb #dd26c04a
+# %% ../nbs/17_arms.ipynb #b4c534c2
 @dataclass(frozen=True)
 class Settings(Strict):
     "How an evaluation is done. Raises ValueError for what cannot be."
 
     random: NonNegativeInt = 20  # random directions
-    damage: Number = None  # nats a token for every arm; default: that of the transplant, else 0.1
+    damage: PositiveFloat | None = (
+        None  # nats a token for every arm; default: that of the transplant, else 0.1
+    )
     seed: NonNegativeInt = 0  # of the random directions and the bootstrap
     bootstrap: PositiveInt = 2000  # draws
     strengths: Annotated[Sequence[float], Listed] = STRENGTHS  # of the dose curves
@@ -254,9 +257,9 @@ class Unsteered:
         return bench.ask() if self.model is bench.model else Bench(self.model, -1, bench.task).ask()
 
 
-# %% ../nbs/17_arms.ipynb #2e8659b9
-@dataclass(frozen=True)
-class Arm:
+# %% ../nbs/17_arms.ipynb #79480e71
+@dataclass(frozen=True, repr=False)
+class Arm(Entry):
     "One way to treat the target, and how it is shown."
 
     name: str

@@ -7,6 +7,7 @@ __all__ = [
     "Score",
     "Count",
     "Size",
+    "Share",
     "Layers",
     "Template",
     "Notes",
@@ -27,7 +28,7 @@ __all__ = [
     "keeping",
 ]
 
-# %% ../nbs/04_artefacts.ipynb #d6d3d5eb
+# %% ../nbs/04_artefacts.ipynb #6b94e12c
 import errno
 import glob
 import hashlib
@@ -48,7 +49,7 @@ from importlib.metadata import version
 from inspect import getclosurevars, isfunction
 from pathlib import Path
 from types import CodeType, FunctionType, ModuleType
-from typing import Annotated, Any, Self, get_args
+from typing import Annotated, Any, Literal, Self, get_args
 from uuid import uuid4
 
 import numpy as np
@@ -176,15 +177,16 @@ def versions() -> dict[str, str]:  # by package
     return {"concept_transfer": __version__} | {k: version(k) for k in ("torch", "transformers", "nnsight")}
 
 
-# %% ../nbs/04_artefacts.ipynb #4a8020e6
+# %% ../nbs/04_artefacts.ipynb #825dd791
 _FORMAT = 2
+_SITE = "block output"  # where states are read and written
 _BLANK = "0" * 64  # where the digest will stand
 
 
 def _write(path, kind, tensors, values, later=False):  # whether some of it came later
     "Tensors and a header of values, in one safetensors file with a digest."
     head = {"digest": _BLANK, "kind": kind, "format": _FORMAT + later}
-    head |= {"package": __version__, "site": "block output"}
+    head |= {"package": __version__, "site": _SITE}
     tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
     shared = Counter(v.untyped_storage().data_ptr() for v in tensors.values())
     tensors = {k: v.clone() if shared[v.untyped_storage().data_ptr()] > 1 else v for k, v in tensors.items()}
@@ -206,7 +208,7 @@ def _renamed(x):
     return {_RENAMED.get(k, k): v for k, v in x.items()}
 
 
-# %% ../nbs/04_artefacts.ipynb #615ad5a1
+# %% ../nbs/04_artefacts.ipynb #55d54566
 _STRICT = ConfigDict(strict=True, allow_inf_nan=False, extra="forbid")
 
 
@@ -227,7 +229,7 @@ def _valid(compare, value):
     raise ValueError(f"{where}: {fault['msg']}, found {str(fault['input'])[:80]!r}.")
 
 
-_HEAD = schema("allow", ("kind", str), ("format", PositiveInt), ("package", str), ("site", str))
+_HEAD = schema("allow", ("kind", str), ("format", PositiveInt), ("package", str), ("site", Literal[_SITE]))
 
 
 # %% ../nbs/04_artefacts.ipynb #4d22bda5
@@ -286,11 +288,11 @@ def load_artefact(
     return tensors, head
 
 
-# %% ../nbs/04_artefacts.ipynb #7bf2e01a
+# %% ../nbs/04_artefacts.ipynb #8e77e584
 def _unmeasured(x):
     "NaN for None, which stands for it in files."
-    if x in (math.inf, -math.inf):
-        raise ValueError("an infinite number")
+    if x == -math.inf or isinstance(x, int | float) and x > 1:
+        raise ValueError("an infinite number, or a score above 1")
     return math.nan if x is None else x
 
 
@@ -302,6 +304,7 @@ def _told(x):
 Score = Annotated[float, Field(allow_inf_nan=True), BeforeValidator(_unmeasured)]  # NaN: not measured
 Count = Annotated[int, Field(ge=0, lt=1 << 53)]
 Size = Annotated[float, Field(ge=0, lt=1e30)]
+Share = Annotated[float, Field(ge=0, le=1)]
 Layers = Annotated[tuple[Count, ...], Field(min_length=1)]
 Template = Annotated[str, Field(pattern=r"\{\}")]  # words around a text
 Notes = Annotated[dict, BeforeValidator(_told)]  # where something comes from
@@ -641,7 +644,12 @@ def __call__(self: Journal, name: str, make: Callable[[], Any]) -> Any:
     return self.done[name]
 
 
-# %% ../nbs/04_artefacts.ipynb #c461d5a5
+# %% ../nbs/04_artefacts.ipynb #936c889e
+@patch
+def __repr__(self: Journal):
+    return f"Journal({self.what!r}, {len(self.done)} kept)"
+
+
 @patch
 def clear(self: Journal):
     "Forget all values, and remove their file."
@@ -650,19 +658,21 @@ def clear(self: Journal):
         self.path.unlink(missing_ok=True)
 
 
-# %% ../nbs/04_artefacts.ipynb #e9cc456a
+# %% ../nbs/04_artefacts.ipynb #2d736bf7
 KEPT: ContextVar[Path | None] = ContextVar("kept", default=None)
 
 
 @contextmanager
 def keeping(path: str | Path) -> Iterator[Path]:
-    "Within: `choose` keeps its trials at this path; the file goes when all went well."
+    "Within: `choose` keeps its trials at this path; they go when all went well. A file of yours stays."
     file, token = Path(path).expanduser(), KEPT.set(Path(path).expanduser())
     try:
         yield file
     finally:
         KEPT.reset(token)
-    file.unlink(missing_ok=True)
+    first = file.read_bytes().partition(b"\n")[0] if file.is_file() else b""
+    if _row("", first).get("journal") == "search":
+        file.unlink()
 
 
 # %% ../nbs/04_artefacts.ipynb #22e5adf5

@@ -233,7 +233,7 @@ def _declared(p, words):
     return p.replace(annotation=Annotated[kind, Argument(help=words) if alone else option])
 
 
-# %% ../nbs/31_cli.ipynb #77e3d434
+# %% ../nbs/31_cli.ipynb #27cca530
 def _placed(file, model):
     "A transplant in its target, which is named by hand or by the file."
     from concept_transfer.models import load_model
@@ -244,10 +244,14 @@ def _placed(file, model):
 
 def _asked(file, split, choices=None, target=None, items=None):
     "The items of a task, all or some."
-    from concept_transfer.tasks import load_task
+    from concept_transfer.tasks import ChoiceTask, load_task
 
     names = choices and [c.strip() for c in choices.split(",")]
     task = load_task(file, split, names, target)
+    if not isinstance(task, ChoiceTask):
+        raise ValueError(
+            f"{task!r} has no choices, which are what answers are compared by; give one that has."
+        )
     return task if items is None else task.take(items)
 
 
@@ -263,7 +267,7 @@ def _help(run):
     return f"{words}\n\n\b\nExample:\n  {example}" if example else words
 
 
-# %% ../nbs/31_cli.ipynb #9f20199c
+# %% ../nbs/31_cli.ipynb #13d6097d
 def command(run: Callable) -> Callable:
     "Decorator: the function `cmd_name` becomes the command `name`."
     name, own = run.__name__.removeprefix("cmd_"), signature(run).parameters
@@ -279,9 +283,11 @@ def command(run: Callable) -> Callable:
             mine["settings"] = partial(_settings, random=given["random"], seed=given["seed"])
         if "decoding" in own:
             mine["decoding"] = {k: given[k] for k in signature(_beside_decoding).parameters}
-        if "task" in opened and mine["task"]:
+        if "task" in opened:
             words = {k: given[k] for k in ("choices", "target", "items")}
-            mine["task"] = partial(_asked, mine["task"], **words)
+            if not mine["task"] and (idle := [k for k, x in words.items() if x is not None]):
+                raise BadParameter(f"--{idle[0]} goes with --task, which is not given.")
+            mine["task"] = mine["task"] and partial(_asked, mine["task"], **words)
         if "transplant" in opened:
             mine["transplant"] = partial(_placed, mine["transplant"], given["model"])
         _answer(partial(run, **mine), name, given)
@@ -622,7 +628,7 @@ def cmd_transplant(
         return _made(t, out, dose=t.dose, layers=t.layers, **names, **notes)
 
 
-# %% ../nbs/31_cli.ipynb #6c84a6d6
+# %% ../nbs/31_cli.ipynb #b70ec6f5
 def _strengths(text):
     "Numbers with commas between."
     try:
@@ -660,7 +666,10 @@ def cmd_generate(
 
     if bool(prompt) == bool(prompts):
         raise BadParameter("give --prompt TEXT, or --prompts FILE.")
-    steps = _strengths(strengths) if strengths else [strength]
+    if compare and (strengths or prompts) or strengths is not None and strength != 1:
+        say = "--strengths or --prompts show a text at each strength, and 0 is the base model"
+        raise BadParameter(f"{say}: leave --compare away, and --strength beside --strengths.")
+    steps = [strength] if strengths is None else _strengths(strengths)
     starts = load_corpus(prompts).texts if prompts else [prompt]
     options = _decoded(decoding, max_new_tokens)
     seed = options.pop("seed")
@@ -924,13 +933,12 @@ def _steps(folder):
     return keep
 
 
-# %% ../nbs/31_cli.ipynb #4eb03245
+# %% ../nbs/31_cli.ipynb #16c0eca5
 def _two_parts(task):
     "Items to choose with, a third, and items to judge with, of a task by name or from a file."
     from concept_transfer.stats import scenario_folds
-    from concept_transfer.tasks import load_task
 
-    tune, test = (load_task(task, split) for split in ("tune", "test"))
+    tune, test = (_asked(task, split) for split in ("tune", "test"))
     if tune.hash != test.hash:
         return tune, test
     fold = scenario_folds(test.groups, 3)

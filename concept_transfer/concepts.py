@@ -19,7 +19,7 @@ __all__ = [
     "extract_concept",
 ]
 
-# %% ../nbs/11_concepts.ipynb #0a15081e
+# %% ../nbs/11_concepts.ipynb #fe93acb5
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,16 +32,16 @@ from pydantic import InstanceOf
 from torch import Tensor
 
 from .artefacts import Artefact, Count, Journal, Layers, Score, Template, fingerprint
-from .cards import card, sparkline
+from .cards import Entry, card, sparkline
 from .data import ContrastPairs, checked, data_hash
 from .engine import OPEN, encode, engine, layer_numbers, refuse_empty, start_mark, stream
 from .models import ModelInfo, model_info
 from .stats import auc, scenario_folds
 
 
-# %% ../nbs/11_concepts.ipynb #8b65a4b5
-@dataclass(frozen=True)
-class Position:
+# %% ../nbs/11_concepts.ipynb #9e62e0e0
+@dataclass(frozen=True, repr=False)
+class Position(Entry):
     "A rule for positions: how states of a text are read, and where something is added to them."
 
     name: str  # what files call it, once it stands in `POSITIONS`

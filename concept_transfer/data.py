@@ -13,6 +13,7 @@ __all__ = [
     "parse_json",
     "checked",
     "read_file",
+    "nearest",
     "find_file",
     "open_data",
     "as_table",
@@ -36,7 +37,7 @@ __all__ = [
     "load_corpus",
 ]
 
-# %% ../nbs/01_data.ipynb #3654e6da
+# %% ../nbs/01_data.ipynb #a6ca3edb
 import csv
 import gzip
 import io
@@ -54,12 +55,12 @@ from hashlib import sha256
 from pathlib import Path
 from reprlib import repr as short_repr
 from textwrap import shorten
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import pandas as pd
 from fastcore.basics import patch
-from pydantic import PositiveInt, TypeAdapter, ValidationError
+from pydantic import Field, InstanceOf, PositiveInt, TypeAdapter, ValidationError
 
 import concept_transfer
 from .cards import card, table
@@ -166,7 +167,19 @@ def read_file(path: Path) -> Any:
     return _table(text, path, "\t" if form == "tsv" else max(",;\t", key=header.count))
 
 
-# %% ../nbs/01_data.ipynb #fb7db8bb
+# %% ../nbs/01_data.ipynb #51e6f592
+def nearest(
+    name: Any,
+    known: Iterable[str],
+) -> list[str]:  # at most one
+    "The known name that was probably meant, in whatever case, by its beginning or by its last part."
+    said, whole = str(name).lower(), {k.lower(): k for k in reversed([*known])}
+    parts = {k.rpartition("/")[2]: full for k, full in whole.items()} | whole
+    near = get_close_matches(said, parts, 1, 0.7) or [k for k in whole if said and k.startswith(said)]
+    return [parts[k] for k in near[:1]]
+
+
+# %% ../nbs/01_data.ipynb #8cdc5244
 def find_file(
     ref: str | Path,
     known: Iterable[str],  # names that would have done as well
@@ -175,15 +188,16 @@ def find_file(
     for path in os.path.expanduser(str(ref)), _SETS / f"{ref}.txt":
         if os.path.isfile(path):
             return Path(path)
-    meant = "".join(f" Did you mean {near!r}?" for near in get_close_matches(str(ref), known, 1, 0.7))
+    meant = "".join(f" Did you mean {near!r}?" for near in nearest(ref, known))
     raise FileNotFoundError(
         f"{str(ref)!r} is neither a file nor built in.{meant} Built in: {', '.join(known)}."
     )
 
 
-# %% ../nbs/01_data.ipynb #6a4e7bc1
+# %% ../nbs/01_data.ipynb #61c588a0
 _NAMES = """pos positive, chosen positive, answer_matching_behavior positive, neg negative, rejected negative,
-answer_not_matching_behavior negative, statement text, sentence text, question prompt, groups group"""
+answer_not_matching_behavior negative, statement text, sentence text, question prompt,
+groups group, scenario group, scenarios group"""
 _RENAMED = dict(pair.split() for pair in _NAMES.split(","))
 
 
@@ -369,8 +383,8 @@ def _is_positive(labels, path):
     return np.isin(words, _POSITIVE)
 
 
-# %% ../nbs/01_data.ipynb #6572579a
-_OF_ROWS = {*"group groups prompt question".split()}  # what makes sides into columns
+# %% ../nbs/01_data.ipynb #1405405a
+_OF_ROWS = {*"group groups scenario scenarios prompt question".split()}  # what makes sides into columns
 
 
 def _read_pairs(path, found):
@@ -400,7 +414,7 @@ def _read_pairs(path, found):
     return ContrastPairs(path.stem, positive, negative, groups)
 
 
-# %% ../nbs/01_data.ipynb #3fe46438
+# %% ../nbs/01_data.ipynb #8d86f235
 def load_pairs(
     ref: Any,  # a built-in set ("honesty", "emotions/fear"), a file, a DataFrame, rows, two lists
     split: str = "fit",  # which part of a built-in set: fit, tune or test; a file is one part
@@ -409,7 +423,7 @@ def load_pairs(
     "Contrast pairs by name, of a file or in memory. Raises ValueError or FileNotFoundError with what to do."
     if split not in SPLITS:
         raise ValueError(f"split {split!r}: use one of {', '.join(SPLITS)}.")
-    name = str(ref)
+    seed, name = checked(seed, int, "seed"), str(ref)
     if name not in PAIRS:
         return _read_pairs(*open_data(ref, PAIRS))
     if name in CONCEPTS:
@@ -487,31 +501,33 @@ def _repetition(pairs, side, near):
             return f"{side} texts repeat: {both}; held-out scores will be too high."
 
 
-# %% ../nbs/01_data.ipynb #f1566900
+# %% ../nbs/01_data.ipynb #96bbb236
 def leak(
     pairs: ContrastPairs,
     task: Any,  # a `ChoiceTask`
     near: float = 0.5,  # trigram overlap that counts as the same
 ) -> str | None:
     "A sentence where a task asks about scenarios of the pairs."
+    if not hasattr(task, "prompts"):
+        raise ValueError(f"{task!r:.80} is no task; load_task gives one.")
     named = {g for g in pairs.groups if not re.fullmatch(r"(row )?\d+", g)}  # the others are only rows
     asked = {i for i, _ in alike(task.prompts, pairs.texts, near)}
     for i, item in enumerate(task.items):
-        said = "\n".join([item.prompt, *item.choices])
+        said = "\n".join([item.prompt, *getattr(item, "choices", ())])
         if i in asked or item.group in named or any(t in said for t in pairs.texts):
             return f"task and pairs share scenarios, e.g. {item.prompt[:60]!r}: its result would be leakage."
     return None
 
 
-# %% ../nbs/01_data.ipynb #44441ec5
+# %% ../nbs/01_data.ipynb #ddb00ed2
 def lint(
     pairs: ContrastPairs,
     task: Any = None,  # a `ChoiceTask`: also look for scenarios that it asks about
     near: float = 0.5,  # trigram overlap that counts as a near-duplicate
 ) -> list[str]:  # one sentence a problem; empty when none was found
     "What would make a direction from these pairs mean something else."
-    if not 0 < near <= 1:
-        raise ValueError(f"near={near}: an overlap is above 0 and at most 1.")
+    checked(pairs, InstanceOf[ContrastPairs], "pairs")
+    near = checked(near, Annotated[float, Field(gt=0, le=1)], "near", strict=False)
     both = {*pairs.positive} & {*pairs.negative}
     problems: list[Any] = [
         _length_tells(pairs),

@@ -145,7 +145,7 @@ def _hooked(model):
     return model
 
 
-# %% ../nbs/06_engine.ipynb #4c9778b9
+# %% ../nbs/06_engine.ipynb #ed0dbb44
 def wrapped(
     module: torch.nn.Module | str,  # a loaded causal language model; or the name of one that runs elsewhere
     tokenizer,  # its tokenizer; nnsight sets its padding side and, where it has none, its padding token
@@ -153,15 +153,19 @@ def wrapped(
 ) -> TransformersModel:
     "An nnsight model; nothing is copied. Raises ValueError, naming the fix, for blocks or head not found."
     with warnings.catch_warnings(action="ignore"):
-        names = dict.fromkeys(_BLOCKS, "layers") | (rename or {})
+        names = dict.fromkeys(_BLOCKS, "layers") | dict(rename or {})
         model = TransformersModel(module, task="text-generation", tokenizer=tokenizer, rename=names)
     kind, inner = type(model._module).__name__, model._module
+    parts = dict(inner.named_modules())
     try:
         len(model.layers)
+        found = {*(rename or ())} <= {*parts}
     except (AttributeError, TypeError):
-        lists = (p for p, m in inner.named_modules() if isinstance(m, torch.nn.ModuleList))
+        found = False
+    if not found:
+        lists = (p for p, m in parts.items() if isinstance(m, torch.nn.ModuleList))
         path = next(lists, "path.to.blocks")
-        raise ValueError(f"{kind}: no list of blocks found. Pass rename={{'{path}': 'layers'}}.") from None
+        raise ValueError(f"{kind}: no list of blocks found. Pass rename={{'{path}': 'layers'}}.")
     if inner.get_output_embeddings() is None:
         raise ValueError(f"{kind} has no language-model head; load it with AutoModelForCausalLM.")
     return _hooked(model)
@@ -309,11 +313,16 @@ def context_length(model: TransformersModel) -> int:
     return size if size > 0 else 2048  # some say -1 for no limit
 
 
-# %% ../nbs/06_engine.ipynb #307f485f
+# %% ../nbs/06_engine.ipynb #f0020e1d
+def _refuse_other(x):
+    "Raise ValueError for what is no model."
+    if not isinstance(x, TransformersModel):
+        raise ValueError(f"{x!r:.80} is no model; load_model gives one. Are two arguments swapped?")
+
+
 def layer_numbers(model: TransformersModel, layers: Sequence[int] | None = None) -> list[int]:
     "Checked layer numbers, all by default; a negative one counts from the end."
-    if not isinstance(model, TransformersModel):
-        raise ValueError(f"{model!r:.80} is no model; load_model gives one. Are two arguments swapped?")
+    _refuse_other(model)
     n = len(model.layers)
     try:
         wanted = [index(k) for k in (range(n) if layers is None else layers)]
@@ -543,7 +552,7 @@ def _all_weights(module):
                 yield name, part.dequantize() if part.is_quantized else part
 
 
-# %% ../nbs/06_engine.ipynb #88cdfc8b
+# %% ../nbs/06_engine.ipynb #3e16772b
 def _fingerprint(module):
     "Hash of all weights, 32 hex digits, and sketch (64,)."
     h, signs, sketch = hashlib.sha256(), np.random.PCG64(0), torch.zeros(64)
@@ -553,6 +562,8 @@ def _fingerprint(module):
         for part in w.detach().flatten().split(1 << 22):
             exact = part.cpu()
             x = exact.float()
+            if not x.isfinite().all():
+                raise ValueError(f"the weights {name} hold numbers that are not finite. Get them anew.")
             h.update((x.bfloat16().view(torch.int16) if part.is_floating_point() else exact).numpy())
             rows = torch.nn.functional.pad(x, (0, -len(x) % 64)).view(-1, 64)
             own += torch.tensor(signs.random_raw(len(rows)) >> 63).float().mul(2).sub(1) @ rows  # (64,)
@@ -608,9 +619,10 @@ def attach(model: TransformersModel, made: Engine) -> TransformersModel:
     return model
 
 
-# %% ../nbs/06_engine.ipynb #26552f49
+# %% ../nbs/06_engine.ipynb #00134a30
 def engine(model: TransformersModel) -> Engine:
-    "What runs this model: what was attached to it, else this machine."
+    "What runs this model: what was attached to it, else this machine. Raises ValueError for what is none."
+    _refuse_other(model)
     made = model.__dict__.get("_attached", {}).get("engine") or Local(model)
     if made.model is not model:  # nnsight copied the model, for an edit of its own
         made = copy.copy(made)

@@ -17,7 +17,7 @@ __all__ = [
     "off_target",
 ]
 
-# %% ../nbs/18_evidence.ipynb #20eaf9d7
+# %% ../nbs/18_evidence.ipynb #8787a1c5
 import json
 import warnings
 from collections.abc import Sequence
@@ -25,13 +25,14 @@ from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property, partial
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import pandas as pd
 from fastcore.basics import patch
 from markupsafe import Markup
 from nnsight import TransformersModel
-from pydantic import NonNegativeInt, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveInt
 
 from concept_transfer.arms import (
     ARMS,
@@ -564,14 +565,14 @@ def _check_asked(t, task, experiments, given, arms):
         warnings.warn(say, stacklevel=3)
 
 
-# %% ../nbs/18_evidence.ipynb #2d3cd861
+# %% ../nbs/18_evidence.ipynb #f81d869e
 @strict
 def evaluate(
     t: Transplant,
     task: ChoiceTask,
     neutral: Corpus | None = None,  # default: the built-in neutral corpus
     arms: dict[str, Arm] | None = None,  # default: `ARMS`; {**ARMS, "mine": Arm(...)} adds one
-    experiments: Sequence[str] = tuple(EXPERIMENTS),
+    experiments: Annotated[Sequence[str], Field(min_length=1)] = tuple(EXPERIMENTS),
     settings: Settings = Settings(),  # noqa: B008
     path: str | Path | None = None,  # file that keeps what is done; a rerun goes on from there
     # what arms need: pairs=, other=, examples= (a task), source= (a model), map= (or a list, for several
@@ -580,7 +581,7 @@ def evaluate(
 ) -> Evidence:
     """All arms on one task at equal damage, at the places of `t`, and the other experiments that are chosen.
     Raises ValueError or TypeError for settings, experiments or inputs that are not known."""
-    arms, damage = arms or ARMS, settings.damage
+    arms, damage = ARMS if arms is None else arms, settings.damage
     _check_asked(t, task, experiments, given, arms)
     damage = t.notes.get("damage_budget", 0.1) if damage is None else damage
     bench = Bench(t.model, t.layer, task, neutral, damage)

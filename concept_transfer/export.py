@@ -218,10 +218,18 @@ def engine_program(
     return str(path)
 
 
-# %% ../nbs/23_export.ipynb #246cdac0
+# %% ../nbs/23_export.ipynb #cc71080a
+def _read_gguf(path):
+    "Raises ValueError, naming the file, for what is no GGUF file."
+    try:
+        return gguf.GGUFReader(path)
+    except (ValueError, LookupError, OSError) as e:
+        raise ValueError(f"{path} cannot be read as a GGUF file ({e}).") from None
+
+
 def _check_llama(file, model):
     "Raise ValueError for a vector file that does not fit a model file."
-    (layers, _), fields = _vectors(file), gguf.GGUFReader(model).fields
+    (layers, _), fields = _vectors(file), _read_gguf(model).fields
     kind = fields["general.architecture"].contents()
     width, n = (fields[f"{kind}.{k}"].contents() for k in ("embedding_length", "block_count"))
     if not layers or not all(0 < k < n and len(v) == width for k, v in layers.items()):
@@ -229,10 +237,10 @@ def _check_llama(file, model):
         raise ValueError(f"{file} (layers {said}) does not fit {model} (layers 1 to {n - 1}: {width} wide).")
 
 
-# %% ../nbs/23_export.ipynb #97767b81
+# %% ../nbs/23_export.ipynb #44899c77
 def _vectors(path):
     "{layer: vector} of a GGUF file, and what one of ours says of its transplant."
-    read = gguf.GGUFReader(path)
+    read = _read_gguf(path)
     found = {t.name: gguf.dequantize(t.data, t.tensor_type) for t in read.tensors}
     layers = {int(k[10:]): torch.tensor(v) for k, v in found.items() if k.startswith("direction.")}
     return layers, _MADE in read.fields and json.loads(read.fields[_MADE].contents())

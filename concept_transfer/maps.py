@@ -21,7 +21,7 @@ __all__ = [
     "downstream",
 ]
 
-# %% ../nbs/14_maps.ipynb #4e1f71c2
+# %% ../nbs/14_maps.ipynb #cf8eca98
 import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -39,8 +39,8 @@ from nnsight import TransformersModel
 from torch import Tensor
 from tqdm import tqdm
 
-from .artefacts import Artefact, Count, Layers, Notes, Score, Template, save_fields
-from .cards import card, heat
+from .artefacts import Artefact, Count, Layers, Notes, Score, Share, Template, save_fields
+from .cards import Entry, card, heat
 from .concepts import Concept, activations, mean_difference
 from .data import ContrastPairs, Corpus, text_key
 from .models import ModelInfo, model_info
@@ -355,7 +355,7 @@ def _dealt(P, T, orders):  # (L2, texts, d2) twice, (1 + 1000, texts) -> (1 + 10
     return (P @ T.mT)[:, orders[0], orders].mean(-1).amax(0)
 
 
-# %% ../nbs/14_maps.ipynb #bfecb42c
+# %% ../nbs/14_maps.ipynb #37f7b7a1
 @dataclass(frozen=True, kw_only=True)
 class LayerGrid(Artefact):
     "One map for each pair of layers of two models, judged on texts that none of them saw."
@@ -390,7 +390,7 @@ class LayerGrid(Artefact):
     cosine: Tensor  # (L1, L2) mean cosine of predicted and true states, standardised
     r2_shuffled: Tensor  # (L1, L2) held-out R2 of the shuffled control
     rank: Tensor  # (L1, L2) effective rank of the standardised map
-    p_value: float  # of the best cosine, against the best over all pairs of layers when texts are shuffled
+    p_value: Share  # of the best cosine, against the best over all pairs of layers when texts are shuffled
     method: str
     rows: Count  # paired rows that fitted the maps
     texts: Count  # texts that were read, held-out ones among them
@@ -450,9 +450,9 @@ def _grid(m, make, method, lambdas=LAMBDAS, centred=True):
     return grid
 
 
-# %% ../nbs/14_maps.ipynb #3fc4cd41
-@dataclass(frozen=True)
-class MapMethod:
+# %% ../nbs/14_maps.ipynb #2df5f96e
+@dataclass(frozen=True, repr=False)
+class MapMethod(Entry):
     "A way to get a map; give one of the two functions."
 
     name: str

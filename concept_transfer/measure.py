@@ -23,7 +23,7 @@ __all__ = [
     "steerability",
 ]
 
-# %% ../nbs/16_measure.ipynb #9f7c8572
+# %% ../nbs/16_measure.ipynb #69150b96
 import re
 import warnings
 from collections.abc import Callable, Sequence
@@ -41,7 +41,7 @@ from pydantic import Field, InstanceOf
 from torch import Tensor
 from tqdm import tqdm
 
-from .cards import card
+from .cards import Entry, card
 from .concepts import Concept, position_rule
 from .data import Corpus, checked, load_corpus
 from .engine import bundled, context_length, encode, engine, layer_numbers, left_batches, pad
@@ -102,9 +102,9 @@ class Answers(_Shown):
         return np.array([x - rest.mean() for x, rest in self.compared])
 
 
-# %% ../nbs/16_measure.ipynb #ac2dc810
-@dataclass(frozen=True)
-class Metric:
+# %% ../nbs/16_measure.ipynb #2c3f4d63
+@dataclass(frozen=True, repr=False)
+class Metric(Entry):
     "One number an item, made of answers."
 
     name: str  # in tables and in `evidence.json`
@@ -164,11 +164,11 @@ def _changes(batch, steered, layer):
     return {t.layer: adding(t.vector(), rule, batch.mask) for t in steered}
 
 
-# %% ../nbs/16_measure.ipynb #b2c1c7a2
+# %% ../nbs/16_measure.ipynb #bff56f47
 _R = TypeVar("_R")  # a record
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Probe(Generic[_R]):
     """Texts made ready at one layer of one model, the lowest that is changed. Call it with what is done to
     the stream, or a list of that."""
@@ -178,6 +178,9 @@ class Probe(Generic[_R]):
     run: Any  # of the engine: changes -> what came back of each batch
     judge: Callable[[list], _R]  # what came back of all batches -> the record
     texts: Sequence[str] = ()  # of neutral text
+
+    def __repr__(self):
+        return f"Probe({self.target.name}[{self.layer}])"
 
     def __call__(self, changes: Steered | list = None) -> Any:
         "A record, or a list of them for a list. Raises ValueError for another layer's or model's transplant."

@@ -5,14 +5,13 @@
 # %% auto #0
 __all__ = ["wrap", "ModelInfo", "model_info", "tiny_model", "twin", "load_model"]
 
-# %% ../nbs/10_models.ipynb #cb8082be
+# %% ../nbs/10_models.ipynb #ad89e847
 import copy
 import hashlib
 import json
 import re
 import warnings
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from pathlib import Path
 from shutil import disk_usage
 from typing import Any
@@ -28,7 +27,7 @@ from transformers import AutoConfig, AutoTokenizer
 
 from .artefacts import Count
 from .cards import card
-from .data import find_file
+from .data import find_file, nearest
 from .engine import Local, attach, checked, engine, wrapped
 from .ndif import hosted_model, simulated
 from .remote import Remote, server
@@ -106,14 +105,14 @@ def _called(name):
     return path.resolve().name if name and path.exists() or path.is_absolute() else name
 
 
-# %% ../nbs/10_models.ipynb #a5f72544
+# %% ../nbs/10_models.ipynb #5db4701d
 _INFOS: WeakKeyDictionary = WeakKeyDictionary()  # of models that are in use
 
 
 def model_info(model: TransformersModel) -> ModelInfo:
     "Name, shape and fingerprint of a model; computed once a model."
     if model not in _INFOS:
-        config, made = model._module.config, engine(model)
+        made, config = engine(model), model._module.config
         _INFOS[model] = ModelInfo(
             made.name or _called(config._name_or_path) or config.model_type,
             config.model_type,
@@ -173,18 +172,19 @@ def tiny_model(
     return wrap(*tiny_module(family, seed, **config), f"tiny-{family}-{seed}")
 
 
-# %% ../nbs/10_models.ipynb #8e9c7c4f
+# %% ../nbs/10_models.ipynb #ca75e5ba
 def twin(
     model: TransformersModel,  # of a family with a twin: Llama, Mistral, Qwen2, GPT-2, GPT-NeoX or OPT
     widen: int = 0,  # how many dimensions to add (RMSNorm families)
     seed: int = 0,
 ) -> tuple[TransformersModel, torch.Tensor]:  # the twin, and Q (d, d + widen): twin state = state @ Q
     "The same function in another basis: the ground truth for maps. Raises ValueError where there is none."
+    name = model_info(model).name
     module, Q = twin_module(model._module, widen, seed)
-    return wrap(module, copy.deepcopy(model.tokenizer), f"{model_info(model).name}-twin-{seed}"), Q
+    return wrap(module, copy.deepcopy(model.tokenizer), f"{name}-twin-{seed}"), Q
 
 
-# %% ../nbs/10_models.ipynb #5aa98d35
+# %% ../nbs/10_models.ipynb #0a44bcfd
 _KNOWN = f"an embedded name ({', '.join(EMBEDDED)}), a folder, a .gguf file or a Hugging Face id"
 
 
@@ -195,7 +195,7 @@ def _place(name):
     kind = "file" if path.suffix == ".gguf" else "folder"
     if name in EMBEDDED:
         return fetch(name)
-    if get_close_matches(name.lower(), EMBEDDED, 1, 0.7) and "/" not in name:
+    if nearest(name, EMBEDDED) and "/" not in name:
         return find_file(name, EMBEDDED)  # its error says what was meant
     if not path.exists() and (kind == "file" or not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", name)):
         raise FileNotFoundError(f"no {kind} {name!r}. A model is {_KNOWN}.")

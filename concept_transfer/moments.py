@@ -20,7 +20,7 @@ __all__ = [
     "collect",
 ]
 
-# %% ../nbs/13_moments.ipynb #b133cdd4
+# %% ../nbs/13_moments.ipynb #d19baabe
 import copy
 import tempfile
 import time
@@ -39,7 +39,7 @@ import torch
 from fastcore.basics import patch
 from nnsight import TransformersModel
 from psutil import virtual_memory
-from pydantic import BeforeValidator, ConfigDict, Field, PositiveInt, with_config
+from pydantic import BeforeValidator, ConfigDict, Field, NonNegativeFloat, PositiveInt, with_config
 from torch import LongTensor, Tensor
 from tqdm import tqdm
 from typing_extensions import TypedDict
@@ -881,7 +881,7 @@ def _tell_alike(held, others):
         warnings.warn(f"{len({*near})} of {len(held)} {say}", stacklevel=4)
 
 
-# %% ../nbs/13_moments.ipynb #19fcde38
+# %% ../nbs/13_moments.ipynb #9619f509
 _Layers = Annotated[Annotated[Sequence[int], Field(min_length=1)] | None, Listed]
 
 
@@ -893,12 +893,15 @@ def collect(
     source_layers: _Layers = None,  # default: eight, from a third of the depth on
     target_layers: _Layers = None,
     path: str | Path | None = None,  # where to keep the sums, and to go on from
-    every: float = 120.0,  # seconds between two savings
+    every: NonNegativeFloat = 120.0,  # seconds between two savings
     **reading,  # fields of `Reading`: folds, held_out, most_rows, template, thin, weight, products
 ) -> Collected:
     """`Moments` of two models over a corpus, or its `Rows` where these are few or less. Raises ValueError for
     too little text and too little memory, naming what to do. Warns of held-out texts that are nearly the same
     as others."""
+    known = [f.name for f in fields(Reading)]
+    if strange := [k for k in reading if k not in known]:
+        raise TypeError(f"collect: no option {strange[0]!r}; use {', '.join(known)}.")
     how = Reading(**reading)
     if how.folds < 2:
         raise ValueError("folds=1: cross-validation needs two or more.")

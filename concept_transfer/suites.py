@@ -15,7 +15,7 @@ __all__ = [
     "measure_suite",
 ]
 
-# %% ../nbs/19_suites.ipynb #6938f5fa
+# %% ../nbs/19_suites.ipynb #0b867f72
 import hashlib
 import json
 import logging
@@ -38,7 +38,7 @@ from tqdm import tqdm
 
 from .arms import Trial, described, made_of, native_direction, written
 from .artefacts import Journal, file_hash, plain, versions, whole_file
-from .cards import card
+from .cards import Entry, card
 from .cards import table as html_table
 from concept_transfer.data import (
     ContrastPairs,
@@ -196,9 +196,9 @@ def _graded(name, prompts, grades):
     return GenerationTask(scorer.words, [GenerationItem(x, scorer, x) for x in starts])
 
 
-# %% ../nbs/19_suites.ipynb #66801472
-@dataclass(frozen=True)
-class Measure:
+# %% ../nbs/19_suites.ipynb #fc8d3e96
+@dataclass(frozen=True, repr=False)
+class Measure(Entry):
     "A public measure."
 
     name: str

@@ -26,13 +26,14 @@ __all__ = [
     "load_task",
 ]
 
-# %% ../nbs/02_tasks.ipynb #f1bf049c
+# %% ../nbs/02_tasks.ipynb #af6aaf85
 import inspect
 import json
 import random
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from difflib import get_close_matches
 from functools import cache, partial
 from pathlib import Path
 from textwrap import shorten
@@ -44,7 +45,7 @@ from pydantic import FiniteFloat, PositiveInt
 from scipy.special import softmax
 from typing_extensions import TypedDict
 
-from .cards import card, table
+from .cards import Entry, card, table
 from concept_transfer.data import (
     EMOTION_PROMPT,
     EMOTIONS,
@@ -104,11 +105,11 @@ class Task:
         return f"{type(self).__name__}({self.name!r}, {len(self)} items, {len({*self.groups})} scenarios)"
 
 
-# %% ../nbs/02_tasks.ipynb #a4d1112e
+# %% ../nbs/02_tasks.ipynb #30f55147
 @patch
 def take(self: Task, n: int, seed: int = 0) -> Self:
     "At most `n` items, drawn at random."
-    n = checked(n, PositiveInt, "take(n)", strict=False)
+    n, seed = checked(n, PositiveInt, "take(n)", strict=False), checked(seed, int, "take: seed")
     return replace(self, items=random.Random(seed).sample(self.items, n)) if n < len(self) else self
 
 
@@ -334,18 +335,15 @@ def mc_scores(
     return dict(zip(names, np.transpose(rows), strict=True))  # (n, 4) -> (4, n)
 
 
-# %% ../nbs/02_tasks.ipynb #551a1109
-@dataclass(frozen=True)
-class Scorer:
+# %% ../nbs/02_tasks.ipynb #afce8905
+@dataclass(frozen=True, repr=False)
+class Scorer(Entry):
     "A function from text to number, and what the number means."
 
     name: str
     words: str  # what it measures
     score: Callable  # of a text and, by name, what else it must know
     told: Any = dict  # type of what it must know
-
-    def __repr__(self):
-        return f"Scorer({self.name!r}: {self.words})"
 
 
 @patch
@@ -508,7 +506,7 @@ def _find(scorer):
     return known[scorer]
 
 
-# %% ../nbs/02_tasks.ipynb #cbdd4e6c
+# %% ../nbs/02_tasks.ipynb #8ecbd6ce
 class GenerationItem(NamedTuple):
     "A prompt that a model goes on from, and what scores its text."
 
@@ -533,6 +531,8 @@ class GenerationTask(Task):
 
     def score(self, texts: Sequence[str]) -> list[float]:
         "What the scorers say of the continuations, in order. Raises ValueError where that is no number."
+        if len(texts) != len(self):
+            raise ValueError(f"{len(texts)} texts for the {len(self)} prompts of task {self.name!r}.")
         scores = [item.scorer(t) for item, t in zip(self.items, texts, strict=True)]
         return checked(scores, list[FiniteFloat], f"task {self.name!r}: scores", strict=False)
 
@@ -579,22 +579,34 @@ TASKS: dict[str, Callable] = {
 }
 
 
-# %% ../nbs/02_tasks.ipynb #df665116
+# %% ../nbs/02_tasks.ipynb #127a2466
+def _refuse_slips(found, known, path):
+    "Raise ValueError for a name that is nearly one that is missing: what it holds would be left out."
+    missing = [k for k in known if k not in found]
+    for name in found.keys() - {*known}:
+        if near := get_close_matches(str(name).lower(), missing, 1, 0.8):
+            raise ValueError(f"{path}: {name!r} is not known here. Did you mean {near[0]!r}?")
+
+
 def _items(path, rows):
     "Items of a choice task from rows."
     rows = checked(rows, list[dict], f"{path}: row")
+    for row in rows:
+        _refuse_slips(row, ChoiceItem._fields, path)
     groups = scenarios([r.get("group", i) for i, r in enumerate(rows)], range(len(rows)))
     rows = [{k: r[k] for k in ChoiceItem._fields if k in r} for r in rows]
     return [r | {"group": g} for r, g in zip(rows, groups, strict=True)]
 
 
-# %% ../nbs/02_tasks.ipynb #418e7e4b
+# %% ../nbs/02_tasks.ipynb #a536535c
 def _read_task(path, found):
     "A task of a file, by what it looks like."
     match found:
         case {"items": [*rows]} as d:
+            _refuse_slips(d, ("name", "instruction", "items"), path)
             return ChoiceTask(d.get("name", path.stem), _items(path, rows), d.get("instruction", ""))
         case {"prompts": [*prompts]} as d:
+            _refuse_slips(d, ("name", "scorer", "args", "groups", "prompts"), path)
             args = checked(d.get("args", {}), dict[str, Any], f"{path}: args")
             name, scorer = d.get("name", path.stem), _find(d.get("scorer")).bind(**args)
             return generation_task(name, prompts, scorer, d.get("groups", ()))
@@ -615,7 +627,7 @@ def _read_task(path, found):
     )
 
 
-# %% ../nbs/02_tasks.ipynb #e379f1b0
+# %% ../nbs/02_tasks.ipynb #470b6416
 def load_task(
     ref: Any,  # a name in `TASKS`, a file or data in memory: items, prompts, TruthfulQA's CSV, or pairs
     split: str = "test",  # of a built-in task: tune, test, or fresh, which studies read once
@@ -626,11 +638,12 @@ def load_task(
     if split not in ("tune", "test", "fresh"):
         why = "a task is tune, test or fresh; the fit scenarios made the direction"
         raise ValueError(f"split {split!r}: {why}.")
-    if make := TASKS.get(str(ref)):
+    make = TASKS.get(str(ref))
+    if bool(choices) != bool(target) or (make and target):
+        raise ValueError(f"{ref}: --choices a,b,c and --target a belong together, beside a file of pairs.")
+    if make:
         return make(split)
     path, found = open_data(ref, TASKS)
-    if choices and target:
+    if target:
         return choice_task(load_pairs(ref).negative, choices, target, path.stem)
-    if choices or target:
-        raise ValueError(f"{path}: --choices a,b,c and --target a belong together.")
     return _read_task(path, found)

@@ -13,8 +13,9 @@ __all__ = [
     "planted_module",
 ]
 
-# %% ../nbs/05_toys.ipynb #0dcbe534
+# %% ../nbs/05_toys.ipynb #eec164ac
 import copy
+from difflib import get_close_matches
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -66,7 +67,7 @@ def tiny_tokenizer(
 TINY = FAMILIES["tiny"]  # family: kind of tokenizer, and configuration
 
 
-# %% ../nbs/05_toys.ipynb #5f40eb7b
+# %% ../nbs/05_toys.ipynb #2fcc3bf5
 def tiny_module(
     family: str = "llama",  # a key of TINY
     seed: int = 0,
@@ -77,6 +78,10 @@ def tiny_module(
     Gains of norms are random too, so that folding them is a real test."""
     if family not in TINY:
         raise ValueError(f"no tiny {family!r}: use one of {', '.join(TINY)}.")
+    known = dir(AutoConfig.for_model(family))
+    for name in {*config} - {*known}:
+        if near := get_close_matches(name, known, 1, 0.8):
+            raise ValueError(f"a tiny {family} has no {name!r}. Did you mean {near[0]!r}?")
     config = TINY[family] | config
     tokenizer = tiny_tokenizer(config.pop("tokenizer"))
     with torch.random.fork_rng(devices=[]):
@@ -137,7 +142,7 @@ def _turn_writer(writer, Q):
         writer.bias.data = writer.bias @ Q  # (d',)
 
 
-# %% ../nbs/05_toys.ipynb #872e38e2
+# %% ../nbs/05_toys.ipynb #02e4922a
 def twin_module(
     module: "PreTrainedModel",  # of a family in LAYOUTS
     widen: int = 0,  # how many dimensions to add (RMSNorm families)
@@ -151,6 +156,8 @@ def twin_module(
             f"Use one of {', '.join(LAYOUTS)}."
         )
     layout = LAYOUTS[family]
+    if widen < 0:
+        raise ValueError(f"widen={widen}: a twin has as many dimensions, or more.")
     if layout["layernorm"] and widen:
         raise ValueError(f"a {family} model ties its width to its heads; twin it with widen=0.")
     Q = random_rotation(d, d + widen, seed, layout["layernorm"])

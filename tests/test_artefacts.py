@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from concept_transfer.artefacts import Journal, fingerprint, load_artefact, whole_file
+from concept_transfer.artefacts import Journal, fingerprint, keeping, load_artefact, whole_file
 from concept_transfer.concepts import POSITIONS, Concept, Position, activations, extract_concept
 from concept_transfer.data import ContrastPairs, load_pairs
 from concept_transfer.maps import AffineMap, LayerGrid
@@ -453,3 +453,34 @@ def test_the_shape_of_a_model_is_numbers(kinds, kind, key, value, file):
     file.write_bytes(fuzz.sealed(fuzz.load(s.raw), head | {side: head[side] | {key: value}}))
     with pytest.raises(ValueError, match="x.safetensors"):
         s.load(file)
+
+
+def test_28_a_file_of_ones_own_stays_beside_a_search(tmp_path):
+    letter = tmp_path / "letter"
+    letter.write_text("dear you\n")
+    with keeping(letter):
+        pass
+    assert letter.read_text() == "dear you\n"
+    with keeping(tmp_path / "search") as file:
+        Journal(file, "search").keep({"a": 1})
+    assert not file.exists()
+
+
+def test_7_a_place_or_a_score_that_cannot_be(kinds, file):
+    for kind, key, value in (
+        ("concept", "site", "attention"),
+        ("concept", "auc", [1e308] * 4),
+        ("affine", "r2", 1e308),
+        ("map", "p_value", 1.5),
+        ("map", "p_value", -1.0),
+    ):
+        head, tensors = fuzz.head_of(kinds[kind].raw), fuzz.load(kinds[kind].raw)
+        file.write_bytes(fuzz.sealed(tensors, head | {key: value}))
+        with pytest.raises(ValueError, match=f"x.safetensors.*{key}"):
+            kinds[kind].load(file)
+
+
+def test_a_journal_says_what_it_keeps(tmp_path):
+    kept = Journal(tmp_path / "j", "search")
+    kept.keep({"a": 1})
+    assert repr(kept) == "Journal('search', 1 kept)"

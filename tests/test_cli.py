@@ -439,6 +439,14 @@ USAGE = [
     (["transplant", "--concept", "a", "--map", "b", "--out", "c", "--layers", "deep"], "LS:LT"),
     (["generate", "--transplant", "a"], "--prompt"),
     (["generate", "--transplant", "a", "--prompt", "b", "--prompts", "c"], "--prompts"),
+    (["generate", "--transplant", "a", "--prompts", "b", "--compare"], "--compare"),
+    (
+        ["generate", "--transplant", "a", "--prompt", "b", "--strength", "2", "--strengths", "0,1"],
+        "--strength",
+    ),
+    (["generate", "--transplant", "a", "--prompt", "b", "--strengths", ""], "--strengths"),
+    (["transplant", "--concept", "a", "--map", "b", "--out", "c", "--items", "0"], "--items"),
+    (["lint", "honesty", "--choices", "a"], "--choices"),
 ]
 
 
@@ -471,6 +479,27 @@ NUMBERS = [
     (PLACE, "--damage", "0"),
     (PLACE, "--damage", "-.1"),
 ]
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        [*JUDGE[:3], "--task", "instructions", "--out", "d"],
+        ["run", "--pairs", "honesty", "--task", "instructions", "--out", "d"],
+        ["lint", "honesty", "--task", "instructions"],
+    ],
+)
+def test_a_task_without_choices_is_refused_before_a_model_is_loaded(argv, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("concept_transfer.models.load_model", lambda *_: pytest.fail("it was loaded"))
+    assert main(*argv) == 1
+    assert "has no choices" in capsys.readouterr().err
+
+
+def test_choices_beside_a_built_in_task_are_refused_in_a_shell(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main("lint", "honesty", "--task", "knowledge", "--choices", "a,b", "--target", "a") == 1
+    assert "beside a file of pairs" in capsys.readouterr().err
 
 
 def test_a_template_without_a_place_is_refused_before_a_model_is_loaded(tmp_path, monkeypatch, capsys):

@@ -638,3 +638,42 @@ def test_an_array_without_a_dimension_is_no_list():
     for load in (load_corpus, load_pairs, load_task):
         with pytest.raises(FileNotFoundError, match="'abc' is neither"):
             load(np.array("abc"))
+
+
+@pytest.mark.parametrize(
+    "load, name, meant",
+    [
+        (load_pairs, "hapiness", "emotions/happiness"),
+        (load_pairs, "Honesty", "honesty"),
+        (load_pairs, "EMOTIONS/FEAR", "emotions/fear"),
+        (load_task, "Honesty", "behaviours/honesty"),
+        (load_task, "knowlege", "knowledge"),
+        (load_corpus, "neutrl", "neutral"),
+    ],
+)
+def test_names_are_understood_in_any_case_and_by_their_last_part(load, name, meant):
+    with pytest.raises(FileNotFoundError, match=f"Did you mean '{meant}'"):
+        load(name)
+
+
+def test_B6_scenarios_are_groups(write):
+    for name in ("scenario", "Scenarios"):
+        pairs = load_pairs(write("p.csv", f"text,label,{name}\nWe sang,1,town\nWe cried,0,lake\n"))
+        assert pairs.groups == ("town", "lake")
+    sides = {"positive": ["We sang"], "negative": ["We cried"], "scenario": ["town"]}
+    assert load_pairs(sides).groups == ("town", "town")
+
+
+def test_what_is_no_pairs_no_task_and_no_seed_is_said():
+    honesty = load_pairs("honesty")
+    for call in (
+        lambda: lint(load_corpus("neutral")),
+        lambda: lint(honesty, "knowledge"),
+        lambda: lint(honesty, near="x"),
+        lambda: load_pairs("emotions/fear", seed="x"),
+        lambda: load_task("knowledge").take(2, seed=[1]),
+        lambda: load_task("knowledge").take(2, seed=None),
+    ):
+        with pytest.raises(ValueError, match="pairs|task|near|seed"):
+            call()
+    assert not lint(honesty, load_task("instructions"))

@@ -845,3 +845,19 @@ def test_an_arm_that_is_always_right_has_an_interval(pair, task):
     e = Evidence(replace(e.provenance, groups=[str(i) for i in range(20)], n=20), runs)
     assert e.arms["transplanted"].ci == pytest.approx([0.839, 1], abs=1e-3)
     assert e.effect.recovery == 1 and e.effect.recovery_ci is None
+
+
+def test_settings_arms_and_experiments_are_honoured_or_refused(pair, task):
+    t = place(torch.ones(48), pair[1], 1, dose=0.5, norm=5.0)
+    for damage in (0, -1, float("nan")):
+        with pytest.raises(ValueError, match="damage"):
+            Settings(damage=damage)
+    with pytest.raises(ValueError, match="'base' is needed"):
+        evaluate(t, task, arms={})
+    with pytest.raises(ValueError, match="experiments"):
+        evaluate(t, task, experiments=[])
+
+
+def test_entries_show_name_and_words():
+    for entry in (ARMS["random"], METRICS["margin"]):
+        assert repr(entry) == f"{type(entry).__name__}({entry.name!r}: {entry.words})"

@@ -661,3 +661,42 @@ def test_a_processor_is_no_tokenizer():
     for wrong in (lambda text: [1, 2], SimpleNamespace(tokenizer=m.tokenizer), 5, "llama"):
         with pytest.raises(ValueError, match="needs its tokenizer.*A processor of images and text has it"):
             load_model(m._module, wrong)
+
+
+@pytest.mark.parametrize("call", [model_info, engine, twin, lambda x: place(torch.ones(48), x, 1)])
+@pytest.mark.parametrize("x", [None, 5, "smollm2-135m-instruct"])
+def test_what_is_no_model_is_said(call, x):
+    with pytest.raises(ValueError, match="is no model|Input should be"):
+        call(x)
+
+
+def test_a_rename_is_honoured_or_refused():
+    m = tiny_model("gpt2")
+    assert len(load_model(m, rename={"transformer.h": "layers"}).layers) == 4
+    for wrong in ({"x.y": "layers"}, {"transformer.blocks": "layers"}, "transformer.h"):
+        with pytest.raises(ValueError, match="rename={'transformer.h': 'layers'}|sequence"):
+            load_model(m, rename=wrong)
+
+
+def test_toys_are_what_was_asked_for():
+    for call, says in (
+        (lambda: tiny_model("llama", hidden_sizes=64), "Did you mean 'hidden_size'"),
+        (lambda: tiny_model("gpt2", n_position=64), "Did you mean 'n_positions'"),
+        (lambda: twin(tiny_model("llama"), widen=-2), "widen=-2"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            call()
+    assert tiny_model("gpt2", n_positions=64)._module.config.n_positions == 64
+
+
+def test_67_a_number_that_is_not_finite_in_a_row_that_is_not_tried():
+    m = tiny_model("llama")
+    m._module.model.embed_tokens.weight.data[777, 3] = float("nan")
+    with pytest.raises(ValueError, match="embed_tokens.weight hold numbers that are not finite"):
+        extract_concept(load_model(m._module, m.tokenizer), load_pairs("honesty"), [1])
+
+
+@pytest.mark.parametrize("name", ["smollm2", "gemma", "Gemma-3"])
+def test_the_beginning_of_an_embedded_name_is_understood(name):
+    with pytest.raises(FileNotFoundError, match="Did you mean"):
+        load_model(name)

@@ -771,3 +771,10 @@ def test_what_does_not_fit_is_refused_before_anything_is_read(pair, monkeypatch,
     for run in (collect, fit_maps):
         with pytest.raises(ValueError, match="free are 1e-06 GB of memory .* Give fewer source_layers"):
             run(*pair, only(FEW), [1], [2])
+
+
+def test_options_of_reading_are_named(pair):
+    with pytest.raises(TypeError, match="collect: no option 'lambdas'; use folds, held_out"):
+        fit_maps(*pair, SCENES, [1], [2], lambdas=[1.0])
+    with pytest.raises(ValueError, match="every"):
+        collect(*pair, SCENES, [1], [2], every=-1)

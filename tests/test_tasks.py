@@ -384,3 +384,35 @@ def test_lint_finds_what_a_task_shares_with_pairs():
 def test_a_number_of_words_is_one(scorer, n):
     with pytest.raises(ValueError, match="'n': Input should be"):
         load_task({"prompts": ["It rained"], "scorer": scorer, "args": {"n": n}})
+
+
+@pytest.mark.parametrize(
+    "made, meant",
+    [
+        (dict(items=[ITEM], instructions="Be kind."), "instruction"),
+        (dict(items=[ITEM | {"groups": "rain"}]), "group"),
+        (dict(prompts=["x"], scorer="at_most", arg={"n": 5}), "args"),
+        (dict(prompts=["x"], scorers="upper"), "scorer"),
+    ],
+)
+def test_a_slip_in_a_name_of_a_file_is_not_passed_over(tmp_path, made, meant):
+    (tmp_path / "t.json").write_text(json.dumps(made))
+    with pytest.raises(ValueError, match=f"t.json: .* Did you mean '{meant}'"):
+        load_task(tmp_path / "t.json")
+
+
+def test_what_a_file_says_besides_is_left_alone(tmp_path):
+    more = {"prompt_id": 7, "n_choices": 2, "source": "mine"}
+    (tmp_path / "t.json").write_text(json.dumps({"items": [ITEM | more], "description": "rain"}))
+    assert len(load_task(tmp_path / "t.json")) == 1
+
+
+def test_choices_beside_a_built_in_task_are_refused():
+    for given in ({"choices": ["a", "b"], "target": "a"}, {"choices": ["a", "b"]}, {"target": "a"}):
+        with pytest.raises(ValueError, match="belong together, beside a file of pairs"):
+            load_task("knowledge", **given)
+
+
+def test_as_many_texts_as_prompts_are_scored():
+    with pytest.raises(ValueError, match="2 texts for the 1 prompts"):
+        generation_task("loud", ["It rained"], len).score(["a", "b"])
