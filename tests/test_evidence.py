@@ -769,7 +769,8 @@ def test_a_word_and_noise_is_rarely_called_a_concept(plain):
         planted(plain, rng, dict(task=2, readout=rng.normal(0, 0.5)), dict(task=2, readout=0), 0.5).finding
         for _ in range(200)
     ]
-    assert said.count("concept") <= 18  # 5 % of 200, and what chance adds (p .01)
+    assert said.count("concept") <= 10  # 5 % of 200
+    assert said.count("word") > 100
 
 
 def test_what_was_not_asked_is_not_found(pair, task, two_words):
