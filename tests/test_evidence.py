@@ -681,7 +681,7 @@ def found(t, two_words, readouts, **given):
 def test_a_concept_moves_what_its_word_does_not(pair, task, two_words, beyond):
     e = found(pair[2], two_words, [task, beyond])
     planted, other = e.readouts
-    assert e.finding == "concept" and "It is a concept" in verdict(e)
+    assert e.finding == "concept" and "It is a concept" in verdict(e) and "gradient of the word" in verdict(e)
     assert e.data["verdict"] == {"kind": "concept", "text": "It is a concept"}
     assert planted.task == "planted" and planted.n == len(task) and other.n == len(beyond)
     assert other.shift["native"] == pytest.approx(other.shift["transplanted"], abs=0.05)
