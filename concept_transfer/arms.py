@@ -675,7 +675,7 @@ def _readouts(trial, tasks, dosed):
 
 
 def _prose(trial, placed):
-    "Damage on prose, of the arms that are followed and of the word's own direction."
+    "Damage on prose, of the arms that are followed."
     found, groups = prose_damage(trial.bench.model, trial.bench.layer, [*placed.values()])
     runs = []
     for (arm, t), damage in zip(placed.items(), found, strict=True):

@@ -36,7 +36,10 @@ def _chance(e):
     return f"random directions of equal damage reach {reached} ({tested})"
 
 
-# %% ../nbs/26_report.ipynb #0d3c21ee
+# %% ../nbs/26_report.ipynb #2148cb89
+_PUSHES = (*WORD_ARMS, "gradient")  # of the word; the gradient is shown and does not decide
+
+
 def _meaning(e):
     "Whether a concept moved or a word, with the readout that decides."
     said = f" {MEANINGS[e.finding]}."
@@ -44,7 +47,7 @@ def _meaning(e):
         return said
     last = e.readouts[-1]
     low, high = last.shift_ci["transplanted"]
-    words = [f"{look(k).words} {last.shift[k]:+.2f}" for k in WORD_ARMS if k in last.shift]
+    words = [f"{look(k).words} {last.shift[k]:+.2f}" for k in _PUSHES if k in last.shift]
     beside = f", beside {', '.join(words)}" if words else ""
     shift = f"{last.shift['transplanted']:+.2f} nats ({low:+.2f} to {high:+.2f}){beside}"
     return f"{said} Asked by {last.task!r}, the margin moves by {shift}."
@@ -120,7 +123,7 @@ def details(e: Evidence) -> list[str]:
     return out
 
 
-# %% ../nbs/26_report.ipynb #1142a6bc
+# %% ../nbs/26_report.ipynb #815657b1
 def _times(nats):
     "A change of log-odds as a factor of the odds."
     factor = np.exp(nats)
@@ -131,7 +134,7 @@ def _no_word(e):
     "Why it is a concept."
     last = e.readouts[-1]
     low, high = map(_times, last.shift_ci["transplanted"])
-    most = max(last.shift[k] for k in WORD_ARMS if k in last.shift)
+    most = max(last.shift[k] for k in _PUSHES if k in last.shift)
     return (
         f"Asked in other words ({last.n} questions of {last.task!r}), it still multiplies the odds of the "
         f"wanted answer against the others by {_times(last.shift['transplanted'])} ({low} to {high}); "

@@ -20,6 +20,7 @@ import hashlib
 import json
 import logging
 import re
+import string
 import zipfile
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -47,7 +48,6 @@ from concept_transfer.data import (
     data_hash,
     parse_json,
     read_file,
-    split_words,
 )
 from .measure import Bench
 from .moments import Strict, strict
@@ -134,18 +134,21 @@ _FOLLOWS: dict[str, Callable] = {  # of a text and its words
     "count:conjunctions": lambda t, w, small_n: len({*w} & {*"and but for nor or so yet".split()}) >= small_n,
     "format:list": lambda t, w, sep: t.count(sep) >= 2,
     "format:no_whitespace": lambda t, w: len(t.split()) == 1,
-    "words:consonants": lambda t, w: all(re.search("[b-df-hj-np-tv-z]{2}", x) for x in w),
+    "words:consonants": lambda t, w: all(re.search("[b-df-hj-np-tv-z]{2}", x) for x in t.lower().split()),
     "words:prime_lengths": lambda t, w: {*map(len, w)} <= {2, 3, 5, 7, 11, 13, 17, 19},
     "words:repeats": lambda t, w, small_n: max(map(w.count, w), default=0) <= small_n,
-    "words:alphabet": lambda t, w: all((ord(b[0]) - ord(a[0])) % 26 == 1 for a, b in pairwise(w)),
+    "words:alphabet": lambda t, w: (
+        w[0][0].isalpha() and all((ord(b[0]) - ord(a[0])) % 26 == 1 for a, b in pairwise(w))
+    ),
     "words:no_consecutive": lambda t, w: all(a[0] != b[0] for a, b in pairwise(w)),
 }
 
 
 def _followed(text, rules):
     "Whether a text follows all rules: 1 or 0."
-    text, words = text.strip(), split_words(text)
-    return bool(text) and all(_FOLLOWS[k](text, words, **given) for k, given in rules)
+    text = text.strip()
+    words = text.lower().translate(str.maketrans("", "", string.punctuation)).split()  # as IFBench splits
+    return bool(words) and all(_FOLLOWS[k](text, words, **given) for k, given in rules)
 
 
 def _instructions(path):

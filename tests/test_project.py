@@ -305,19 +305,60 @@ def triples_of(study):
     return found
 
 
+def unknown(text, known):
+    "The numbers with an interval of a text that are not among some, also turned round: *behind by*."
+    for said in re.findall(TRIPLE, text):
+        near = 0.5 * 10 ** -min(len(x.split(".")[1]) for x in said) + 1e-9
+        m, low, high = map(float, said)
+        if not any(
+            max(abs(a - b) for a, b in zip(t, x, strict=True)) <= near
+            for t in known
+            for x in ((m, low, high), (-m, -high, -low))
+        ):
+            yield said
+
+
 def test_numbers_in_the_readme_are_those_of_the_studies():
-    "In every paragraph that links to a study, each number that has an interval is one of that study."
+    "In every paragraph that links to studies, each number that has an interval is one of theirs."
     checked = 0
     for paragraph in re.split(r"\n(?=- |\n)", (ROOT / "README.md").read_text(encoding="utf-8")):
-        for study in re.findall(r"\(nbs/(studies/\w+\.ipynb)\)", paragraph)[:1]:
-            known = triples_of(ROOT / "nbs" / study)
-            for said in re.findall(TRIPLE, paragraph):
-                digits = min(len(x.split(".")[1]) for x in said)
-                near = 0.5 * 10**-digits + 1e-9
-                gaps = [[abs(float(a) - b) for a, b in zip(said, t, strict=True)] for t in known]
-                assert any(max(gap) <= near for gap in gaps), (study, said)
-                checked += 1
+        linked = re.findall(r"\(nbs/(studies/\w+\.ipynb)\)", paragraph)
+        known = [t for study in linked for t in triples_of(ROOT / "nbs" / study)]
+        if linked:
+            assert not [*unknown(paragraph, known)], linked
+            checked += len(re.findall(TRIPLE, paragraph))
+    assert checked > 50
+
+
+BARE = r"(?<![\w.])[+-]?\d*\.\d\d+(?![\w.])"
+
+
+def test_decimals_without_an_interval_are_also_those_of_the_studies():
+    "In the README's findings, as far as a paragraph links to a study."
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    findings, checked = text.split("## What the studies found")[1].split("## What is not shown")[0], 0
+    for paragraph in re.split(r"\n(?=- |\n)", findings):
+        linked = re.findall(r"\(nbs/(studies/\w+)\.ipynb\)", paragraph)
+        files = [ROOT / "nbs" / f"{x}{end}" for x in linked for end in (".ipynb", ".json")]
+        books = [json.loads(f.read_text()) for f in files if f.exists()]
+        stored = json.dumps([[c.get("outputs") for c in b["cells"]] if "cells" in b else b for b in books])
+        known = {float(x) for x in re.findall(r"-?\d*\.\d+", stored.replace("\\n", " "))}
+        for said in re.findall(BARE, re.sub(TRIPLE, "", paragraph)) if linked else ():
+            near = 0.5 * 10 ** -len(said.split(".")[1]) + 1e-9
+            assert any(abs(abs(float(said)) - abs(x)) <= near for x in known), (linked, said)
+            checked += 1
     assert checked > 5
+
+
+@pytest.mark.parametrize("study", sorted((ROOT / "nbs" / "studies").glob("*.ipynb")), ids=lambda p: p.stem)
+def test_numbers_in_the_text_of_a_study_are_those_it_stored(study):
+    "Of its own run, or of a study that it links to; but for its plan, which quotes what was known before."
+    parts = [
+        "".join(c["source"]) for c in json.loads(study.read_text())["cells"] if c["cell_type"] == "markdown"
+    ]
+    text = "\n".join(x.split("## The plan")[0] for x in parts)
+    linked = {study, *(study.parent / x for x in re.findall(r"\((\w+\.ipynb)\)", text))}
+    assert not [*unknown(text, [t for x in linked for t in triples_of(x)])]
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "nbs").rglob("[!._]*.ipynb")), ids=lambda p: p.stem)

@@ -125,6 +125,10 @@ def test_instructions_keep_what_can_be_checked(index):
         ("words:repeats", dict(small_n=1.0), "a b", "a a"),
         ("words:alphabet", {}, "young zebras again", "a c"),
         ("words:no_consecutive", {}, "one two", "two ten"),
+        ("words:consonants", {}, "that's this", "it's"),
+        ("words:repeats", dict(small_n=1.0), "the age-of-the", "the, age. The"),
+        ("words:prime_lengths", {}, "it's us", "don't"),
+        ("words:alphabet", {}, "any-one bears", "27"),
     ],
 )
 def test_rules(index, rule, given, follows, fails):
