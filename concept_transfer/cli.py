@@ -418,27 +418,40 @@ def _writable(path, folder=False):
     return out
 
 
-# %% ../nbs/31_cli.ipynb #218a0755
-def _seconds(model, texts):  # of all texts
-    "How long a model takes to read texts here, by the time that a few of them take; nothing for a server."
-    from concept_transfer.concepts import activations
+# %% ../nbs/31_cli.ipynb #b416109a
+def _timed(model, run):
+    "How long something takes that a model is asked here; nothing for a server."
     from concept_transfer.models import model_info
 
     if model_info(model).weights.startswith("remote:"):
         return 0.0
-    few = texts[:: -(-len(texts) // 8)]
-    activations(model, few[:1], [-1])  # the first pass of a model is slower
+    run()  # the first pass of a model is slower
     start = time.monotonic()
-    activations(model, few, [-1])
-    return (time.monotonic() - start) * len(texts) / len(few)
+    run()
+    return time.monotonic() - start
 
 
-def _expect(what, reads, memory=0):  # models with their texts, bytes beside the models
+def _reading(model, texts):  # of all texts
+    "Seconds that a model takes to read texts, by those of a few."
+    from concept_transfer.concepts import activations
+
+    few = texts[:: -(-len(texts) // 8)]
+    return _timed(model, partial(activations, model, few, [-1])) * len(texts) / len(few)
+
+
+def _asking(t, task, neutral):
+    "Seconds that one direction takes to be brought to a damage and asked."
+    from concept_transfer.measure import Bench
+
+    bench = Bench(t.model, t.layer, task, neutral=neutral)
+    return _timed(t.model, lambda: bench.ask(bench.at_damage(t)))
+
+
+def _expect(what, seconds, memory=0):  # bytes beside the models
     "Say of a long step how long it will take, and how much memory."
-    minutes = sum(_seconds(model, texts) for model, texts in reads) / 60
-    if minutes >= 1 or memory > 1e9:
+    if seconds >= 60 or memory > 1e9:
         more = f", {memory / 1e9:.1f} GB of memory beside the models" if memory else ""
-        _say(f"{what}: about {minutes:.0f} min{more}")
+        _say(f"{what} {seconds / 60:.0f} min{more}")
 
 
 # %% ../nbs/31_cli.ipynb #40024ebf
@@ -448,7 +461,7 @@ def _made(x, out, **facts):
     return facts | {"out": out}, repr(x)
 
 
-# %% ../nbs/31_cli.ipynb #140bc1f8
+# %% ../nbs/31_cli.ipynb #ade657eb
 @command
 def cmd_extract(
     model: str,  # a name, a folder or a .gguf file
@@ -467,7 +480,7 @@ def cmd_extract(
         _warn(problem)
     states = Path(f"{file}.states.part")  # until the concept is made
     read = load_model(model)
-    _expect("reading the pairs", [(read, data.texts)])
+    _expect("reading the pairs: about", _reading(read, data.texts))
     c = extract_concept(read, data, path=states)
     facts = dict(concept=c.name, model=c.model.name, n_pairs=c.n_pairs, layers=c.layers, auc=c.auc)
     answer = _made(c, out, **facts)
@@ -475,7 +488,7 @@ def cmd_extract(
     return answer
 
 
-# %% ../nbs/31_cli.ipynb #d60c43eb
+# %% ../nbs/31_cli.ipynb #97990b32
 def _layer_lists(layers):
     "Layers of the source and of the target from LS,LS:LT,LT; None twice for auto."
     if layers == "auto":
@@ -497,7 +510,7 @@ def _fitted(source, target, texts, file, method, template, layers):
     n1, n2 = (len(k or spread_layers(m)) for k, m in zip(layers, (source, target), strict=True))
     d1, d2 = model_info(source).width, model_info(target).width
     sums = 5 * 8 * (n1 * d1**2 + n1 * d1 * n2 * d2 + n2 * d2**2)  # bytes, of five folds
-    _expect("reading the corpus", [(m, texts.texts) for m in (source, target)], sums)
+    _expect("reading the corpus: about", sum(_reading(m, texts.texts) for m in (source, target)), sums)
     keep: dict[str, Any] = {} if MAP_METHODS[method].fit else {"path": part, "every": 30}
     try:
         own, others = layers
@@ -507,14 +520,14 @@ def _fitted(source, target, texts, file, method, template, layers):
         raise
 
 
-# %% ../nbs/31_cli.ipynb #5a2a2612
+# %% ../nbs/31_cli.ipynb #3e018eed
 @command
 def cmd_align(
     source: str,  # model that is read
     target: str,  # model that is written to
     corpus: str,  # file, or general
     out: str,  # file that is written
-    method: str = "ridge",  # how the maps are fitted: ridge, contrans, procrustes, lowrank
+    method: str = "ridge",  # how the maps are fitted: ridge, contrans, procrustes, lowrank, whitened
     template: str = "{}",  # words around each text ({}): those that the concept's pairs are read in
     layers: str = "auto",  # auto, or LS,LS:LT,LT counted from 0, such as 15,20:9,12
     texts: int | None = None,  # only the first so many of the corpus; default: all
@@ -572,7 +585,7 @@ def cmd_plot(
     return {"out": out}, f"{out} is drawn."
 
 
-# %% ../nbs/31_cli.ipynb #29d8c4be
+# %% ../nbs/31_cli.ipynb #c2bda3a4
 @command
 def cmd_transplant(
     concept: str,  # file that `extract` wrote
@@ -590,10 +603,11 @@ def cmd_transplant(
       --task emotions/happiness --out happy.safetensors"""
     from concept_transfer.artefacts import keeping
     from concept_transfer.concepts import Concept
-    from concept_transfer.data import load_pairs
+    from concept_transfer.data import load_corpus, load_pairs
     from concept_transfer.maps import LayerGrid
     from concept_transfer.models import load_model
     from concept_transfer.selection import transplant as placed
+    from concept_transfer.steering import place
 
     pair = re.fullmatch(r"auto|(\d+):(\d+(?:,\d+)*)", layers)
     if not pair:
@@ -615,6 +629,9 @@ def cmd_transplant(
     if task and layers != "auto":
         _warn(f"--task is not used: --layers {layers} leaves nothing to choose.")
     target = load_model(model) if model else maps.target.load()
+    if items and layers == "auto":
+        first = place(read, target, map=maps[maps.layer_pairs[-1]], dose=damage)
+        _expect("choosing layers: at least", _asking(first, items, load_corpus("neutral")) * 0.75 * 12)
     with keeping(f"{file}.search.part"):
         t = placed(read, maps, target, items, where, damage, pairs=own)
         notes = {k: t.notes[k] for k in ("kl", "damage_budget")}
@@ -815,7 +832,7 @@ def cmd_serve(
     return dict(command=argv, url=url, request=ask), "stopped"
 
 
-# %% ../nbs/31_cli.ipynb #4ed0d6fc
+# %% ../nbs/31_cli.ipynb #792028af
 @command
 def cmd_evaluate(
     transplant: Callable,  # file that `transplant` wrote
@@ -844,6 +861,7 @@ def cmd_evaluate(
     ]
     _ = [load_task(x) for x in names if x not in MEASURES]  # say so now where there is no such task
     t = transplant()
+    _expect("evidence: at least", _asking(t, items, texts) * (2 * chosen.random + 12))
     e = evaluate(t, items, texts, settings=chosen, path=folder / "arms.jsonl", pairs=own, other=foreign)
     e.save(folder / "evidence.json")
     shown = _looks(t, items, e, texts, pairs=own)
@@ -947,7 +965,28 @@ def _smaller(texts, tune, test):
     return texts.take(300), (tune.take(32), test.take(50))
 
 
-# %% ../nbs/31_cli.ipynb #baef4a4a
+# %% ../nbs/31_cli.ipynb #c8d97ee6
+_NEIGHBOURS = ("emotions/happiness", "emotions/sadness", "sentiment", "formality")
+
+
+def _beside(t, task, concept, source, maps):
+    "A transplant beside built-in concepts: the target's own, those of the source, and one that is added."
+    from concept_transfer import views
+    from concept_transfer.concepts import extract_concept
+    from concept_transfer.data import load_pairs
+    from concept_transfer.measure import Bench
+
+    names = [x for x in _NEIGHBOURS if x.split("/")[-1] != t.name]
+    others = [extract_concept(source, load_pairs(x), sorted({m.layers[0] for m in maps})) for x in names]
+    other = Bench(t.model, t.layer).place(others[0], maps, dose=t.dose)
+    return {
+        "Concepts that lie near it": views.nearest_concepts(t, names),
+        "With another concept at once": views.together(t, other, [task]),
+        "Concepts before and after the map": views.compare_concepts([concept, *others], maps[0]).show(),
+    }
+
+
+# %% ../nbs/31_cli.ipynb #4e7a9c48
 def _flow(folder, models, pairs, texts, items, settings, most, other=None):
     """From pairs to the report, each step in a file of the folder. `items` choose, and judge; `most` layer
     pairs are tried."""
@@ -958,7 +997,7 @@ def _flow(folder, models, pairs, texts, items, settings, most, other=None):
     from concept_transfer.models import load_model, model_info
     from concept_transfer.plots import plot_separation
     from concept_transfer.selection import choose, offline_scores
-    from concept_transfer.steering import Transplant
+    from concept_transfer.steering import Transplant, place
     from concept_transfer.views import layer_scores, separation
 
     start, keep, neutral, (tune, test) = time.time(), _steps(folder), load_corpus("neutral"), items
@@ -968,16 +1007,26 @@ def _flow(folder, models, pairs, texts, items, settings, most, other=None):
     _say(f"     {read}\n     {written}")
 
     _say(f"2/6  concept: {pairs.name.split('/')[-1]}, from {len(pairs)} pairs")
-    find = partial(extract_concept, source, pairs)
+
+    def find():
+        _expect("     about", _reading(source, pairs.texts))
+        return extract_concept(source, pairs)
+
     concept = keep("concept.safetensors", find, Concept.load, read, pairs.hash)
     _say(f"     {concept!r}\n3/6  maps: both models read {len(texts)} texts")
-    fit = partial(fit_maps, source, target, texts, template=concept.template)
+
+    def fit():
+        _expect("     about", sum(_reading(m, texts.texts) for m in (source, target)))
+        return fit_maps(source, target, texts, template=concept.template)
+
     maps = keep("map.safetensors", fit, LayerGrid.load, written, texts.hash)
 
     _say(f"     {maps!r}\n4/6  layers and dose, on {len(tune)} items kept for tuning")
 
     def select():
         best = [layers for _, layers in offline_scores(concept, maps, target, pairs)[:most]]
+        first = place(concept, target, map=maps[best[0]])
+        _expect("     at least", _asking(first, tune, neutral) * 0.75 * most)  # whose rounds halve
         return choose(concept, maps, target, tune, neutral, candidates=best)
 
     load = partial(Transplant.load, target=target)
@@ -985,10 +1034,15 @@ def _flow(folder, models, pairs, texts, items, settings, most, other=None):
 
     _say(f"     {t!r}\n5/6  evidence, on {len(test)} items that made and chose nothing here")
     given: dict = dict(pairs=pairs, other=other, source=source, map=_own(maps, t))
-    judge = partial(evaluate, t, test, neutral, settings=settings, path=folder / "arms.jsonl", **given)
+
+    def judge():
+        _expect("     at least", _asking(t, test, neutral) * (2 * settings.random + 12))
+        return evaluate(t, test, neutral, settings=settings, path=folder / "arms.jsonl", **given)
+
     e = keep("evidence.json", judge, Evidence.load, test.hash, other and other.hash, str(settings))
     _say("6/6  report")
     looks = _looks(t, test, e, neutral, concept, source, pairs)
+    looks["pictures"] |= _beside(t, test, concept, source, _own(maps, t))
     looks["pictures"]["Where the concept is found"] = plot_separation(concept)
     if pairs.name in PAIRS:
         looks["pictures"]["Texts it tells apart"] = separation(t, load_pairs(pairs.name, "test")).show()
