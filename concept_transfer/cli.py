@@ -785,13 +785,14 @@ def cmd_adopt(
     return _made(a, out, target=a.target.name, dose=a.dose, descends=a.notes["descends"])
 
 
-# %% ../nbs/31_cli.ipynb #c635a349
+# %% ../nbs/31_cli.ipynb #a4afc9d8
 @command
 def cmd_export(
     transplant: Callable,  # file that `transplant` wrote
-    to: str,  # gguf, baked, vllm, lm-eval or hub
+    to: str,  # gguf, baked, baked-gguf, vllm, lm-eval or hub
     out: str,  # file, or folder of baked and hub
     evidence: str | None = None,  # evidence.json, for the model card of hub
+    like: str | None = None,  # a GGUF file of the target, from which baked-gguf takes how texts are cut
 ) -> Said:
     """a file for another engine, and a receipt of what it does there
 
@@ -799,10 +800,12 @@ def cmd_export(
     from concept_transfer.evidence import Evidence
     from concept_transfer.export import FORMATS, export
 
-    if to not in FORMATS or evidence and to != "hub":
-        raise BadParameter(f"--to {to}: use one of {', '.join(FORMATS)}; only hub takes --evidence.")
+    only = "only hub takes --evidence, only baked-gguf takes --like"
+    if to not in FORMATS or evidence and to != "hub" or bool(like) != (to == "baked-gguf"):
+        raise BadParameter(f"--to {to}: use one of {', '.join(FORMATS)}; {only} and needs it.")
     _writable(out)
-    more = {"evidence": Evidence.load(evidence)} if evidence else {}
+    more: dict[str, Any] = {"evidence": Evidence.load(evidence)} if evidence else {}
+    more |= {"like": like} if like else {}
     receipt = export(transplant(), out, to, **more)
     return vars(receipt) | {"out": out}, repr(receipt)
 

@@ -491,4 +491,5 @@ def test_export_on_the_command_line(llama, tmp_path, capsys, monkeypatch):
     assert cli.main([*asked, "--to", "baked", "--json"]) == 1
     assert cli.main([*asked, "--to", "onnx"]) == 2
     assert cli.main([*asked, "--to", "gguf", "--evidence", "evidence.json"]) == 2
+    assert cli.main([*asked, "--to", "baked-gguf"]) == cli.main([*asked, "--to", "gguf", "--like", "x"]) == 2
     assert "only hub takes --evidence" in capsys.readouterr().err
