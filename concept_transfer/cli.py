@@ -6,6 +6,7 @@
 __all__ = [
     "Said",
     "app",
+    "NEIGHBOURS",
     "command",
     "main",
     "cmd_info",
@@ -969,7 +970,7 @@ def _smaller(texts, tune, test):
 
 
 # %% ../nbs/31_cli.ipynb #c8d97ee6
-_NEIGHBOURS = ("emotions/happiness", "emotions/sadness", "sentiment", "formality")
+NEIGHBOURS = ("emotions/happiness", "emotions/sadness", "sentiment", "formality")
 
 
 def _beside(t, task, concept, source, maps):
@@ -979,7 +980,7 @@ def _beside(t, task, concept, source, maps):
     from concept_transfer.data import load_pairs
     from concept_transfer.measure import Bench
 
-    names = [x for x in _NEIGHBOURS if x.split("/")[-1] != t.name]
+    names = [x for x in NEIGHBOURS if x.split("/")[-1] != t.name]
     others = [extract_concept(source, load_pairs(x), sorted({m.layers[0] for m in maps})) for x in names]
     other = Bench(t.model, t.layer).place(others[0], maps, dose=t.dose)
     return {

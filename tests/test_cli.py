@@ -689,7 +689,7 @@ def demo(tmp_path, monkeypatch, little):
     small, steps = arms.Settings, []
     made = {name: getattr(room, name) for name, room in rooms.items()}
     monkeypatch.setattr(models, "load_model", tiny.__getitem__)
-    monkeypatch.setattr(cli, "_NEIGHBOURS", ("emotions/sadness",))
+    monkeypatch.setattr(cli, "NEIGHBOURS", ("emotions/sadness",))
     monkeypatch.setattr(data, "load_corpus", lambda name: load_corpus(name).take(60))
     monkeypatch.setattr(tasks, "load_task", lambda *a: load_task(*a).take(8))
     quick = dict(random=1, off=(), readouts=(), bootstrap=50, strengths=(0.0, 1.0))
