@@ -6,6 +6,7 @@
 __all__ = [
     "Said",
     "app",
+    "NEIGHBOURS",
     "command",
     "main",
     "cmd_info",
@@ -424,27 +425,40 @@ def _writable(path, folder=False):
     return out
 
 
-# %% ../nbs/31_cli.ipynb #218a0755
-def _seconds(model, texts):  # of all texts
-    "How long a model takes to read texts here, by the time that a few of them take; nothing for a server."
-    from concept_transfer.concepts import activations
+# %% ../nbs/31_cli.ipynb #b416109a
+def _timed(model, run):
+    "How long something takes that a model is asked here; nothing for a server."
     from concept_transfer.models import model_info
 
     if model_info(model).weights.startswith("remote:"):
         return 0.0
-    few = texts[:: -(-len(texts) // 8)]
-    activations(model, few[:1], [-1])  # the first pass of a model is slower
+    run()  # the first pass of a model is slower
     start = time.monotonic()
-    activations(model, few, [-1])
-    return (time.monotonic() - start) * len(texts) / len(few)
+    run()
+    return time.monotonic() - start
 
 
-def _expect(what, reads, memory=0):  # models with their texts, bytes beside the models
+def _reading(model, texts):  # of all texts
+    "Seconds that a model takes to read texts, by those of a few."
+    from concept_transfer.concepts import activations
+
+    few = texts[:: -(-len(texts) // 8)]
+    return _timed(model, partial(activations, model, few, [-1])) * len(texts) / len(few)
+
+
+def _asking(t, task, neutral):
+    "Seconds that one direction takes to be brought to a damage and asked."
+    from concept_transfer.measure import Bench
+
+    bench = Bench(t.model, t.layer, task, neutral=neutral)
+    return _timed(t.model, lambda: bench.ask(bench.at_damage(t)))
+
+
+def _expect(what, seconds, memory=0):  # bytes beside the models
     "Say of a long step how long it will take, and how much memory."
-    minutes = sum(_seconds(model, texts) for model, texts in reads) / 60
-    if minutes >= 1 or memory > 1e9:
+    if seconds >= 60 or memory > 1e9:
         more = f", {memory / 1e9:.1f} GB of memory beside the models" if memory else ""
-        _say(f"{what}: about {minutes:.0f} min{more}")
+        _say(f"{what} {seconds / 60:.0f} min{more}")
 
 
 # %% ../nbs/31_cli.ipynb #40024ebf
@@ -454,7 +468,7 @@ def _made(x, out, **facts):
     return facts | {"out": out}, repr(x)
 
 
-# %% ../nbs/31_cli.ipynb #140bc1f8
+# %% ../nbs/31_cli.ipynb #ade657eb
 @command
 def cmd_extract(
     model: str,  # a name, a folder or a .gguf file
@@ -473,7 +487,7 @@ def cmd_extract(
         _warn(problem)
     states = Path(f"{file}.states.part")  # until the concept is made
     read = load_model(model)
-    _expect("reading the pairs", [(read, data.texts)])
+    _expect("reading the pairs: about", _reading(read, data.texts))
     c = extract_concept(read, data, path=states)
     facts = dict(concept=c.name, model=c.model.name, n_pairs=c.n_pairs, layers=c.layers, auc=c.auc)
     answer = _made(c, out, **facts)
@@ -481,7 +495,7 @@ def cmd_extract(
     return answer
 
 
-# %% ../nbs/31_cli.ipynb #d60c43eb
+# %% ../nbs/31_cli.ipynb #97990b32
 def _layer_lists(layers):
     "Layers of the source and of the target from LS,LS:LT,LT; None twice for auto."
     if layers == "auto":
@@ -503,7 +517,7 @@ def _fitted(source, target, texts, file, method, template, layers):
     n1, n2 = (len(k or spread_layers(m)) for k, m in zip(layers, (source, target), strict=True))
     d1, d2 = model_info(source).width, model_info(target).width
     sums = 5 * 8 * (n1 * d1**2 + n1 * d1 * n2 * d2 + n2 * d2**2)  # bytes, of five folds
-    _expect("reading the corpus", [(m, texts.texts) for m in (source, target)], sums)
+    _expect("reading the corpus: about", sum(_reading(m, texts.texts) for m in (source, target)), sums)
     keep: dict[str, Any] = {} if MAP_METHODS[method].fit else {"path": part, "every": 30}
     try:
         own, others = layers
@@ -513,14 +527,14 @@ def _fitted(source, target, texts, file, method, template, layers):
         raise
 
 
-# %% ../nbs/31_cli.ipynb #5a2a2612
+# %% ../nbs/31_cli.ipynb #3e018eed
 @command
 def cmd_align(
     source: str,  # model that is read
     target: str,  # model that is written to
     corpus: str,  # file, or general
     out: str,  # file that is written
-    method: str = "ridge",  # how the maps are fitted: ridge, contrans, procrustes, lowrank
+    method: str = "ridge",  # how the maps are fitted: ridge, contrans, procrustes, lowrank, whitened
     template: str = "{}",  # words around each text ({}): those that the concept's pairs are read in
     layers: str = "auto",  # auto, or LS,LS:LT,LT counted from 0, such as 15,20:9,12
     texts: int | None = None,  # only the first so many of the corpus; default: all
@@ -578,7 +592,7 @@ def cmd_plot(
     return {"out": out}, f"{out} is drawn."
 
 
-# %% ../nbs/31_cli.ipynb #29d8c4be
+# %% ../nbs/31_cli.ipynb #c2bda3a4
 @command
 def cmd_transplant(
     concept: str,  # file that `extract` wrote
@@ -596,10 +610,11 @@ def cmd_transplant(
       --task emotions/happiness --out happy.safetensors"""
     from concept_transfer.artefacts import keeping
     from concept_transfer.concepts import Concept
-    from concept_transfer.data import load_pairs
+    from concept_transfer.data import load_corpus, load_pairs
     from concept_transfer.maps import LayerGrid
     from concept_transfer.models import load_model
     from concept_transfer.selection import transplant as placed
+    from concept_transfer.steering import place
 
     pair = re.fullmatch(r"auto|(\d+):(\d+(?:,\d+)*)", layers)
     if not pair:
@@ -621,6 +636,9 @@ def cmd_transplant(
     if task and layers != "auto":
         _warn(f"--task is not used: --layers {layers} leaves nothing to choose.")
     target = load_model(model) if model else maps.target.load()
+    if items and layers == "auto":
+        first = place(read, target, map=maps[maps.layer_pairs[-1]], dose=damage)
+        _expect("choosing layers: at least", _asking(first, items, load_corpus("neutral")) * 0.75 * 12)
     with keeping(f"{file}.search.part"):
         t = placed(read, maps, target, items, where, damage, pairs=own)
         notes = {k: t.notes[k] for k in ("kl", "damage_budget")}
@@ -777,13 +795,14 @@ def cmd_adopt(
     return _made(a, out, target=a.target.name, dose=a.dose, descends=a.notes["descends"])
 
 
-# %% ../nbs/31_cli.ipynb #c635a349
+# %% ../nbs/31_cli.ipynb #a4afc9d8
 @command
 def cmd_export(
     transplant: Callable,  # file that `transplant` wrote
-    to: str,  # gguf, baked, vllm, lm-eval or hub
+    to: str,  # gguf, baked, baked-gguf, vllm, lm-eval or hub
     out: str,  # file, or folder of baked and hub
     evidence: str | None = None,  # evidence.json, for the model card of hub
+    like: str | None = None,  # a GGUF file of the target, from which baked-gguf takes how texts are cut
 ) -> Said:
     """a file for another engine, and a receipt of what it does there
 
@@ -791,10 +810,12 @@ def cmd_export(
     from concept_transfer.evidence import Evidence
     from concept_transfer.export import FORMATS, export
 
-    if to not in FORMATS or evidence and to != "hub":
-        raise BadParameter(f"--to {to}: use one of {', '.join(FORMATS)}; only hub takes --evidence.")
+    only = "only hub takes --evidence, only baked-gguf takes --like"
+    if to not in FORMATS or evidence and to != "hub" or bool(like) != (to == "baked-gguf"):
+        raise BadParameter(f"--to {to}: use one of {', '.join(FORMATS)}; {only} and needs it.")
     _writable(out)
-    more = {"evidence": Evidence.load(evidence)} if evidence else {}
+    more: dict[str, Any] = {"evidence": Evidence.load(evidence)} if evidence else {}
+    more |= {"like": like} if like else {}
     receipt = export(transplant(), out, to, **more)
     return vars(receipt) | {"out": out}, repr(receipt)
 
@@ -824,7 +845,7 @@ def cmd_serve(
     return dict(command=argv, url=url, request=ask), "stopped"
 
 
-# %% ../nbs/31_cli.ipynb #4ed0d6fc
+# %% ../nbs/31_cli.ipynb #792028af
 @command
 def cmd_evaluate(
     transplant: Callable,  # file that `transplant` wrote
@@ -853,6 +874,7 @@ def cmd_evaluate(
     ]
     _ = [load_task(x) for x in names if x not in MEASURES]  # say so now where there is no such task
     t = transplant()
+    _expect("evidence: at least", _asking(t, items, texts) * (2 * chosen.random + 12))
     e = evaluate(t, items, texts, settings=chosen, path=folder / "arms.jsonl", pairs=own, other=foreign)
     e.save(folder / "evidence.json")
     shown = _looks(t, items, e, texts, pairs=own)
@@ -955,7 +977,28 @@ def _smaller(texts, tune, test):
     return texts.take(300), (tune.take(32), test.take(50))
 
 
-# %% ../nbs/31_cli.ipynb #baef4a4a
+# %% ../nbs/31_cli.ipynb #c8d97ee6
+NEIGHBOURS = ("emotions/happiness", "emotions/sadness", "sentiment", "formality")
+
+
+def _beside(t, task, concept, source, maps):
+    "A transplant beside built-in concepts: the target's own, those of the source, and one that is added."
+    from concept_transfer import views
+    from concept_transfer.concepts import extract_concept
+    from concept_transfer.data import load_pairs
+    from concept_transfer.measure import Bench
+
+    names = [x for x in NEIGHBOURS if x.split("/")[-1] != t.name]
+    others = [extract_concept(source, load_pairs(x), sorted({m.layers[0] for m in maps})) for x in names]
+    other = Bench(t.model, t.layer).place(others[0], maps, dose=t.dose)
+    return {
+        "Concepts that lie near it": views.nearest_concepts(t, names),
+        "With another concept at once": views.together(t, other, [task]),
+        "Concepts before and after the map": views.compare_concepts([concept, *others], maps[0]).show(),
+    }
+
+
+# %% ../nbs/31_cli.ipynb #4e7a9c48
 def _flow(folder, models, pairs, texts, items, settings, most, other=None):
     """From pairs to the report, each step in a file of the folder. `items` choose, and judge; `most` layer
     pairs are tried."""
@@ -966,7 +1009,7 @@ def _flow(folder, models, pairs, texts, items, settings, most, other=None):
     from concept_transfer.models import load_model, model_info
     from concept_transfer.plots import plot_separation
     from concept_transfer.selection import choose, offline_scores
-    from concept_transfer.steering import Transplant
+    from concept_transfer.steering import Transplant, place
     from concept_transfer.views import layer_scores, separation
 
     start, keep, neutral, (tune, test) = time.time(), _steps(folder), load_corpus("neutral"), items
@@ -976,16 +1019,26 @@ def _flow(folder, models, pairs, texts, items, settings, most, other=None):
     _say(f"     {read}\n     {written}")
 
     _say(f"2/6  concept: {pairs.name.split('/')[-1]}, from {len(pairs)} pairs")
-    find = partial(extract_concept, source, pairs)
+
+    def find():
+        _expect("     about", _reading(source, pairs.texts))
+        return extract_concept(source, pairs)
+
     concept = keep("concept.safetensors", find, Concept.load, read, pairs.hash)
     _say(f"     {concept!r}\n3/6  maps: both models read {len(texts)} texts")
-    fit = partial(fit_maps, source, target, texts, template=concept.template)
+
+    def fit():
+        _expect("     about", sum(_reading(m, texts.texts) for m in (source, target)))
+        return fit_maps(source, target, texts, template=concept.template)
+
     maps = keep("map.safetensors", fit, LayerGrid.load, written, texts.hash)
 
     _say(f"     {maps!r}\n4/6  layers and dose, on {len(tune)} items kept for tuning")
 
     def select():
         best = [layers for _, layers in offline_scores(concept, maps, target, pairs)[:most]]
+        first = place(concept, target, map=maps[best[0]])
+        _expect("     at least", _asking(first, tune, neutral) * 0.75 * most)  # whose rounds halve
         return choose(concept, maps, target, tune, neutral, candidates=best)
 
     load = partial(Transplant.load, target=target)
@@ -993,10 +1046,15 @@ def _flow(folder, models, pairs, texts, items, settings, most, other=None):
 
     _say(f"     {t!r}\n5/6  evidence, on {len(test)} items that made and chose nothing here")
     given: dict = dict(pairs=pairs, other=other, source=source, map=_own(maps, t))
-    judge = partial(evaluate, t, test, neutral, settings=settings, path=folder / "arms.jsonl", **given)
+
+    def judge():
+        _expect("     at least", _asking(t, test, neutral) * (2 * settings.random + 12))
+        return evaluate(t, test, neutral, settings=settings, path=folder / "arms.jsonl", **given)
+
     e = keep("evidence.json", judge, Evidence.load, test.hash, other and other.hash, str(settings))
     _say("6/6  report")
     looks = _looks(t, test, e, neutral, concept, source, pairs)
+    looks["pictures"] |= _beside(t, test, concept, source, _own(maps, t))
     looks["pictures"]["Where the concept is found"] = plot_separation(concept)
     if pairs.name in PAIRS:
         looks["pictures"]["Texts it tells apart"] = separation(t, load_pairs(pairs.name, "test")).show()

@@ -93,12 +93,12 @@ def answers(transplant: Transplant) -> EngineAnswers:
     return found
 
 
-# %% ../nbs/23_export.ipynb #a82c7ca1
+# %% ../nbs/23_export.ipynb #d8382d2d
 def _write_gguf(path, kind, values, tensors):
     "Values and 32-bit tensors by name, as one file."
     out, kinds = gguf.GGUFWriter(path, kind), gguf.GGUFValueType
     for k, v in values.items():  # llama.cpp wants whole numbers unsigned
-        out.add_key_value(k, v, kinds.UINT32 if isinstance(v, int) else kinds.get_type(v))
+        out.add_key_value(k, v, kinds.UINT32 if type(v) is int else kinds.get_type(v))
     for k, w in tensors.items():
         out.add_tensor(k, w.detach().float().cpu().contiguous().numpy())
     out.write_header_to_file()
@@ -169,12 +169,29 @@ def _positions(config):
     return full
 
 
-# %% ../nbs/23_export.ipynb #b921b40d
+# %% ../nbs/23_export.ipynb #4d01c8f4
+def _told(like, words):  # words of a model by id, None for what it has none for
+    "What a GGUF file says beside its numbers. Raises ValueError for one that cuts texts into other words."
+    own = "GGUF.", "general.architecture", "general.file_type", "general.quantization_version"
+    fields = gguf.GGUFReader(like).fields.items()
+    told = {k: f.contents() for k, f in fields if not k.startswith(own)}
+    theirs = told.get("tokenizer.ggml.tokens", [])
+    if len(theirs) != len(words) or any(a not in (None, b) for a, b in zip(words, theirs, strict=True)):
+        raise ValueError(
+            f"{like} cuts texts into other words than the target; give a GGUF file of the target."
+        )
+    return told
+
+
+# %% ../nbs/23_export.ipynb #ea705b35
 def write_target(
     model: TransformersModel,  # it runs here
     path: str | Path,
+    like: str | Path | None = None,  # a GGUF file of it, to take from how texts are cut; default: not at all
+    biases: dict[int, Tensor] | None = None,  # {layer: (d,)} at the end of blocks
 ):
-    "A model as a GGUF file to compare with. Raises NotCompared for one that llama.cpp computes otherwise."
+    """A model as a GGUF file to compare with. Raises NotCompared for one that llama.cpp computes otherwise,
+    ValueError for a file of another."""
     config, weights = model._module.config, model._module.state_dict()
     rope = _positions(config)
     arch, known = _GGUF[config.model_type]
@@ -192,9 +209,10 @@ def write_target(
         names = [f"tokenizer.ggml.{k}_token_id" for k in ("eos", "eot", "eom")]
         settings |= zip(names, ends, strict=False)
     words = model.tokenizer.convert_ids_to_tokens([*range(config.vocab_size)])
-    words = [w or f"[{i}]" for i, w in enumerate(words)]
-    cut = {"model": "gpt2", "tokens": words, "merges": [f"{words[-1]} {words[-1]}"]}
-    values = {f"tokenizer.ggml.{k}": v for k, v in cut.items()}
+    tensors |= {f"blk.{k}.ffn_down.bias": v for k, v in (biases or {}).items()}
+    known_words = [w or f"[{i}]" for i, w in enumerate(words)]
+    cut = {"model": "gpt2", "tokens": known_words, "merges": [f"{known_words[-1]} {known_words[-1]}"]}
+    values = _told(like, words) if like else {f"tokenizer.ggml.{k}": v for k, v in cut.items()}
     _write_gguf(path, arch, values | {k: v for k, v in settings.items() if v is not None}, tensors)
 
 
@@ -246,10 +264,10 @@ def _vectors(path):
     return layers, _MADE in read.fields and json.loads(read.fields[_MADE].contents())
 
 
-# %% ../nbs/23_export.ipynb #5062dc12
+# %% ../nbs/23_export.ipynb #ee2b6454
 def server_command(
     engine: str,  # llama.cpp or vllm
-    file: str | Path,  # exported for it
+    file: str | Path,  # exported for it; empty for a baked model
     model: str | Path,  # of llama.cpp a GGUF file, of vLLM a folder or an id
     strength: float | None = None,  # of llama.cpp, for all requests; default: 1
     port: int = 8080,
@@ -259,9 +277,11 @@ def server_command(
     if engine == "llama.cpp":
         if re.search("[,:]", str(file)):
             raise ValueError(f"{file}: a comma or colon has a meaning for llama.cpp; give it another name.")
-        _check_llama(file, model)
-        steer, variables = f"{file}:{1 if strength is None else strength}", {}
-        options = ["--control-vector-scaled", steer, "--no-webui", "-m"]
+        options, variables = ["--no-webui", "-m"], {}
+        if file:
+            _check_llama(file, model)
+            steer = f"{file}:{1 if strength is None else strength}"
+            options = ["--control-vector-scaled", steer, *options]
     elif engine == "vllm":
         if strength is not None:
             raise ValueError("vLLM takes a strength with each request: leave it away.")
@@ -341,19 +361,24 @@ def _tokens(x):
     return [{int(k.split(":")[1]): p for k, p in step.items()} for step in x["top_logprobs"]]
 
 
-# %% ../nbs/23_export.ipynb #872da311
+# %% ../nbs/23_export.ipynb #e3e0f6a6
+def _llama_says(t, model, vector="", strength=None):
+    "What llama.cpp says with a model file, and its version."
+    exact = f"--device none -np 1 -ctk f32 -ctv f32 -fa off -t {torch.get_num_threads()}"
+    with serving("llama.cpp", vector, model, strength, *exact.split()) as (client, ask):
+        return _says(client, ask, t), f"llama.cpp {client.get('/props').json()['build_info']}"
+
+
 def _ask_llama(t, path):
     "What llama.cpp says, and its version."
-    exact, found = f"--device none -np 1 -ctk f32 -ctv f32 -fa off -t {torch.get_num_threads()}", {}
     engine_program("llama.cpp")  # before the target is written
+    found, who = {}, ""
     with TemporaryDirectory() as tmp:
         model, vector = f"{tmp}/model.gguf", shutil.copy(path, f"{tmp}/vector.gguf")
         write_target(t.model, model)
         for s in COMPARED:
-            with serving("llama.cpp", vector, model, s, *exact.split()) as (client, ask):
-                found[s] = _says(client, ask, t)
-                build = client.get("/props").json()["build_info"]
-    return f"llama.cpp {build}", found
+            found[s], who = _llama_says(t, model, vector, s)
+    return who, found
 
 
 # %% ../nbs/23_export.ipynb #ce965a5a
@@ -385,8 +410,10 @@ def _bias(t):
     return f"model.layers.{t.layer}.mlp.down_proj.bias"
 
 
-# %% ../nbs/23_export.ipynb #727b33ce
+# %% ../nbs/23_export.ipynb #69ce82c9
 def _write_baked(t, path):
+    if path.suffix == ".gguf":
+        raise ValueError("baked writes a folder; for a GGUF file take baked-gguf.")
     weights, config = t.model._module.state_dict(), copy.deepcopy(t.model._module.config)
     config.mlp_bias = True
     with torch.device("meta"):
@@ -408,6 +435,30 @@ def _ask_baked(t, path):
             b.copy_(s * v)
         found[s] = _answer(model)
     return f"transformers {versions()['transformers']}", found
+
+
+# %% ../nbs/23_export.ipynb #ac9c21af
+def _biases(t, strength):
+    return {p.layer: p.vector(strength) for p in t.places}
+
+
+def _write_baked_gguf(t, path, like: str | Path | None = None):
+    if like is None:
+        raise ValueError("give like=, a GGUF file of the target: how texts are cut is taken from there.")
+    write_target(t.model, path, like, _biases(t, 1))
+
+
+def _ask_baked_gguf(t, path):
+    "What llama.cpp says with the file, and with files whose biases are those of the other strengths."
+    engine_program("llama.cpp")
+    found, who = {}, ""
+    with TemporaryDirectory() as tmp:
+        for s in COMPARED:
+            model = path if s == 1 else f"{tmp}/{s}.gguf"
+            if s != 1:
+                write_target(t.model, model, biases=_biases(t, s))
+            found[s], who = _llama_says(t, model)
+    return who, found
 
 
 # %% ../nbs/23_export.ipynb #97d012e2
@@ -514,10 +565,11 @@ class Format:
     keeps: bool = False  # whether the receipt stands in it too: it is written again, with `receipt=`
 
 
-# %% ../nbs/23_export.ipynb #7708ea3a
+# %% ../nbs/23_export.ipynb #797ca0f3
 FORMATS: dict = {
     "gguf": Format(_write_vector, _ask_llama, 1e-2, first=False, keeps=True),
     "baked": Format(_write_baked, _ask_baked, 1e-4, families=("llama",)),
+    "baked-gguf": Format(_write_baked_gguf, _ask_baked_gguf, 1e-2, families=("llama",)),
     "vllm": Format(Transplant.save, _ask_vllm, 1e-3),
     "lm-eval": Format(_write_steer, _ask_lm_eval, 1e-4),
     "hub": Format(_write_hub, _ask_hub, 1e-4, positions=True),
@@ -614,12 +666,12 @@ def _proved(t, to, made) -> Receipt:
     return receipt
 
 
-# %% ../nbs/23_export.ipynb #7f3ba60b
+# %% ../nbs/23_export.ipynb #b14f69f8
 def export(
     transplant: Transplant,  # in its target, which runs here in float32
     path: str | Path,  # file, or folder for baked and hub
     to: str = "gguf",  # a key of FORMATS
-    **more,  # evidence= for hub
+    **more,  # evidence= for hub, like= for baked-gguf
 ) -> Receipt:  # also written beside the file, or into the folder
     """Write a transplant for another engine, and compare what it does there with what it does here. Where
     that engine is not installed, a warning and the receipt say so. Raises ValueError for what cannot be

@@ -156,6 +156,53 @@ def test_a_gguf_holds_what_we_know_and_comes_back(llama, tmp_path):
         import_vector(tmp_path / "joy.gguf", tiny_model("llama", 1))
 
 
+def write_words(path, words):
+    "A GGUF file of a model, as far as how it cuts texts."
+    w = gguf.GGUFWriter(path, "llama")
+    w.add_token_list(words)
+    w.add_token_merges(["a b"])
+    w.add_tokenizer_pre("smollm")
+    w.add_add_bos_token(True)
+    w.add_context_length(7)
+    w.write_header_to_file()
+    w.write_kv_data_to_file()
+    w.close()
+
+
+def words_of(model):
+    found = model.tokenizer.convert_ids_to_tokens([*range(model.config.vocab_size)])
+    return [w or "[unused]" for w in found]
+
+
+@pytest.mark.usefixtures("nothing_installed")
+@pytest.mark.filterwarnings("ignore:the export to")
+def test_a_baked_gguf_cuts_texts_as_the_file_of_the_target_does(llama, tmp_path):
+    "Its weights, its numbers and its biases are ours."
+    write_words(tmp_path / "like.gguf", words_of(llama.model))
+    write_target(llama.model, tmp_path / "plain.gguf")
+    llama.export(tmp_path / "joy.gguf", "baked-gguf", like=tmp_path / "like.gguf")
+    made, plain = (gguf.GGUFReader(tmp_path / f"{k}.gguf") for k in ("joy", "plain"))
+    told = {k: f.contents() for k, f in made.fields.items()}
+    assert told["tokenizer.ggml.pre"] == "smollm" and told["tokenizer.ggml.merges"] == ["a b"]
+    assert told["tokenizer.ggml.add_bos_token"] is True
+    assert told["llama.context_length"] == llama.model.config.max_position_embeddings
+    found, known = ({x.name: x.data for x in file.tensors} for file in (made, plain))
+    assert np.array_equal(found.pop("blk.2.ffn_down.bias"), llama.vector(1).numpy())
+    assert found.keys() == known.keys() and all(np.array_equal(found[k], known[k]) for k in known)
+
+
+def test_a_baked_gguf_needs_a_file_of_the_target(llama, tmp_path):
+    with pytest.raises(ValueError, match="give like="):
+        llama.export(tmp_path / "joy.gguf", "baked-gguf")
+    for words in (words_of(llama.model)[::-1], words_of(llama.model)[:-1]):
+        write_words(tmp_path / "other.gguf", words)
+        with pytest.raises(ValueError, match="give a GGUF file of the target"):
+            llama.export(tmp_path / "joy.gguf", "baked-gguf", like=tmp_path / "other.gguf")
+    with pytest.raises(ValueError, match="take baked-gguf"):
+        llama.export(tmp_path / "joy.gguf", "baked")
+    assert not (tmp_path / "joy.gguf").exists()
+
+
 @pytest.mark.usefixtures("nothing_installed")
 @pytest.mark.filterwarnings("ignore:the export to")
 def test_the_file_of_vllm_is_our_own(llama, tmp_path):
@@ -227,7 +274,7 @@ def test_a_folder_is_pushed_to_the_hub_as_it_is(llama, tmp_path, hub):
         push_to_hub(tmp_path / "hub", "me/joy", token="wrong")
 
 
-@pytest.mark.parametrize("to", ["gguf", "baked", "vllm", "lm-eval"])
+@pytest.mark.parametrize("to", ["gguf", "baked", "baked-gguf", "vllm", "lm-eval"])
 def test_positions_that_others_cannot_steer_are_refused(llama, tmp_path, to):
     with pytest.raises(ValueError, match="'last'. What can: hub"):
         replace(llama, positions="last").export(tmp_path / "out", to=to)
@@ -241,7 +288,7 @@ def test_positions_that_others_cannot_steer_are_refused(llama, tmp_path, to):
 def test_what_cannot_be_expressed_is_refused_with_what_can(llama, tmp_path):
     out = tmp_path / "out"
     with pytest.raises(
-        ValueError, match="block 0 cannot be steered there. What can: baked, vllm, lm-eval, hub"
+        ValueError, match="block 0 cannot be steered there. What can: baked, baked-gguf, vllm, lm-eval, hub"
     ):
         planted("llama", 0).export(out)
     with pytest.raises(ValueError, match="no bias at their end.* What can: gguf, vllm, lm-eval, hub"):
@@ -444,4 +491,5 @@ def test_export_on_the_command_line(llama, tmp_path, capsys, monkeypatch):
     assert cli.main([*asked, "--to", "baked", "--json"]) == 1
     assert cli.main([*asked, "--to", "onnx"]) == 2
     assert cli.main([*asked, "--to", "gguf", "--evidence", "evidence.json"]) == 2
+    assert cli.main([*asked, "--to", "baked-gguf"]) == cli.main([*asked, "--to", "gguf", "--like", "x"]) == 2
     assert "only hub takes --evidence" in capsys.readouterr().err

@@ -97,6 +97,14 @@ def test_llama_cpp_steers_at_several_layers(llama_cpp, tmp_path):
     assert receipt.difference < 1e-4 and receipt.strengths[1.0]["moved"] > 0.1
 
 
+def test_a_baked_file_in_llama_cpp(llama_cpp, tmp_path):
+    "At two layers, the first among them, and served as any other model."
+    t = joined([planted("llama", k, k) for k in (0, 2)])
+    write_target(t.model, tmp_path / "target.gguf")
+    receipt = t.export(tmp_path / "joy.gguf", "baked-gguf", like=tmp_path / "target.gguf")
+    assert receipt.difference < 1e-4 and receipt.strengths[1.0]["moved"] > 0.1
+
+
 @pytest.mark.parametrize("fault", ["away", "missing", "wide", "first"])
 def test_llama_cpp_that_serves_unsteered_is_caught(llama_cpp, tmp_path, monkeypatch, fault):
     "It starts, is in good health, and says nothing."
