@@ -31,7 +31,7 @@ __all__ = [
     "measured",
 ]
 
-# %% ../nbs/17_arms.ipynb #c4eba7fb
+# %% ../nbs/17_arms.ipynb #9be68b30
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -45,7 +45,7 @@ from tqdm import tqdm
 
 from .artefacts import Journal, fingerprint
 from .concepts import POSITIONS, REDUCERS, activations, extract_concept
-from .data import ContrastPairs, load_corpus
+from .data import ContrastPairs, fill, load_corpus
 from .engine import engine
 from concept_transfer.measure import (
     METRICS,
@@ -270,7 +270,7 @@ class Arm:
     followed: bool = False  # dose curves, knowledge, texts and other behaviours are asked too
 
 
-# %% ../nbs/17_arms.ipynb #937f938f
+# %% ../nbs/17_arms.ipynb #8ee250ab
 def _as_read(trial, pairs):
     "Pairs, position and reducer as of the concept. Raises ValueError where that cannot be repeated."
     t, notes = trial.t, trial.t.notes
@@ -287,11 +287,13 @@ def _as_read(trial, pairs):
 
 def _placed(trial, found, name=None, maps=None):
     "A direction or a concept for every place of the transplant, there; `maps` are those that carry it."
-    bench, t, out = trial.bench, trial.t, []
-    for p, x, m in zip(t.places, found, maps or [None] * len(found), strict=True):
-        how: dict = dict(dose=t.dose, positions=t.positions, name=name, norm=bench.norm_at(p.layer))
-        out.append(place(x, bench.model, None if m else p.layer, m, **how))
-    return joined(out)
+    bench, t = trial.bench, trial.t
+    return joined(
+        [
+            place(x, bench.model, p.layer, m, t.dose, bench.norm_at(p.layer), name, t.positions)
+            for p, x, m in zip(t.places, found, maps or [None] * len(found))
+        ]
+    )
 
 
 def _at(trial):
@@ -317,7 +319,7 @@ def _random_directions(trial):
     return out
 
 
-# %% ../nbs/17_arms.ipynb #a53cbaeb
+# %% ../nbs/17_arms.ipynb #6f7a51f9
 def _fewer(trial):
     "Generator and number of draws of a stronger control: half as many."
     return np.random.default_rng(trial.settings.seed), (trial.settings.random + 1) // 2
@@ -336,7 +338,7 @@ def _like_states(trial):
     texts = activations(bench.model, bench.texts[0], _at(trial), "all")  # (t, L, d) each
     X = torch.cat([x[1:] for x in texts]).numpy()  # (tokens, L, d)
     weight = rng.normal(size=(n, len(X)))  # (n, tokens): the same mix of states at every place
-    drawn = zip(*(weight @ (x - x.mean(0)) for x in X.swapaxes(0, 1)), strict=True)  # n times L of (d,)
+    drawn = zip(*(weight @ (x - x.mean(0)) for x in X.swapaxes(0, 1)))  # n times L of (d,)
     return [_placed(trial, v, f"like states {i}") for i, v in enumerate(drawn)]
 
 
@@ -344,7 +346,7 @@ def _permuted(trial):
     "What the pairs give in the target when their labels are permuted: within pairs where they are paired."
     (rng, n), bench = _fewer(trial), trial.bench
     pairs, position, reducer = _as_read(trial, trial.given["pairs"])
-    texts = [pairs.template.replace("{}", x) for x in pairs.texts]
+    texts = fill(pairs.template, pairs.texts)
     H = torch.stack([*activations(bench.model, texts, _at(trial), position)])  # (texts, L, d)
     k, out = len(pairs.positive), []
     for i in range(n):
@@ -550,7 +552,7 @@ WORD_ARMS = ("unembedding", "logit_bias", "unembedding_mapped")
 ARMS = {a.name: a for a in (*_DIRECTIONS, *_WORDS, *_STRONGER, *_OTHERS)}
 
 
-# %% ../nbs/17_arms.ipynb #395bca05
+# %% ../nbs/17_arms.ipynb #f8069ba1
 def _measured_draws(trial, arm, some, first):
     "Runs of some draws of an arm; `first` is the number of the first of them."
     bench, at = trial.bench, {}
@@ -562,7 +564,7 @@ def _measured_draws(trial, arm, some, first):
     return [
         recorded(arm, experiment, answers, damage, t.dose, draw=i)
         for experiment, ts in at.items()
-        for i, (t, answers, damage) in enumerate(zip(ts, bench.ask(ts), bench.hurt(ts), strict=True), first)
+        for i, (t, answers, damage) in enumerate(zip(ts, bench.ask(ts), bench.hurt(ts)), first)
     ]
 
 
@@ -585,13 +587,13 @@ def made_of(draw: Any) -> Any:
     return draw
 
 
-# %% ../nbs/17_arms.ipynb #d05ef805
+# %% ../nbs/17_arms.ipynb #56bed99a
 def _measure_arm(trial, arm):
     "The draws of an arm, and what was measured of them; none where they cannot be made."
     if any(trial.given.get(x) is None for x in arm.input.split()):
         return [], []
     draws = arm.make(trial)
-    runs: list[Run] = []
+    runs: list = []
     for first in range(0, len(draws), 4):
         some = draws[first : first + 4]
         if runs and isinstance(some[0], Transplant):
@@ -611,14 +613,14 @@ def _curves(trial, placed):
     ]
 
 
-# %% ../nbs/17_arms.ipynb #4012788f
+# %% ../nbs/17_arms.ipynb #fce66a44
 def _elsewhere(experiment, tasks, trial, placed):
     "Answers to other tasks."
     bench = Bench(trial.bench.model, trial.t.layer)
     return [
         recorded(arm, experiment, answers, task=task.name)
         for task in tasks(trial)
-        for arm, answers in zip(placed, bench.with_task(task).ask([*placed.values()]), strict=True)
+        for arm, answers in zip(placed, bench.with_task(task).ask([*placed.values()]))
     ]
 
 
@@ -651,7 +653,7 @@ def readouts_of(task: ChoiceTask) -> list[Task]:
     return [load_task(name, split) for name, split in found.items() if name in TASKS]
 
 
-# %% ../nbs/17_arms.ipynb #3b093911
+# %% ../nbs/17_arms.ipynb #3b92bb5c
 def _asked_again(trial):
     "The tasks that are readouts here."
     given = trial.settings.readouts
@@ -674,10 +676,10 @@ def _readouts(trial, tasks, dosed):
 def _prose(trial, placed):
     "Damage on prose, of the arms that are followed and of the word's own direction."
     found, groups = prose_damage(trial.bench.model, trial.bench.layer, [*placed.values()])
-    runs = []
-    for (arm, t), damage in zip(placed.items(), found, strict=True):
-        runs.append(Run(arm, "prose", dose=t and t.dose, groups=groups, **_rounded(damage)))
-    return runs
+    return [
+        Run(arm, "prose", dose=t and t.dose, groups=groups, **_rounded(damage))
+        for (arm, t), damage in zip(placed.items(), found)
+    ]
 
 
 # %% ../nbs/17_arms.ipynb #6f59ccf8
@@ -690,7 +692,7 @@ FOLLOWED: dict[str, Callable] = {
 }
 
 
-# %% ../nbs/17_arms.ipynb #c6e2cb9e
+# %% ../nbs/17_arms.ipynb #131b79f0
 def measured(trial: Trial, arms: dict[str, Arm]) -> tuple[list[Run], dict[str, str]]:
     "Runs of all arms, then of the experiments on those that are followed, and why others are missing."
     runs: list = []
@@ -704,7 +706,7 @@ def measured(trial: Trial, arms: dict[str, Arm]) -> tuple[list[Run], dict[str, s
             placed[arm.name] = replace(draws[0], dose=doses[0])
         dosed[arm.name] = [
             (replace(t, dose=dose) if isinstance(t, Transplant) else t, dose)
-            for t, dose in zip(draws, doses, strict=True)
+            for t, dose in zip(draws, doses)
             if isinstance(t, Transplant) or hasattr(t, "again")
         ]
         if not draws and not arm.optional:

@@ -379,7 +379,7 @@ def _check_values(x):
 _DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
 
-# %% ../nbs/04_artefacts.ipynb #5c26b0d3
+# %% ../nbs/04_artefacts.ipynb #90a20175
 def _check_shapes(x):
     "Raise ValueError where sizes do not belong together, and for a layer that a model has not."
     parts = {k: v for k, v in vars(x).items() if is_dataclass(v)}
@@ -389,7 +389,7 @@ def _check_shapes(x):
             continue
         letters, _, below = spec.partition("<")
         names, shape = letters.split(), tuple(np.shape(v))
-        want = [sizes.setdefault(*d) for d in zip(names, shape, strict=False)]
+        want = [sizes.setdefault(*d) for d in zip(names, shape)]
         if len(names) != len(shape) or want != [*shape]:
             raise ValueError(f"{k!r} has the shape {shape}, where ({', '.join(names)}) is {tuple(want)}.")
         if (most := [sizes[b] for b in below.split() if b in sizes]) and not np.less(v, most).all():
@@ -574,7 +574,7 @@ def _append(self: Journal, rows):
     self._chain, self._end = chain, self._size
 
 
-# %% ../nbs/04_artefacts.ipynb #0dbb65b2
+# %% ../nbs/04_artefacts.ipynb #1056e88c
 @patch
 def _read(self: Journal, first):
     "Take up what the file holds, or begin it with a first row."
@@ -588,8 +588,14 @@ def _read(self: Journal, first):
         self._chain, _ = linked(self._chain, row)
         if i:
             self.done[row["name"]] = row["value"]
+        elif row["journal"] != self.what:
+            self._refuse(f"is a journal of {row['journal']}, where one of {self.what} is needed")
         else:
-            self._compare(row, first)
+            was, now = row["parts"], first["parts"]
+            for k in {**was, **now}:
+                if was.get(k) != now.get(k):
+                    there = f"{k} was {was.get(k)!r} there and is {now.get(k)!r} here"
+                    self._refuse(f"belongs to another run: {there}")
     if lines:
         if _row(self._chain, half[:-1]):
             self._refuse("is damaged at its end")
@@ -597,17 +603,6 @@ def _read(self: Journal, first):
         self._append([first])
     else:
         self._refuse("holds something else than a journal")
-
-
-@patch
-def _compare(self: Journal, row, first):
-    "Refuse the first row of another journal."
-    if row["journal"] != self.what:
-        self._refuse(f"is a journal of {row['journal']}, where one of {self.what} is needed")
-    was, now = row["parts"], first["parts"]
-    for k in {**was, **now}:
-        if was.get(k) != now.get(k):
-            self._refuse(f"belongs to another run: {k} was {was.get(k)!r} there and is {now.get(k)!r} here")
 
 
 @patch
@@ -650,14 +645,15 @@ def clear(self: Journal):
         self.path.unlink(missing_ok=True)
 
 
-# %% ../nbs/04_artefacts.ipynb #e9cc456a
+# %% ../nbs/04_artefacts.ipynb #b2598797
 KEPT: ContextVar[Path | None] = ContextVar("kept", default=None)
 
 
 @contextmanager
 def keeping(path: str | Path) -> Iterator[Path]:
     "Within: `choose` keeps its trials at this path; the file goes when all went well."
-    file, token = Path(path).expanduser(), KEPT.set(Path(path).expanduser())
+    file = Path(path).expanduser()
+    token = KEPT.set(file)
     try:
         yield file
     finally:

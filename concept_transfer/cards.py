@@ -34,7 +34,7 @@ def table(columns: Sequence[str], rows: Iterable[Sequence]) -> Markup:
     return PARTS.table(columns, list(rows))
 
 
-# %% ../nbs/00_cards.ipynb #0ead3543
+# %% ../nbs/00_cards.ipynb #3c127818
 def sparkline(
     values: Sequence[float],  # (L,) one for each label
     labels: Sequence,  # the first and the last are shown
@@ -47,7 +47,7 @@ def sparkline(
         return Markup("")
     low, high = v[on].min(), v[on].max()
     x, y = np.linspace(34, 298, len(v))[on], np.interp(v[on], [low, high], [50, 6])
-    return PARTS.sparkline(zip(x, y, strict=True), low, high, labels[0], labels[-1], words)
+    return PARTS.sparkline(zip(x, y), low, high, labels[0], labels[-1], words)
 
 
 # %% ../nbs/00_cards.ipynb #86711ee0

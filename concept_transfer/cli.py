@@ -27,7 +27,7 @@ __all__ = [
     "cmd_demo",
 ]
 
-# %% ../nbs/31_cli.ipynb #41520611
+# %% ../nbs/31_cli.ipynb #fb264527
 import json
 import math
 import os
@@ -42,6 +42,7 @@ from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout, suppress
 from dataclasses import replace
 from functools import cache, partial
+from importlib import import_module
 from inspect import Signature, cleandoc, signature
 from pathlib import Path
 from textwrap import shorten
@@ -155,11 +156,31 @@ def _error(e, why):
     print(json.dumps({"error": why, "kind": type(e).__name__}), flush=True)
 
 
-# %% ../nbs/31_cli.ipynb #ebdfc864
+# %% ../nbs/31_cli.ipynb #14abe1fa
+class _Room:
+    "A room of this package, imported when a name of it is asked for."
+
+    def __init__(self, name):
+        self.name = name
+
+    def __getattr__(self, name):
+        return getattr(import_module(f"concept_transfer.{self.name}"), name)
+
+
+_arms, _artefacts, _concepts, _data, _drift, _evidence, _export = map(
+    _Room, "arms artefacts concepts data drift evidence export".split()
+)
+_maps, _models, _monitor, _pairing, _play, _plots, _report = map(
+    _Room, "maps models monitor pairing play plots report".split()
+)
+_selection, _stats, _steering, _suites, _tasks, _uselog, _views = map(
+    _Room, "selection stats steering suites tasks uselog views".split()
+)
+
+
+# %% ../nbs/31_cli.ipynb #c8cbad40
 def _answer(run, name, given):
     "Print the facts or the text of a command. Raises `Exit` with code 1 where it fails, or all with `debug`."
-    from concept_transfer.artefacts import plain
-
     out = Path(given.get("out", "")).expanduser()
     told: Any = sys.stderr if sys.stderr.isatty() else _Lines(sys.stderr)
     try:
@@ -170,7 +191,10 @@ def _answer(run, name, given):
             if out.is_file():
                 _check_out(out, given)
             facts, text = run()
-        print(json.dumps(plain(facts), allow_nan=False) if given["json"] else _plainly(text), flush=True)
+        print(
+            json.dumps(_artefacts.plain(facts), allow_nan=False) if given["json"] else _plainly(text),
+            flush=True,
+        )
     except (KeyboardInterrupt, Exception) as e:
         if isinstance(e, BadParameter) or given["debug"]:
             raise
@@ -181,80 +205,103 @@ def _answer(run, name, given):
         raise Exit(1) from None
 
 
-# %% ../nbs/31_cli.ipynb #83b31ba2
+# %% ../nbs/31_cli.ipynb #de9a8a82
 def _everywhere(
     json: bool = False,  # one JSON object on standard output
     debug: bool = False,  # show the traceback of an error
 ): ...
 
 
-def _beside_a_task(
+# %% ../nbs/31_cli.ipynb #e2c0a381
+def _placed(
+    file,
+    model: str | None = None,  # the target: name it where it comes from a hub, or lies elsewhere now
+):
+    "A transplant in its target, which is named by hand or by the file."
+    return _steering.Transplant.load(file, _models.load_model(model) if model else None)
+
+
+def _asked(
+    file,
+    split,
     choices: str | None = None,  # a,b,c for a task file that holds pairs
     target: str | None = None,  # the choice to favour
     items: int | None = None,  # only so many of the task, drawn at random; default: all
-): ...
+):
+    "The items of a task, all or some."
+    names = choices and [c.strip() for c in choices.split(",")]
+    task = _tasks.load_task(file, split, names, target)
+    return task if items is None else task.take(items)
 
 
-def _beside_a_transplant(
-    model: str | None = None,  # the target: name it where it comes from a hub, or lies elsewhere now
-): ...
-
-
-def _beside_settings(
+def _settings(
     random: int = 20,  # how many random directions
     seed: int = 0,  # of the random directions and the bootstrap
-): ...
+):
+
+    return _arms.Settings(random=random, seed=seed)
+
+
+# %% ../nbs/31_cli.ipynb #fb40229d
+def _decoded(
+    max_new_tokens: int = 40,  # length
+    seed: int = 0,  # of sampling
+    temperature: float | None = None,  # sample, at this temperature; default: the likeliest token each time
+    top_p: float | None = None,  # sample from the likeliest tokens that have this share together
+    repetition_penalty: float | None = None,  # above 1 it keeps a text from repeating itself
+):
+    "Options of a generation; a temperature or a share means that it samples."
+    found: dict = {k: v for k, v in locals().items() if v is not None}
+    return found | ({"do_sample": True} if {"temperature", "top_p"} & {*found} else {})
+
+
+# %% ../nbs/31_cli.ipynb #24d3db45
+def _trained(
+    verb,
+    transplant: str,  # file
+    target: str,  # what the target has become
+    old: str | None = None,  # the target that the transplant was made for, if it is still there
+    map: str | None = None,  # file of the maps, or of one that was refitted
+    source: str | None = None,  # the map's: name it where it comes from a hub, or lies elsewhere now
+    neutral: str | None = None,  # the text that set the dose, if it was another than neutral
+):
+    "What `check` or `adopt` says of a transplant and its target as it is now."
+    t, own = _artefacts.load_fields(_steering.Transplant, transplant), None
+    if map:
+        single = _artefacts.load_artefact(map)[1]["kind"] == _maps.AffineMap.artefact
+        own = [_maps.AffineMap.load(map)] if single else _own(_maps.LayerGrid.load(map), t)
+    read = _models.load_model(source) if source else own and own[0].source.load()
+    text = neutral and _data.load_corpus(neutral)
+    return verb(
+        t, _models.load_model(target), old and _models.load_model(old), map=own, source=read, neutral=text
+    )
+
+
+# %% ../nbs/31_cli.ipynb #08b286a6
+_OPENED: dict = {
+    "task": _asked,
+    "transplant": _placed,
+    "settings": _settings,
+    "decoding": _decoded,
+    "trained": _trained,
+}
+_MADE = ("settings", "decoding", "trained")  # wholly of options with other names
 
 
 _comments = cache(docments)  # reading the comments of a function takes a while
 
 
-def _beside_decoding(
-    seed: int = 0,  # of sampling
-    temperature: float | None = None,  # sample, at this temperature; default: the likeliest token each time
-    top_p: float | None = None,  # sample from the likeliest tokens that have this share together
-    repetition_penalty: float | None = None,  # above 1 it keeps a text from repeating itself
-): ...
-
-
-_BESIDE = {
-    "task": _beside_a_task,
-    "transplant": _beside_a_transplant,
-    "settings": _beside_settings,
-    "decoding": _beside_decoding,
-}
+def _options(f):
+    "Its parameters that are options: those with a type."
+    return {k: p for k, p in signature(f).parameters.items() if p.annotation is not p.empty}
 
 
 def _declared(p, words):
     "A parameter as `Typer` wants it: `file` and `what` stand alone, the others are options of their name."
-    kind = str if p.name in _BESIDE else p.annotation
+    kind = str if p.name in _OPENED else p.annotation
     option = Option(f"--{p.name.replace('_', '-')}", help=words)
     alone = p.name in ("file", "what")
     return p.replace(annotation=Annotated[kind, Argument(help=words) if alone else option])
-
-
-# %% ../nbs/31_cli.ipynb #77e3d434
-def _placed(file, model):
-    "A transplant in its target, which is named by hand or by the file."
-    from concept_transfer.models import load_model
-    from concept_transfer.steering import Transplant
-
-    return Transplant.load(file, load_model(model) if model else None)
-
-
-def _asked(file, split, choices=None, target=None, items=None):
-    "The items of a task, all or some."
-    from concept_transfer.tasks import load_task
-
-    names = choices and [c.strip() for c in choices.split(",")]
-    task = load_task(file, split, names, target)
-    return task if items is None else task.take(items)
-
-
-def _settings(**given):
-    from concept_transfer.arms import Settings
-
-    return Settings(**given)
 
 
 def _help(run):
@@ -263,27 +310,20 @@ def _help(run):
     return f"{words}\n\n\b\nExample:\n  {example}" if example else words
 
 
-# %% ../nbs/31_cli.ipynb #9f20199c
+# %% ../nbs/31_cli.ipynb #d0cc30e7
 def command(run: Callable) -> Callable:
     "Decorator: the function `cmd_name` becomes the command `name`."
     name, own = run.__name__.removeprefix("cmd_"), signature(run).parameters
-    opened = [k for k in _BESIDE if k in own and own[k].annotation is not str]
-    parts: list = [run, *map(_BESIDE.get, opened), _everywhere]
-    listed = [(f, k, p) for f in parts for k, p in signature(f).parameters.items()]
-    made = ("settings", "decoding")  # from options of other names
-    options = [_declared(p, _comments(f)[k]) for f, k, p in listed if k not in made]
+    opened = {k: f for k, f in _OPENED.items() if k in own and own[k].annotation is not str}
+    listed = [(f, p) for f in (run, *opened.values(), _everywhere) for p in _options(f).values()]
+    options = [_declared(p, _comments(f)[p.name]) for f, p in listed if p.name not in _MADE]
 
     def call(**given):
         mine = {k: given.get(k) for k in own}
-        if "settings" in own:
-            mine["settings"] = partial(_settings, random=given["random"], seed=given["seed"])
-        if "decoding" in own:
-            mine["decoding"] = {k: given[k] for k in signature(_beside_decoding).parameters}
-        if "task" in opened and mine["task"]:
-            words = {k: given[k] for k in ("choices", "target", "items")}
-            mine["task"] = partial(_asked, mine["task"], **words)
-        if "transplant" in opened:
-            mine["transplant"] = partial(_placed, mine["transplant"], given["model"])
+        for k, make in opened.items():
+            first = [] if k in _MADE else [mine[k]]
+            if first != [None]:
+                mine[k] = partial(make, *first, **{x: given[x] for x in _options(make)})
         _answer(partial(run, **mine), name, given)
 
     call.__signature__ = Signature(options)  # type: ignore[attr-defined]
@@ -313,23 +353,18 @@ def _short(v):
     return shorten(json.dumps(told), 300, placeholder=" ...")
 
 
-# %% ../nbs/31_cli.ipynb #3f7d4add
+# %% ../nbs/31_cli.ipynb #cd553e35
 def _words(file, kind, model):
     "The words of a concept or a transplant; of a transplant texts at several strengths too."
-    from concept_transfer.concepts import Concept
-    from concept_transfer.models import load_model, model_info
-    from concept_transfer.steering import Transplant
-    from concept_transfer.views import PROMPTS, direction_words, ladder, words_of
-
-    if kind == Transplant.artefact:
+    if kind == _steering.Transplant.artefact:
         t = _placed(file, model)
-        return [direction_words(t), ladder(t, PROMPTS[0])]
-    if kind != Concept.artefact:
+        return [_views.direction_words(t), _views.ladder(t, _views.PROMPTS[0])]
+    if kind != _concepts.Concept.artefact:
         raise BadParameter("--words: a map means no words; give a concept or a transplant.")
-    c = Concept.load(file)
-    read = load_model(model) if model else c.model.load()
-    c.model.require(model_info(read), f"concept {c.name!r}")
-    return [words_of(c.name, {f"layer {c.best} of {c.model.name}": (read, c[c.best])})]
+    c = _concepts.Concept.load(file)
+    read = _models.load_model(model) if model else c.model.load()
+    c.model.require(_models.model_info(read), f"concept {c.name!r}")
+    return [_views.words_of(c.name, {f"layer {c.best} of {c.model.name}": (read, c[c.best])})]
 
 
 @command
@@ -341,19 +376,19 @@ def cmd_info(
     """what an artefact is
 
     concept-transfer info joy.safetensors"""
-    from concept_transfer.artefacts import load_artefact
-    from concept_transfer.concepts import Concept
-    from concept_transfer.maps import AffineMap, LayerGrid
-
-    head = load_artefact(file)[1]
-    scores = [repr(c.load(file)) for c in (Concept, LayerGrid, AffineMap) if c.artefact == head["kind"]]
+    head = _artefacts.load_artefact(file)[1]
+    scores = [
+        repr(c.load(file))
+        for c in (_concepts.Concept, _maps.LayerGrid, _maps.AffineMap)
+        if c.artefact == head["kind"]
+    ]
     shown = _words(file, head["kind"], model) if words else []
     lines = scores + [f"{k}: {_short(v)}" for k, v in head.items()]
     found = {"words": [view.data for view in shown]} if words else {}
     return head | found, "\n".join([*lines, *(f"\n{view!r}" for view in shown)])
 
 
-# %% ../nbs/31_cli.ipynb #895aa3b9
+# %% ../nbs/31_cli.ipynb #6b142cfd
 @command
 def cmd_list(
     what: str | None = None,  # models, sets, tasks, methods or arms; default: all of them
@@ -361,22 +396,17 @@ def cmd_list(
     """what is built in
 
     concept-transfer list tasks"""
-    from concept_transfer.arms import ARMS
-    from concept_transfer.data import FAMILIES, PAIRS
-    from concept_transfer.maps import MAP_METHODS
-    from concept_transfer.tasks import TASKS
-
     corpora = dict(
         general="sentences that maps are fitted to",
         neutral="sentences that set the dose",
         prose="text that no model wrote",
     )
     there = {
-        "models": {k: m["terms"] for k, m in FAMILIES["embedded"].items()},
-        "sets": dict.fromkeys(PAIRS, "contrast pairs") | corpora,
-        "tasks": {k: getattr(make, "func", make).__doc__ for k, make in TASKS.items()},
-        "methods": {k: m.words for k, m in MAP_METHODS.items()},
-        "arms": {k: a.words for k, a in ARMS.items()},
+        "models": {k: m["terms"] for k, m in _data.FAMILIES["embedded"].items()},
+        "sets": dict.fromkeys(_data.PAIRS, "contrast pairs") | corpora,
+        "tasks": {k: getattr(make, "func", make).__doc__ for k, make in _tasks.TASKS.items()},
+        "methods": {k: m.words for k, m in _maps.MAP_METHODS.items()},
+        "arms": {k: a.words for k, a in _arms.ARMS.items()},
     }
     if what and what not in there:
         raise BadParameter(f"{what!r} is not one of {', '.join(there)}.")
@@ -385,7 +415,7 @@ def cmd_list(
     return facts, "\n\n".join(map("\n".join, parts))
 
 
-# %% ../nbs/31_cli.ipynb #30587def
+# %% ../nbs/31_cli.ipynb #8f7eb028
 @command
 def cmd_lint(
     file: str,  # of pairs, or a built-in set such as honesty
@@ -394,10 +424,8 @@ def cmd_lint(
     """what tells the two sides apart besides the concept
 
     concept-transfer lint pairs.jsonl --task task.json"""
-    from concept_transfer.data import lint, load_pairs
-
-    pairs = load_pairs(file)
-    problems = lint(pairs, task and task("test"))
+    pairs = _data.load_pairs(file)
+    problems = _data.lint(pairs, task and task("test"))
     return dict(pairs=len(pairs), problems=problems), "\n".join(problems) or f"{pairs!r}: nothing found"
 
 
@@ -418,18 +446,15 @@ def _writable(path, folder=False):
     return out
 
 
-# %% ../nbs/31_cli.ipynb #218a0755
+# %% ../nbs/31_cli.ipynb #91ce89aa
 def _seconds(model, texts):  # of all texts
     "How long a model takes to read texts here, by the time that a few of them take; nothing for a server."
-    from concept_transfer.concepts import activations
-    from concept_transfer.models import model_info
-
-    if model_info(model).weights.startswith("remote:"):
+    if _models.model_info(model).weights.startswith("remote:"):
         return 0.0
     few = texts[:: -(-len(texts) // 8)]
-    activations(model, few[:1], [-1])  # the first pass of a model is slower
+    _concepts.activations(model, few[:1], [-1])  # the first pass of a model is slower
     start = time.monotonic()
-    activations(model, few, [-1])
+    _concepts.activations(model, few, [-1])
     return (time.monotonic() - start) * len(texts) / len(few)
 
 
@@ -448,7 +473,7 @@ def _made(x, out, **facts):
     return facts | {"out": out}, repr(x)
 
 
-# %% ../nbs/31_cli.ipynb #140bc1f8
+# %% ../nbs/31_cli.ipynb #ded4d6cf
 @command
 def cmd_extract(
     model: str,  # a name, a folder or a .gguf file
@@ -458,24 +483,20 @@ def cmd_extract(
     """a concept from contrast pairs
 
     concept-transfer extract --model smollm2-135m-instruct --pairs emotions/happiness --out joy.safetensors"""
-    from concept_transfer.concepts import extract_concept
-    from concept_transfer.data import lint, load_pairs
-    from concept_transfer.models import load_model
-
-    file, data = _writable(out), load_pairs(pairs)
-    for problem in lint(data):
+    file, data = _writable(out), _data.load_pairs(pairs)
+    for problem in _data.lint(data):
         _warn(problem)
     states = Path(f"{file}.states.part")  # until the concept is made
-    read = load_model(model)
+    read = _models.load_model(model)
     _expect("reading the pairs", [(read, data.texts)])
-    c = extract_concept(read, data, path=states)
+    c = _concepts.extract_concept(read, data, path=states)
     facts = dict(concept=c.name, model=c.model.name, n_pairs=c.n_pairs, layers=c.layers, auc=c.auc)
     answer = _made(c, out, **facts)
     shutil.rmtree(states)
     return answer
 
 
-# %% ../nbs/31_cli.ipynb #d60c43eb
+# %% ../nbs/31_cli.ipynb #01fb0aff
 def _layer_lists(layers):
     "Layers of the source and of the target from LS,LS:LT,LT; None twice for auto."
     if layers == "auto":
@@ -487,27 +508,26 @@ def _layer_lists(layers):
 
 def _fitted(source, target, texts, file, method, template, layers):
     "Maps of two models. What an interrupted run left of the sums is used, and stays where we stop again."
-    from concept_transfer.data import data_hash
-    from concept_transfer.maps import MAP_METHODS, fit_maps
-    from concept_transfer.models import model_info
-    from concept_transfer.pairing import spread_layers
-
-    made_of = f"{method} {template} {texts.hash} {model_info(source)} {model_info(target)} {layers}"
-    part = Path(f"{file}.{data_hash([made_of])}.part")
-    n1, n2 = (len(k or spread_layers(m)) for k, m in zip(layers, (source, target), strict=True))
-    d1, d2 = model_info(source).width, model_info(target).width
+    made_of = (
+        f"{method} {template} {texts.hash} {_models.model_info(source)} {_models.model_info(target)} {layers}"
+    )
+    part = Path(f"{file}.{_data.data_hash([made_of])}.part")
+    n1, n2 = (len(k or _pairing.spread_layers(m)) for k, m in zip(layers, (source, target)))
+    d1, d2 = _models.model_info(source).width, _models.model_info(target).width
     sums = 5 * 8 * (n1 * d1**2 + n1 * d1 * n2 * d2 + n2 * d2**2)  # bytes, of five folds
     _expect("reading the corpus", [(m, texts.texts) for m in (source, target)], sums)
-    keep: dict[str, Any] = {} if MAP_METHODS[method].fit else {"path": part, "every": 30}
+    keep: dict = {} if _maps.MAP_METHODS[method].fit else {"path": part, "every": 30}
     try:
         own, others = layers
-        return fit_maps(source, target, texts, own, others, method=method, template=template, **keep), part
+        return _maps.fit_maps(
+            source, target, texts, own, others, method=method, template=template, **keep
+        ), part
     except ValueError:
         part.unlink(missing_ok=True)
         raise
 
 
-# %% ../nbs/31_cli.ipynb #5a2a2612
+# %% ../nbs/31_cli.ipynb #6f7c1402
 @command
 def cmd_align(
     source: str,  # model that is read
@@ -525,16 +545,14 @@ def cmd_align(
       --texts 300 --template "{} The main emotion in this story is" --out map.safetensors"""
     import numpy as np
 
-    from concept_transfer.data import fill, load_corpus
-    from concept_transfer.maps import MAP_METHODS
-    from concept_transfer.models import load_model
-
-    if method not in MAP_METHODS:
-        raise BadParameter(f"--method {method!r} is not one of {', '.join(MAP_METHODS)}.")
-    chosen, file, read = _layer_lists(layers), _writable(out), load_corpus(corpus)
-    fill(template, read.texts[:1])  # raises where it has no place for a text
+    if method not in _maps.MAP_METHODS:
+        raise BadParameter(f"--method {method!r} is not one of {', '.join(_maps.MAP_METHODS)}.")
+    chosen, file, read = _layer_lists(layers), _writable(out), _data.load_corpus(corpus)
+    _data.fill(template, read.texts[:1])  # raises where it has no place for a text
     read = read if texts is None else read.take(texts)
-    m, part = _fitted(load_model(source), load_model(target), read, file, method, template, chosen)
+    m, part = _fitted(
+        _models.load_model(source), _models.load_model(target), read, file, method, template, chosen
+    )
     names = "method rows texts source_layers target_layers r2 cosine r2_shuffled"
     facts = {k: np.asarray(getattr(m, k)).tolist() for k in names.split()}
     said = _made(m, out, source=m.source.name, target=m.target.name, **facts)
@@ -542,7 +560,7 @@ def cmd_align(
     return said
 
 
-# %% ../nbs/31_cli.ipynb #81debac1
+# %% ../nbs/31_cli.ipynb #3222d8e1
 @command
 def cmd_plot(
     file: str,  # concept, maps, one map, or evidence.json
@@ -551,28 +569,26 @@ def cmd_plot(
     """a picture of a concept, of maps or of evidence
 
     concept-transfer plot evidence/evidence.json --out effect.png"""
-    from concept_transfer.artefacts import load_artefact, whole_file
-    from concept_transfer.concepts import Concept
-    from concept_transfer.evidence import Evidence
-    from concept_transfer.maps import AffineMap, LayerGrid
-    from concept_transfer.plots import figures, plot_grid, plot_separation, plot_spectrum
-
     picture = _writable(out)
     if Path(file).suffix == ".json":
-        drawn = figures(Evidence.load(file))["Effect"]
+        drawn = _plots.figures(_evidence.Evidence.load(file))["Effect"]
     else:
-        draw: dict = {Concept: plot_separation, LayerGrid: plot_grid, AffineMap: plot_spectrum}
-        kind = load_artefact(file)[1]["kind"]
+        draw: dict = {
+            _concepts.Concept: _plots.plot_separation,
+            _maps.LayerGrid: _plots.plot_grid,
+            _maps.AffineMap: _plots.plot_spectrum,
+        }
+        kind = _artefacts.load_artefact(file)[1]["kind"]
         known = [c for c in draw if c.artefact == kind]
         if not known:
             raise ValueError(f"{file!r} is a {kind}; a picture shows a concept, maps or evidence.json.")
         drawn = draw[known[0]](known[0].load(file))
-    with whole_file(picture) as part:
+    with _artefacts.whole_file(picture) as part:
         drawn.savefig(part, format=picture.suffix[1:] or "png", dpi=130, bbox_inches="tight")
     return {"out": out}, f"{out} is drawn."
 
 
-# %% ../nbs/31_cli.ipynb #29d8c4be
+# %% ../nbs/31_cli.ipynb #f9e52dea
 @command
 def cmd_transplant(
     concept: str,  # file that `extract` wrote
@@ -588,41 +604,34 @@ def cmd_transplant(
 
     concept-transfer transplant --concept joy.safetensors --map map.safetensors \\
       --task emotions/happiness --out happy.safetensors"""
-    from concept_transfer.artefacts import keeping
-    from concept_transfer.concepts import Concept
-    from concept_transfer.data import load_pairs
-    from concept_transfer.maps import LayerGrid
-    from concept_transfer.models import load_model
-    from concept_transfer.selection import transplant as placed
-
     pair = re.fullmatch(r"auto|(\d+):(\d+(?:,\d+)*)", layers)
     if not pair:
         raise BadParameter(f"--layers {layers!r} is neither auto nor LS:LT, such as 20:12 or 20:9,12.")
     if damage <= 0:
         raise BadParameter(f"--damage {damage}: give nats a token above 0, such as 0.1.")
     file = _writable(out)
-    read, maps = Concept.load(concept), LayerGrid.load(map)
+    read, maps = _concepts.Concept.load(concept), _maps.LayerGrid.load(map)
     maps.source.require(read.model, "this map (source side)")
-    items, own = task and task("tune"), load_pairs(pairs) if pairs else None
+    items, own = task and task("tune"), _data.load_pairs(pairs) if pairs else None
     where: Any = layers
     if pair[1]:
         several = [int(k) for k in pair[2].split(",")]
-        where = int(pair[1]), several if len(several) > 1 else several[0]
+        where = int(pair[1]), several
         if len({*several}) < len(several):
             raise BadParameter(f"--layers {layers}: a layer stands twice.")
         for k in several:  # layers without a map: say so before the model is loaded
             maps[int(pair[1]), k]
     if task and layers != "auto":
         _warn(f"--task is not used: --layers {layers} leaves nothing to choose.")
-    target = load_model(model) if model else maps.target.load()
-    with keeping(f"{file}.search.part"):
-        t = placed(read, maps, target, items, where, damage, pairs=own)
+    target = _models.load_model(model) if model else maps.target.load()
+    with _artefacts.keeping(f"{file}.search.part"):
+        t = _selection.transplant(read, maps, target, items, where, damage, pairs=own)
         notes = {k: t.notes[k] for k in ("kl", "damage_budget")}
         names = dict(concept=t.name, source=maps.source.name, target=t.target.name)
         return _made(t, out, dose=t.dose, layers=t.layers, **names, **notes)
 
 
-# %% ../nbs/31_cli.ipynb #6c84a6d6
+# %% ../nbs/31_cli.ipynb #4874b479
 def _strengths(text):
     "Numbers with commas between."
     try:
@@ -634,19 +643,12 @@ def _strengths(text):
     return found
 
 
-def _decoded(decoding, max_new_tokens):
-    "Options of a generation; a temperature or a share means that it samples."
-    options = {k: v for k, v in decoding.items() if v is not None} | {"max_new_tokens": max_new_tokens}
-    return options | ({"do_sample": True} if {"temperature", "top_p"} & {*options} else {})
-
-
 @command
 def cmd_generate(
     transplant: Callable,  # file that `transplant` wrote
-    decoding: dict,  # how texts are written
+    decoding: Callable,  # how texts are written
     prompt: str = "",  # text
     strength: float = 1.0,  # 0 is the base model
-    max_new_tokens: int = 40,  # length
     compare: bool = False,  # show the base model's text too
     strengths: str | None = None,  # such as 0,1,2: a text at each, beside what it costs
     prompts: str = "",  # in the place of a prompt: file with one a line
@@ -654,121 +656,76 @@ def cmd_generate(
     """text of the steered target
 
     concept-transfer generate --transplant happy.safetensors --prompt "It rained and" --compare"""
-    from concept_transfer.data import load_corpus
-    from concept_transfer.steering import generate
-    from concept_transfer.views import ladder, seeded
-
     if bool(prompt) == bool(prompts):
         raise BadParameter("give --prompt TEXT, or --prompts FILE.")
     steps = _strengths(strengths) if strengths else [strength]
-    starts = load_corpus(prompts).texts if prompts else [prompt]
-    options = _decoded(decoding, max_new_tokens)
-    seed = options.pop("seed")
-    t = transplant()
+    starts = _data.load_corpus(prompts).texts if prompts else [prompt]
+    t, options = transplant(), decoding()
     if strengths or prompts:
-        found = [ladder(t, start, steps, seed, **options) for start in starts]
+        found = [_views.ladder(t, start, steps, **options) for start in starts]
         rows = [{"prompt": x.prompt, "verdict": x.verdict, **x.data} for x in found]
         return {"ladders": rows, "decoding": found[0].decoding}, "\n\n".join(map(repr, found))
-    with seeded(seed):
+    seed = options.pop("seed")
+    with _views.seeded(seed):
         text = t.generate(prompt, strength, **options)
     facts = dict(prompt=prompt, strength=strength, text=text)
     if not compare:
         return facts, f"{prompt}{text}"
-    with seeded(seed):
-        base = generate(t.model, prompt, **options)
+    with _views.seeded(seed):
+        base = _steering.generate(t.model, prompt, **options)
     return facts | dict(base=base), f"base:    {prompt}{base}\n\nsteered: {prompt}{text}"
 
 
-# %% ../nbs/31_cli.ipynb #8968365c
+# %% ../nbs/31_cli.ipynb #e85752ff
 @command
 def cmd_play(
     transplant: Callable,  # file that `transplant` wrote
     prompts: str,  # file with one a line
     out: str,  # page
-    decoding: dict,  # how texts are written
+    decoding: Callable,  # how texts are written
     strengths: str = "0,0.5,1,1.5,2,3",  # steps of the slider
-    max_new_tokens: int = 40,  # length
 ) -> Said:
     """a page on which a slider turns the concept up and down
 
     concept-transfer play --transplant happy.safetensors --prompts prompts.txt --out page.html"""
-    from concept_transfer.data import load_corpus
-    from concept_transfer.play import play_steps
-
-    page, starts, steps = _writable(out), load_corpus(prompts).texts, _strengths(strengths)
-    found = play_steps(transplant(), starts, steps, **_decoded(decoding, max_new_tokens))
+    page, starts, steps = _writable(out), _data.load_corpus(prompts).texts, _strengths(strengths)
+    found = _play.play_steps(transplant(), starts, steps, **decoding())
     found.save(page)
     return found.data | {"page": str(page)}, f"{found!r}\n\nPage: {page}"
 
 
-# %% ../nbs/31_cli.ipynb #586054c8
+# %% ../nbs/31_cli.ipynb #12615bc7
 def _own(maps, t):
     "The maps that carried a transplant."
     return [maps[p.source_layer, p.layer] for p in t.places]
 
 
-def _known(transplant, map, source):
-    "A transplant without its model, the maps that carried it and their source, where they are given."
-    from concept_transfer.artefacts import load_artefact, load_fields
-    from concept_transfer.maps import AffineMap, LayerGrid
-    from concept_transfer.models import load_model
-    from concept_transfer.steering import Transplant
-
-    t, own = load_fields(Transplant, transplant), None
-    if map:
-        single = load_artefact(map)[1]["kind"] == AffineMap.artefact
-        own = [AffineMap.load(map)] if single else _own(LayerGrid.load(map), t)
-    return t, own, load_model(source) if source else own and own[0].source.load()
-
-
 @command
 def cmd_check(
-    transplant: str,  # file
-    target: str,  # what the target has become
-    old: str | None = None,  # the target that the transplant was made for, if it is still there
-    map: str | None = None,  # file of the maps, or of one that was refitted
-    source: str | None = None,  # the map's: name it where it comes from a hub, or lies elsewhere now
-    neutral: str | None = None,  # the text that set the dose, if it was another than neutral
+    trained: Callable,  # a transplant and its target
 ) -> Said:
     """whether a transplant holds in a target that was trained on
 
     concept-transfer check --transplant happy.safetensors --target ./tuned --old ./base"""
-    from concept_transfer.data import load_corpus
-    from concept_transfer.drift import check
-    from concept_transfer.models import load_model
-
-    t, own, read = _known(transplant, map, source)
-    text = load_corpus(neutral) if neutral else None
-    found = check(t, load_model(target), old and load_model(old), own, read, text)
+    found = trained(_drift.check)
     return vars(found), "\n".join((found.verdict, *found.reasons))
 
 
-# %% ../nbs/31_cli.ipynb #30604fe9
+# %% ../nbs/31_cli.ipynb #1b6f2880
 @command
 def cmd_adopt(
-    transplant: str,  # file
-    target: str,  # what the target has become
     out: str,  # file that is written
-    old: str | None = None,  # the target that the transplant was made for, if it is still there
-    map: str | None = None,  # file of the maps, or of one that was refitted
-    source: str | None = None,  # the map's: name it where it comes from a hub, or lies elsewhere now
-    neutral: str | None = None,  # the text that set the dose, if it was another than neutral
+    trained: Callable,  # a transplant and its target
 ) -> Said:
     """the transplant for a target that was trained on
 
     concept-transfer adopt --transplant happy.safetensors --target ./tuned --out happy-tuned.safetensors"""
-    from concept_transfer.data import load_corpus
-    from concept_transfer.drift import adopt
-    from concept_transfer.models import load_model
-
     _writable(out)
-    t, own, read = _known(transplant, map, source)
-    given = dict(map=own, source=read, neutral=neutral and load_corpus(neutral))
-    a = adopt(t, load_model(target), old and load_model(old), **given)
+    a = trained(_drift.adopt)
     return _made(a, out, target=a.target.name, dose=a.dose, descends=a.notes["descends"])
 
 
-# %% ../nbs/31_cli.ipynb #c635a349
+# %% ../nbs/31_cli.ipynb #7e21c891
 @command
 def cmd_export(
     transplant: Callable,  # file that `transplant` wrote
@@ -779,18 +736,15 @@ def cmd_export(
     """a file for another engine, and a receipt of what it does there
 
     concept-transfer export --transplant happy.safetensors --to gguf --out happy.gguf"""
-    from concept_transfer.evidence import Evidence
-    from concept_transfer.export import FORMATS, export
-
-    if to not in FORMATS or evidence and to != "hub":
-        raise BadParameter(f"--to {to}: use one of {', '.join(FORMATS)}; only hub takes --evidence.")
+    if to not in _export.FORMATS or evidence and to != "hub":
+        raise BadParameter(f"--to {to}: use one of {', '.join(_export.FORMATS)}; only hub takes --evidence.")
     _writable(out)
-    more = {"evidence": Evidence.load(evidence)} if evidence else {}
-    receipt = export(transplant(), out, to, **more)
+    more = {"evidence": _evidence.Evidence.load(evidence)} if evidence else {}
+    receipt = _export.export(transplant(), out, to, **more)
     return vars(receipt) | {"out": out}, repr(receipt)
 
 
-# %% ../nbs/31_cli.ipynb #fd188f40
+# %% ../nbs/31_cli.ipynb #e75b915f
 @command
 def cmd_serve(
     transplant: str,  # file exported for the engine
@@ -802,9 +756,7 @@ def cmd_serve(
     """start a server of llama.cpp or vLLM with a transplant in it
 
     concept-transfer serve --transplant happy.gguf --engine llama.cpp --model model.gguf"""
-    from concept_transfer.export import server_command
-
-    argv, variables, ask = server_command(engine, transplant, model, strength, port)
+    argv, variables, ask = _export.server_command(engine, transplant, model, strength, port)
     url = f"http://127.0.0.1:{port}/v1/completions"
     _say(f"Ask it: curl {url} -H 'Content-Type: application/json' -d '{json.dumps(ask)}'")
     code = 0
@@ -815,7 +767,7 @@ def cmd_serve(
     return dict(command=argv, url=url, request=ask), "stopped"
 
 
-# %% ../nbs/31_cli.ipynb #4ed0d6fc
+# %% ../nbs/31_cli.ipynb #501e444c
 @command
 def cmd_evaluate(
     transplant: Callable,  # file that `transplant` wrote
@@ -831,25 +783,27 @@ def cmd_evaluate(
 
     concept-transfer evaluate --transplant happy.safetensors --task emotions/happiness \\
       --pairs emotions/happiness --out evidence"""
-    from concept_transfer.data import load_corpus, load_pairs
-    from concept_transfer.evidence import evaluate
-    from concept_transfer.suites import MEASURES, measure_suite
-    from concept_transfer.tasks import load_task
-
     chosen, folder = settings(), _writable(out, folder=True)
-    own, foreign = (load_pairs(p) if p else None for p in (pairs, other))
-    items, texts = task("test"), load_corpus(neutral)
+    own, foreign = (_data.load_pairs(p) if p else None for p in (pairs, other))
+    items, texts = task("test"), _data.load_corpus(neutral)
     names = [
-        x for part in (suite or "").split(",") for x in (MEASURES if part == "standard" else [part]) if x
+        x
+        for part in (suite or "").split(",")
+        for x in (_suites.MEASURES if part == "standard" else [part])
+        if x
     ]
-    _ = [load_task(x) for x in names if x not in MEASURES]  # say so now where there is no such task
+    _ = [
+        _tasks.load_task(x) for x in names if x not in _suites.MEASURES
+    ]  # say so now where there is no such task
     t = transplant()
-    e = evaluate(t, items, texts, settings=chosen, path=folder / "arms.jsonl", pairs=own, other=foreign)
+    e = _evidence.evaluate(
+        t, items, texts, settings=chosen, path=folder / "arms.jsonl", pairs=own, other=foreign
+    )
     e.save(folder / "evidence.json")
     shown = _looks(t, items, e, texts, pairs=own)
     if not names:
         return _reported(e, folder, shown)
-    found = measure_suite(t, items, names, own, path=folder / "suite.jsonl", neutral=texts)
+    found = _suites.measure_suite(t, items, names, own, path=folder / "suite.jsonl", neutral=texts)
     found.save(folder / "suite.json")
     facts, text = _reported(e, folder, shown, found)
     (folder / "suite.jsonl").unlink()
@@ -858,33 +812,27 @@ def cmd_evaluate(
 
 def _looks(t, task, e, neutral, concept=None, source=None, pairs=None):
     "What a report shows of the transplant itself, at the dose of the evidence."
-    from concept_transfer import views
-    from concept_transfer.play import play_steps
-    from concept_transfer.plots import figures
-
     t = replace(t, dose=e.arms["transplanted"].dose)
-    items = views.moved_items(t, task)
-    steps = play_steps(t, views.PROMPTS[:2])
+    items = _views.moved_items(t, task)
+    steps = _play.play_steps(t, _views.PROMPTS[:2])
     shown: dict = {f"What it writes: {x.prompt} ...": x for x in steps.ladders}
     shown["Turn it up"] = steps
-    shown["The words it means"] = views.direction_words(t, concept, source, pairs, e)
-    shown["Where it is read"] = views.token_heat(t, task.prompts[items.typical], concept, source)
-    anchors = views.damage_anchors(t.model, neutral)
-    return dict(pictures=shown | figures(e), items=items, anchors=anchors)
+    shown["The words it means"] = _views.direction_words(t, concept, source, pairs, e)
+    shown["Where it is read"] = _views.token_heat(t, task.prompts[items.typical], concept, source)
+    anchors = _views.damage_anchors(t.model, neutral)
+    return dict(pictures=shown | _plots.figures(e), items=items, anchors=anchors)
 
 
 def _reported(e, folder, looks, suite=None):
     "Write the report, and say what stands in it."
-    from concept_transfer.report import details, verdict, write_report
-
     (folder / "arms.jsonl").unlink(missing_ok=True)  # what an interrupted run had finished
     report = folder / "report.html"
-    write_report(e, report, suite=suite, **looks)
-    text = f"{e!r}\n\n{verdict(e)}\n{' '.join(details(e))}\n\nReport: {report}"
+    _report.write_report(e, report, suite=suite, **looks)
+    text = f"{e!r}\n\n{_report.verdict(e)}\n{' '.join(_report.details(e))}\n\nReport: {report}"
     return e.data | dict(report=str(report)), text
 
 
-# %% ../nbs/31_cli.ipynb #8f94cc2b
+# %% ../nbs/31_cli.ipynb #ab15bdb5
 @command
 def cmd_audit(
     file: str,  # a use log
@@ -895,109 +843,99 @@ def cmd_audit(
     """a use log, verified and summed up
 
     concept-transfer audit use.jsonl --out use.html"""
-    from concept_transfer.monitor import write_page
-    from concept_transfer.uselog import audit
-
-    found = audit(file, unit, [head] if head else [])
+    found = _uselog.audit(file, unit, [head] if head else [])
     if out:
-        write_page(file, _writable(out))
+        _monitor.write_page(file, _writable(out))
     if found.faults:
         raise ValueError(f"{file} is not what was written: {'; '.join(dict.fromkeys(found.faults))}.")
     text = f"{found!r}\nhead: {found.head}\n\n{found.uses.to_string(index=False)}"
     return vars(found) | {"uses": found.uses.to_dict("records")}, text
 
 
-# %% ../nbs/31_cli.ipynb #68cd89e3
+# %% ../nbs/31_cli.ipynb #409f944f
 def _steps(folder):
     "A function that makes one file after the other in a folder, or takes what stands there."
-    from concept_transfer.artefacts import Journal, file_hash, versions
-
-    journal = Journal(folder / "made_of.jsonl", "demo")
-    made_of: list = [versions()]
+    journal = _artefacts.Journal(folder / "made_of.jsonl", "demo")
+    made_of: list = [_artefacts.versions()]
 
     def keep(file, make, load, *more):
         made_of.append(more)
         made = journal.artefact(folder / file, str(made_of), make, load)
-        made_of.append(file_hash(folder / file))
+        made_of.append(_artefacts.file_hash(folder / file))
         return made
 
     return keep
 
 
-# %% ../nbs/31_cli.ipynb #4eb03245
+# %% ../nbs/31_cli.ipynb #792f045a
 def _two_parts(task):
     "Items to choose with, a third, and items to judge with, of a task by name or from a file."
-    from concept_transfer.stats import scenario_folds
-    from concept_transfer.tasks import load_task
-
-    tune, test = (load_task(task, split) for split in ("tune", "test"))
+    tune, test = (_tasks.load_task(task, split) for split in ("tune", "test"))
     if tune.hash != test.hash:
         return tune, test
-    fold = scenario_folds(test.groups, 3)
+    fold = _stats.scenario_folds(test.groups, 3)
     if not fold.any():
         raise ValueError(f"{test!r}: items that choose and items that judge need scenarios of their own.")
-    parts = (
-        [i for i, f in zip(test.items, fold, strict=True) if (f == 0) == first] for first in (True, False)
-    )
+    parts = ([i for i, f in zip(test.items, fold) if (f == 0) == first] for first in (True, False))
     return [replace(test, items=part) for part in parts]
 
 
-def _smaller(texts, tune, test):
-    "A corpus and items of which some minutes are enough."
-    return texts.take(300), (tune.take(32), test.take(50))
-
-
-# %% ../nbs/31_cli.ipynb #baef4a4a
+# %% ../nbs/31_cli.ipynb #60aabb05
 def _flow(folder, models, pairs, texts, items, settings, most, other=None):
     """From pairs to the report, each step in a file of the folder. `items` choose, and judge; `most` layer
     pairs are tried."""
-    from concept_transfer.concepts import Concept, extract_concept
-    from concept_transfer.data import PAIRS, load_corpus, load_pairs
-    from concept_transfer.evidence import Evidence, evaluate
-    from concept_transfer.maps import LayerGrid, fit_maps
-    from concept_transfer.models import load_model, model_info
-    from concept_transfer.plots import plot_separation
-    from concept_transfer.selection import choose, offline_scores
-    from concept_transfer.steering import Transplant
-    from concept_transfer.views import layer_scores, separation
-
-    start, keep, neutral, (tune, test) = time.time(), _steps(folder), load_corpus("neutral"), items
+    start, keep, neutral, (tune, test) = time.time(), _steps(folder), _data.load_corpus("neutral"), items
     _say("1/6  models")
-    source, target = map(load_model, models)
-    read, written = model_info(source), model_info(target)
+    source, target = map(_models.load_model, models)
+    read, written = _models.model_info(source), _models.model_info(target)
     _say(f"     {read}\n     {written}")
 
     _say(f"2/6  concept: {pairs.name.split('/')[-1]}, from {len(pairs)} pairs")
-    find = partial(extract_concept, source, pairs)
-    concept = keep("concept.safetensors", find, Concept.load, read, pairs.hash)
+    find = partial(_concepts.extract_concept, source, pairs)
+    concept = keep("concept.safetensors", find, _concepts.Concept.load, read, pairs.hash)
     _say(f"     {concept!r}\n3/6  maps: both models read {len(texts)} texts")
-    fit = partial(fit_maps, source, target, texts, template=concept.template)
-    maps = keep("map.safetensors", fit, LayerGrid.load, written, texts.hash)
+    fit = partial(_maps.fit_maps, source, target, texts, template=concept.template)
+    maps = keep("map.safetensors", fit, _maps.LayerGrid.load, written, texts.hash)
 
     _say(f"     {maps!r}\n4/6  layers and dose, on {len(tune)} items kept for tuning")
 
     def select():
-        best = [layers for _, layers in offline_scores(concept, maps, target, pairs)[:most]]
-        return choose(concept, maps, target, tune, neutral, candidates=best)
+        best = [layers for _, layers in _selection.offline_scores(concept, maps, target, pairs)[:most]]
+        return _selection.choose(concept, maps, target, tune, neutral, candidates=best)
 
-    load = partial(Transplant.load, target=target)
+    load = partial(_steering.Transplant.load, target=target)
     t = keep("transplant.safetensors", select, load, tune.hash, neutral.hash, most)
 
     _say(f"     {t!r}\n5/6  evidence, on {len(test)} items that made and chose nothing here")
     given: dict = dict(pairs=pairs, other=other, source=source, map=_own(maps, t))
-    judge = partial(evaluate, t, test, neutral, settings=settings, path=folder / "arms.jsonl", **given)
-    e = keep("evidence.json", judge, Evidence.load, test.hash, other and other.hash, str(settings))
+    judge = partial(
+        _evidence.evaluate, t, test, neutral, settings=settings, path=folder / "arms.jsonl", **given
+    )
+    e = keep("evidence.json", judge, _evidence.Evidence.load, test.hash, other and other.hash, str(settings))
     _say("6/6  report")
     looks = _looks(t, test, e, neutral, concept, source, pairs)
-    looks["pictures"]["Where the concept is found"] = plot_separation(concept)
-    if pairs.name in PAIRS:
-        looks["pictures"]["Texts it tells apart"] = separation(t, load_pairs(pairs.name, "test")).show()
-    looks["pictures"]["Where it can be carried"] = layer_scores(maps, concept, t, pairs).show()
+    looks["pictures"]["Where the concept is found"] = _plots.plot_separation(concept)
+    if pairs.name in _data.PAIRS:
+        looks["pictures"]["Texts it tells apart"] = _views.separation(
+            t, _data.load_pairs(pairs.name, "test")
+        ).show()
+    looks["pictures"]["Where it can be carried"] = _views.layer_scores(maps, concept, t, pairs).show()
     facts, text = _reported(e, folder, looks)
     return facts | dict(seconds=round(time.time() - start)), text
 
 
-# %% ../nbs/31_cli.ipynb #682ad392
+# %% ../nbs/31_cli.ipynb #abf190c7
+def _run(out, models, pairs, task, corpus, settings, quick, other=None):
+    "The flow of what is named; `quick` as of `cmd_run`, `other` for another concept's pairs."
+    data, texts, (tune, test) = _data.load_pairs(pairs), _data.load_corpus(corpus), _two_parts(task)
+    for problem in _data.lint(data):
+        _warn(problem)
+    if quick:
+        texts, tune, test = texts.take(300), tune.take(32), test.take(50)
+    folder, foreign = _writable(out, folder=True), _data.load_pairs(other) if other else None
+    return _flow(folder, models, data, texts, (tune, test), settings, 4 if quick else 12, foreign)
+
+
 @command
 def cmd_run(
     pairs: str,  # file, whose name the concept gets, or a built-in set such as honesty
@@ -1012,15 +950,7 @@ def cmd_run(
     """extract, align, transplant and evaluate in one
 
     concept-transfer run --pairs joy.csv --task joy-task.json --out joy --quick"""
-    from concept_transfer.data import lint, load_corpus, load_pairs
-
-    data, texts, items, chosen = load_pairs(pairs), load_corpus(corpus), _two_parts(task), settings()
-    for problem in lint(data):
-        _warn(problem)
-    if quick:
-        texts, items = _smaller(texts, *items)
-    folder = _writable(out, folder=True)
-    return _flow(folder, (source, target), data, texts, items, chosen, 4 if quick else 12)
+    return _run(out, (source, target), pairs, task, corpus, settings(), quick)
 
 
 @command
@@ -1031,11 +961,5 @@ def cmd_demo(
     """the whole transplant on the two embedded models
 
     concept-transfer demo"""
-    from concept_transfer.arms import Settings
-    from concept_transfer.data import load_corpus, load_pairs
-
-    pairs, other = load_pairs("emotions/happiness"), load_pairs("emotions/sadness")
-    texts, items = _smaller(load_corpus("general"), *_two_parts(pairs.name))
-    models = "smollm2-135m-instruct", "gemma-3-270m"
-    folder = _writable(out, folder=True)
-    return _flow(folder, models, pairs, texts, items, Settings(seed=seed), 4, other)
+    models, joy = ("smollm2-135m-instruct", "gemma-3-270m"), "emotions/happiness"
+    return _run(out, models, joy, joy, "general", _settings(seed=seed), True, "emotions/sadness")

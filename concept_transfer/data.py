@@ -113,7 +113,7 @@ def checked(
     raise ValueError(f"{place}: {fault['msg']}, found {short_repr(fault['input'])}.")
 
 
-# %% ../nbs/01_data.ipynb #94d01def
+# %% ../nbs/01_data.ipynb #488de1aa
 def _table(text, path, mark):
     "Rows of a table with a header."
     lines = csv.reader(io.StringIO(text), delimiter=mark, strict=True)
@@ -127,7 +127,7 @@ def _table(text, path, mark):
                 f"{path}: row {i} has {len(row)} cells under the columns {table[0]}. Name each column once, "
                 f"and put texts that hold {mark!r} into double quotes."
             )
-    return [dict(zip(table[0], row, strict=True)) for row in table[1:]]
+    return [dict(zip(table[0], row)) for row in table[1:]]
 
 
 # %% ../nbs/01_data.ipynb #cfeef2d1
@@ -342,7 +342,7 @@ class ContrastPairs:
         return f"ContrastPairs({self.name!r}, {len(self.positive)} positive, {len(self.negative)} negative)"
 
 
-# %% ../nbs/01_data.ipynb #53249ae8
+# %% ../nbs/01_data.ipynb #37ba049b
 @patch
 def _repr_html_(self: ContrastPairs):
     facts = {
@@ -351,7 +351,7 @@ def _repr_html_(self: ContrastPairs):
         "read as": self.template,
         "hash": self.hash,
     }
-    rows = [[shorten(t, 160) for t in row] for row in zip(self.positive[:3], self.negative, strict=False)]
+    rows = [[shorten(t, 160) for t in row] for row in zip(self.positive[:3], self.negative)]
     return card(f"Contrast pairs {self.name}", facts, table(["positive", "negative"], rows))
 
 
@@ -369,7 +369,7 @@ def _is_positive(labels, path):
     return np.isin(words, _POSITIVE)
 
 
-# %% ../nbs/01_data.ipynb #6572579a
+# %% ../nbs/01_data.ipynb #323d8d56
 _OF_ROWS = {*"group groups prompt question".split()}  # what makes sides into columns
 
 
@@ -389,13 +389,13 @@ def _read_pairs(path, found):
     for c in columns:
         texts = check_texts(table[c], f"{path}: {c}")
         if c in _SIDES and "prompt" in table:
-            asked = zip(check_texts(table["prompt"], f"{path}: prompt"), texts, strict=True)
+            asked = zip(check_texts(table["prompt"], f"{path}: prompt"), texts)
             table[c] = [f"{q.rstrip()} {t.lstrip()}" for q, t in asked]
     sides = table, table
     if columns != _SIDES:
         true = _is_positive(table["label"], path)
         sides = table[true], table[~true]
-    positive, negative = (side[c].tolist() for side, c in zip(sides, columns, strict=True))
+    positive, negative = (side[c].tolist() for side, c in zip(sides, columns))
     groups = [g for side in sides for g in side.get("group", side.get("prompt", ()))]
     return ContrastPairs(path.stem, positive, negative, groups)
 
@@ -428,11 +428,11 @@ def split_words(text: str) -> list[str]:
     return re.findall(r"[\w']+", text.lower())
 
 
-# %% ../nbs/01_data.ipynb #2bf1880c
+# %% ../nbs/01_data.ipynb #b9270544
 @lru_cache(2**15)
 def _trigrams(text):
     words = split_words(text)
-    return {*zip(words, words[1:], words[2:], strict=False)} or {tuple(words)}
+    return {*zip(words, words[1:], words[2:])} or {tuple(words)}
 
 
 def overlap(a: str, b: str) -> float:
@@ -503,7 +503,7 @@ def leak(
     return None
 
 
-# %% ../nbs/01_data.ipynb #44441ec5
+# %% ../nbs/01_data.ipynb #a3582ebe
 def lint(
     pairs: ContrastPairs,
     task: Any = None,  # a `ChoiceTask`: also look for scenarios that it asks about
@@ -513,7 +513,7 @@ def lint(
     if not 0 < near <= 1:
         raise ValueError(f"near={near}: an overlap is above 0 and at most 1.")
     both = {*pairs.positive} & {*pairs.negative}
-    problems: list[Any] = [
+    problems: list = [
         _length_tells(pairs),
         both and f"{len(both)} texts stand on both sides, e.g. {min(both)[:60]!r}: they only add noise.",
         *(_repetition(pairs, side, near) for side in _SIDES),

@@ -337,7 +337,7 @@ def refuse_empty(texts: Sequence[str], ids: Ids, nothing: Sequence[int] = ()):
             )
 
 
-# %% ../nbs/06_engine.ipynb #e3a24f9a
+# %% ../nbs/06_engine.ipynb #a3e97183
 def _tokens(tokenizer, texts, **how):
     "What a tokenizer makes of texts. Raises ValueError for one that fails, which has errors of any kind."
     try:
@@ -367,7 +367,7 @@ def tokenized(
     tok, start = model.tokenizer, start_mark(model)
     got = _tokens(tok, list(texts), add_special_tokens=False, return_offsets_mapping=tok.is_fast)
     n, spans = len(start), got.get("offset_mapping") or [[] for _ in texts]
-    for ids, at in zip(got.input_ids, spans, strict=True):
+    for ids, at in zip(got.input_ids, spans):
         while n and ids[:n] == start:
             del ids[:n], at[:n]
         while n + len(ids) > 1 and ids[-1:] == [tok.eos_token_id]:
@@ -473,14 +473,14 @@ def length_batches(
     return out
 
 
-# %% ../nbs/06_engine.ipynb #9963105a
+# %% ../nbs/06_engine.ipynb #0c4a989f
 def bundled(
     items: Sequence,
     cost: Callable,  # of an item: a number, or several
     most: float | tuple,  # what a bundle may cost
 ) -> list[list]:  # the items of each bundle, in order
     "Items together as long as a bundle stays within its limits."
-    out: list[list] = []
+    out: list = []
     held = np.array(np.inf)  # no bundle is open
     for x in items:
         held = held + cost(x)
@@ -712,7 +712,7 @@ def states(self: Local, ids, layers, at, take=None, batch_tokens=512):
             yield rows, [take(h, wanted) if take else h[wanted] for h in got]
 
 
-# %% ../nbs/06_engine.ipynb #1052702e
+# %% ../nbs/06_engine.ipynb #98470ad4
 def stream(
     model: TransformersModel,
     ids: Ids,  # token ids of each text, as `encode` gives them
@@ -729,10 +729,10 @@ def stream(
     with tqdm(total=size, desc=what, unit="tok", unit_scale=True, disable=None, leave=False) as bar:
         for rows, got in engine(model).states(ids, list(layers), at, take, batch_tokens):
             bar.update(sum(len(ids[i]) for i in rows))
-            for k, h in zip(layers, got, strict=True):
+            for k, h in zip(layers, got):
                 if torch.isfinite(h.sum()):
                     continue
-                for i, own in zip(rows, h if take else h.split([len(at[i]) for i in rows]), strict=True):
+                for i, own in zip(rows, h if take else h.split([len(at[i]) for i in rows])):
                     if not torch.isfinite(own).all():
                         raise ValueError(
                             f"text {numbers[i] if numbers else i}, {model.tokenizer.decode(ids[i])[:60]!r}, "

@@ -178,11 +178,11 @@ class Evidence(Strict):
         return _effect(self.provenance, equal) if "transplanted" in equal else Effect()
 
 
-# %% ../nbs/18_evidence.ipynb #075c4b33
+# %% ../nbs/18_evidence.ipynb #0f72e4db
 @patch
 def of(self: Evidence, experiment: str) -> dict[str, list[Run]]:
     "Runs of an experiment, by arm."
-    found: dict[str, list[Run]] = {}
+    found: dict = {}
     for r in self.runs:
         if r.experiment == experiment:
             found.setdefault(r.arm, []).append(r)
@@ -201,7 +201,7 @@ def _damage_of(of, runs):
     return dict(kl=kl, kl_ci=ci, kl_p95=p95, perplexity_ratio=ratio)
 
 
-# %% ../nbs/18_evidence.ipynb #3ea79f9e
+# %% ../nbs/18_evidence.ipynb #642370e5
 def _arm_result(of, base, runs):
     "What follows for one arm, from where it comes from, a base run, and its draws."
     change = {k for k, m in METRICS.items() if m.change}
@@ -210,7 +210,7 @@ def _arm_result(of, base, runs):
         for k in base.answers
     }
     boot = bootstrap([*values.values()], of.groups, of.bootstrap, of.seed)  # (draws, metrics)
-    found = zip(values.items(), boot.T, strict=True)
+    found = zip(values.items(), boot.T)
     means: dict = {k: dict(mean=float(v.mean()), ci=interval(drawn)) for (k, v), drawn in found}
     (rate, ci), (first, _), (shift, shift_ci) = (means.pop(k).values() for k in ("chosen", "first", "margin"))
     if rate in (0, 1):  # all alike, of which no bootstrap knows how sure it is
@@ -268,11 +268,11 @@ class Capability:
     texts: list[str] | None = None  # greedy continuations of `STARTS`
 
 
-# %% ../nbs/18_evidence.ipynb #fb5e065e
+# %% ../nbs/18_evidence.ipynb #c98ae137
 @patch(as_prop=True)
 def capability(self: Evidence) -> dict[str, Capability]:
     "What each arm knows, and how it repeats itself."
-    found: dict[str, Capability] = {}
+    found: dict = {}
     right = {k: r.answers["chosen"] for k, (r,) in self.of("knowledge").items()}
     for arm, hits in right.items():
         k, n, p = int(sum(hits)), len(hits), None if arm == "base" else mcnemar(right["base"], hits)
@@ -310,7 +310,7 @@ def off_target(self: Evidence) -> list[OffTarget]:
     ]
 
 
-# %% ../nbs/18_evidence.ipynb #543b2579
+# %% ../nbs/18_evidence.ipynb #07684678
 @dataclass(frozen=True)
 class Readout:
     "How another way of asking moved, by arm, at equal damage."
@@ -350,11 +350,11 @@ def _readout(of, task, runs):
 @patch(as_prop=True)
 def readouts(self: Evidence) -> list[Readout]:
     "How every other way of asking moved."
-    by_arm, found = self.of("readouts"), []
-    for task in dict.fromkeys(r.task for rs in by_arm.values() for r in rs):
-        runs = {k: some for k, rs in by_arm.items() if (some := [r for r in rs if r.task == task])}
-        found += [_readout(self.provenance, task, runs)] if "base" in runs else []
-    return found
+    by_task: dict = {}
+    for arm, runs in self.of("readouts").items():
+        for r in runs:
+            by_task.setdefault(r.task, {}).setdefault(arm, []).append(r)
+    return [_readout(self.provenance, task, runs) for task, runs in by_task.items() if "base" in runs]
 
 
 # %% ../nbs/18_evidence.ipynb #c475ec4d
@@ -524,7 +524,7 @@ def load(cls: Evidence, path: str | Path) -> Evidence:
     return found
 
 
-# %% ../nbs/18_evidence.ipynb #17176e27
+# %% ../nbs/18_evidence.ipynb #4d75ff70
 _GIVEN = {
     **dict.fromkeys(("pairs", "other"), ContrastPairs),
     "examples": ChoiceTask,
@@ -532,15 +532,6 @@ _GIVEN = {
     "map": AffineMap | Sequence[AffineMap],
     "native": Transplant,
 }
-
-
-def _check_map(t, map=None, source=None, native=None):
-    "Raise ValueError for a map or a native transplant that does not belong to a transplant."
-    if native:
-        native.target.require(t.target, "native=")
-    for m in t.carriers(map) if map else ():
-        if source is not None:
-            m.source.require(model_info(source), "this map (source side)")
 
 
 def _check_asked(t, task, experiments, given, arms):
@@ -556,7 +547,11 @@ def _check_asked(t, task, experiments, given, arms):
         raise TypeError(f"evaluate: no arm needs {strange[0]!r}; arms need {', '.join(known)}.")
     given = {k: v for k, v in given.items() if v is not None}
     fits(given, _GIVEN, "evaluate")
-    _check_map(t, **{k: given[k] for k in ("map", "source", "native") if k in given})
+    if "native" in given:
+        given["native"].target.require(t.target, "native=")
+    for m in t.carriers(given["map"]) if "map" in given else ():
+        if "source" in given:
+            m.source.require(model_info(given["source"]), "this map (source side)")
     if reused := _reused(t, task):
         say = f"{reused} of these items chose layers and dose; the result will be too good. Use others."
         warnings.warn(say, stacklevel=3)
@@ -564,7 +559,7 @@ def _check_asked(t, task, experiments, given, arms):
         warnings.warn(say, stacklevel=3)
 
 
-# %% ../nbs/18_evidence.ipynb #2d3cd861
+# %% ../nbs/18_evidence.ipynb #336cc3d6
 @strict
 def evaluate(
     t: Transplant,
@@ -586,7 +581,7 @@ def evaluate(
     bench = Bench(t.model, t.layer, task, neutral, damage)
     origin = _provenance(t, bench, settings)
     parts = dict(transplant=made_of(t), layer=t.layer, model=described(t.model), versions=str(versions()))
-    parts |= {k: f"{x!r} {x.hash}" for k, x in (("task", task), ("neutral", bench.neutral))}
+    parts |= dict(task=f"{task!r} {task.hash}", neutral=f"{bench.neutral!r} {bench.neutral.hash}")
     journal = Journal(path, "evaluation", parts)
     return Evidence(origin, *measured(Trial(bench, t, given, settings, experiments, journal), arms))
 
@@ -615,7 +610,7 @@ def evaluate_text(
     return found
 
 
-# %% ../nbs/18_evidence.ipynb #5cbd3f32
+# %% ../nbs/18_evidence.ipynb #9d0ddec5
 @strict
 def off_target(
     transplants: Sequence[Transplant],  # at the doses they will be used at
@@ -632,6 +627,6 @@ def off_target(
         for k, task in enumerate(tasks):
             bench = Bench(transplants[0].model, layer, task)
             base, *steered = (x.chosen for x in bench.ask([None, *(transplants[i] for i in here)]))
-            for i, chosen in zip(here, steered, strict=True):
+            for i, chosen in zip(here, steered):
                 shift[i, k], p[i, k] = chosen.mean() - base.mean(), mcnemar(base, chosen)
     return shift, holm(p.ravel()).reshape(p.shape)

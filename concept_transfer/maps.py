@@ -21,7 +21,7 @@ __all__ = [
     "downstream",
 ]
 
-# %% ../nbs/14_maps.ipynb #4e1f71c2
+# %% ../nbs/14_maps.ipynb #7c2a2857
 import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -42,7 +42,7 @@ from tqdm import tqdm
 from .artefacts import Artefact, Count, Layers, Notes, Score, Template, save_fields
 from .cards import card, heat
 from .concepts import Concept, activations, mean_difference
-from .data import ContrastPairs, Corpus, text_key
+from .data import ContrastPairs, Corpus, fill, text_key
 from .models import ModelInfo, model_info
 from .moments import Collected, Listed, Reading, collect, fresh, strict
 from .pairing import last_token, paired_states
@@ -468,7 +468,7 @@ def _cut_short(text, i):  # i: number of the text
     return " ".join(words[: max(1, len(words) - 2 - i % 3)])
 
 
-# %% ../nbs/14_maps.ipynb #8314711a
+# %% ../nbs/14_maps.ipynb #8d8a0081
 def _published(source, target, corpus, *layers, **options):
     "The paper's maps: least squares without centring, penalty or offset, judged as all others are."
     if other := options.keys() - {"held_out", "most_rows", "template"}:
@@ -483,7 +483,7 @@ def _published(source, target, corpus, *layers, **options):
     if len(fit) < 2 or not judge:
         raise ValueError(f"{len(texts)} texts are too few for a map and a held-out part; use hundreds.")
     short = [_cut_short(t, i) for i, t in enumerate(fit)]
-    short, whole = ([how.template.replace("{}", t) for t in part] for part in (short, judge))
+    short, whole = (fill(how.template, part) for part in (short, judge))
     layers = m.source_layers, m.target_layers
     X, Y, _ = paired_states(source, target, short, *layers, last_token)  # (n, L1, d1), (n, L2, d2)
     m.add(X.double(), Y.double())
@@ -493,7 +493,7 @@ def _published(source, target, corpus, *layers, **options):
 
     def make(u):
         W = contrans(X[:, u.s], Y.flatten(1))  # (d1, 2 L2 d2)
-        return zip(*W.unflatten(1, Y.shape[1:]).transpose(0, 1).chunk(2), strict=True)
+        return zip(*W.unflatten(1, Y.shape[1:]).transpose(0, 1).chunk(2))
 
     return _grid(m, make, "contrans", (0.0,), False)
 
@@ -527,7 +527,7 @@ def map_method(
     return entry
 
 
-# %% ../nbs/14_maps.ipynb #1d3e8dc8
+# %% ../nbs/14_maps.ipynb #cccdbe2e
 @strict
 def solve(
     m: Collected,  # `Moments` or `Rows`
@@ -540,7 +540,7 @@ def solve(
             f"method {entry.name!r} is not solved from moments: use "
             f"{', '.join(k for k, e in MAP_METHODS.items() if e.solve)}."
         )
-    return _grid(m, lambda u: zip(u.maps(entry.solve, u.products), _controls(u), strict=True), entry.name)
+    return _grid(m, lambda u: zip(u.maps(entry.solve, u.products), _controls(u)), entry.name)
 
 
 # %% ../nbs/14_maps.ipynb #e0d2590a
@@ -562,7 +562,7 @@ def fit_maps(
     return entry.fit(*given, **collecting) if entry.fit else solve(collect(*given, **collecting), entry)
 
 
-# %% ../nbs/14_maps.ipynb #833ecfc7
+# %% ../nbs/14_maps.ipynb #d8721dec
 @patch
 def __getitem__(self: LayerGrid, layers: Sequence[int]) -> AffineMap:
     try:
@@ -576,8 +576,8 @@ def __getitem__(self: LayerGrid, layers: Sequence[int]) -> AffineMap:
     notes: dict = {"lam": float(f"{self.lam[at]:.6g}")}
     # method, rows, texts, texts_hash, template, settings
     notes |= {k: v for k, v in vars(self).items() if isinstance(v, str | int | dict)}
-    r2, models = float(self.r2[at]), (self.source, self.target)
-    return AffineMap(self.W[at], self.b[at], (s, t), *models, r2, self.shuffled[at], notes)
+    models = self.source, self.target
+    return AffineMap(self.W[at], self.b[at], (s, t), *models, float(self.r2[at]), self.shuffled[at], notes)
 
 
 @patch(as_prop=True)
@@ -629,7 +629,7 @@ def save(self: LayerGrid, path: str | Path):
     save_fields(self, path, scores=scores)
 
 
-# %% ../nbs/14_maps.ipynb #1f5347e2
+# %% ../nbs/14_maps.ipynb #7d40267b
 def downstream(
     maps: LayerGrid,
     concept: Concept,
@@ -640,7 +640,7 @@ def downstream(
     maps.source.require(concept.model, "this map (source side)")
     maps.target.require(model_info(target), "this map (target side)")
     _check_template(maps.template, concept)
-    texts, n = [concept.template.replace("{}", t) for t in pairs.texts], len(pairs.positive)
+    texts, n = fill(concept.template, pairs.texts), len(pairs.positive)
     H = torch.stack([*activations(target, texts, maps.target_layers, concept.position)])  # (n + m, L2, d2)
     v = torch.stack([concept[s] for s in maps.source_layers])  # (L1, d1)
     D = torch.einsum("sa,stab->stb", v, maps.W)  # (L1, L2, d2)

@@ -65,7 +65,7 @@ class _Shown:
         return card(type(self).__name__, self.facts)  # type: ignore[attr-defined]
 
 
-# %% ../nbs/16_measure.ipynb #4eb7dbc4
+# %% ../nbs/16_measure.ipynb #c4f2c806
 @dataclass(frozen=True, repr=False)
 class Answers(_Shown):
     "What a model answered, item by item; all that is said of it is made of this."
@@ -83,7 +83,7 @@ class Answers(_Shown):
     @cached_property
     def compared(self) -> list[tuple]:
         "Of each item the log-probability of the target, and those of the choices that are not right."
-        asked = zip(self.logp, self.items, strict=True)
+        asked = zip(self.logp, self.items)
         return [(x[i.target], np.delete(x, [*range(i.n_true), i.target])) for x, i in asked]
 
     @property
@@ -94,7 +94,7 @@ class Answers(_Shown):
     @property
     def first(self) -> np.ndarray:  # (n,)
         "The arg-max next token starts the target."
-        return np.array([x[k] for x, k in zip(self.starts, self.target, strict=True)])
+        return np.array([x[k] for x, k in zip(self.starts, self.target)])
 
     @property
     def margin(self) -> np.ndarray:  # (n,)
@@ -193,7 +193,7 @@ class Probe(Generic[_R]):
         return [self.judge(parts) for parts in self.run(some)]
 
 
-# %% ../nbs/16_measure.ipynb #a972683a
+# %% ../nbs/16_measure.ipynb #fcb5f8e9
 def _rows(model, task, words):
     """Rows to read: ids, the part of each token (0: the prompt, else the number of its choice), and what is
     asked: after which position, for which token, item, choice. A choice's last token need not be read."""
@@ -214,20 +214,20 @@ def _rows(model, task, words):
             row, part, asked = [*prompt], [0] * p, []
             for c, tail in some:
                 at = [p - 1, *range(len(row), len(row) + len(tail) - 1)]
-                asked += [(*x, i, c) for x in zip(at, tail, strict=True)]
+                asked += [(*x, i, c) for x in zip(at, tail)]
                 row += tail[:-1]
                 part += [c + 1] * (len(tail) - 1)
             rows.append((row, part, asked))
     return rows
 
 
-# %% ../nbs/16_measure.ipynb #f40060f3
+# %% ../nbs/16_measure.ipynb #c98940ad
 def _asked(logits, base, extra):
     "Of each token that is asked for: its log-probability (r,), and whether it is the likeliest of all (r,)."
     extra = extra.to(logits.device)  # (r, 3): row, position from the end, token
     spots, which = extra[:, :2].unique(dim=0, return_inverse=True)  # (u, 2), (r,)
     each = (logits[row, at] for row, at in spots.tolist())  # (vocabulary,): one at a time fits a cache
-    total, most = map(torch.stack, zip(*((z.logsumexp(0), z.amax()) for z in each), strict=True))  # (u,)
+    total, most = map(torch.stack, zip(*((z.logsumexp(0), z.amax()) for z in each)))  # (u,)
     asked = logits[tuple(extra.T)]
     return asked - total[which], asked == most[which]
 
@@ -241,19 +241,19 @@ def _asked_raised(logits, base, extra):
     return _asked(logits, base, asked)
 
 
-# %% ../nbs/16_measure.ipynb #bea93bb0
+# %% ../nbs/16_measure.ipynb #1b53c1a5
 def _answers(task, reads, parts):
     "Answers from what `_asked` gave; `reads` as of `_rows`, in the order of the batches."
     logp, lengths, starts = ([np.zeros(len(i.choices), t) for i in task.items] for t in (float, int, bool))
-    scores, likeliest = (torch.cat(x).tolist() for x in zip(*parts, strict=True))  # (r,) each
-    for (_, _, i, c), score, hit in zip(reads, scores, likeliest, strict=True):
+    scores, likeliest = (torch.cat(x).tolist() for x in zip(*parts))  # (r,) each
+    for (_, _, i, c), score, hit in zip(reads, scores, likeliest):
         starts[i][c] |= hit and not lengths[i][c]
         logp[i][c] += score
         lengths[i][c] += 1
     return Answers(task.items, tuple(logp), tuple(lengths), tuple(starts))
 
 
-# %% ../nbs/16_measure.ipynb #8f6443d3
+# %% ../nbs/16_measure.ipynb #580a8121
 def choices(
     model: TransformersModel,
     layer: int,
@@ -262,7 +262,7 @@ def choices(
     raised: tuple[Sequence[int], float] | None = None,  # tokens whose logits are raised, and by how much
 ) -> Probe[Answers]:
     "A task made ready. Raises ValueError for an item that does not fit the model."
-    ids, parts, reads = zip(*_rows(model, task, words), strict=True)
+    ids, parts, reads = zip(*_rows(model, task, words))
     tree = parts if any(len(set(p)) > 2 for p in parts) else None
     batches = left_batches(model, ids, [[at for at, *_ in asked] for asked in reads], tree)
     for k, batch in enumerate(batches):
@@ -313,14 +313,14 @@ class Damage(_Shown):
         }
 
 
-# %% ../nbs/16_measure.ipynb #bb0c4ac5
+# %% ../nbs/16_measure.ipynb #785527b8
 def _drift(logits, base, tokens):
     "KL from the base and log-probability lost (2, b, keep); of the base itself its log-probabilities."
     if base is None:
         return logits.log_softmax(-1)  # (b, keep, vocabulary)
     out = []
     flat = (x.flatten(0, 1) for x in (logits, base, tokens.to(logits.device)))
-    for z, p, token in zip(*flat, strict=True):  # (vocabulary,): one at a time fits a cache
+    for z, p, token in zip(*flat):  # (vocabulary,): one at a time fits a cache
         gap = p - z.log_softmax(-1)
         out.append(torch.stack([(p.exp() * gap).sum().clamp_min(0), gap[token]]))
     return torch.stack(out, 1).view(2, *tokens.shape)
@@ -345,7 +345,7 @@ def _in_order(rows, parts):  # (2, texts, keep)
     return torch.cat(parts, 1).double().cpu().numpy()[:, np.argsort(rows)]
 
 
-# %% ../nbs/16_measure.ipynb #f6463519
+# %% ../nbs/16_measure.ipynb #15f9b1d6
 def neutral_text(
     model: TransformersModel,
     layer: int,
@@ -355,10 +355,10 @@ def neutral_text(
     keep: int = KEEP,  # last tokens of a text that are asked about
 ) -> Probe:
     "Neutral texts made ready; those that are too short are left out. Raises ValueError where all are."
-    read = [(t, x) for t, x in zip(texts, encode(model, texts), strict=True) if len(x) > keep]
+    read = [(t, x) for t, x in zip(texts, encode(model, texts)) if len(x) > keep]
     if not read:
         raise ValueError(f"no neutral text has more than {keep} tokens; give whole sentences.")
-    texts, plain = zip(*read, strict=True)
+    texts, plain = zip(*read)
     led = encode(model, [words + t for t in texts])
     for k, x in enumerate(plain):
         if led[k][-keep - 1 :] != x[-keep - 1 :]:
@@ -376,7 +376,7 @@ def neutral_text(
     return Probe(model_info(model), layer, scores, judge, texts)
 
 
-# %% ../nbs/16_measure.ipynb #c5c02053
+# %% ../nbs/16_measure.ipynb #bce6b622
 def _prefixes(model, text, words=10):
     "The beginnings of a passage, each some words longer, and all of it, as far as the model has room."
     ends = [m.end() for m in re.finditer(r"\S+", text)]
@@ -397,7 +397,7 @@ def prose_damage(
         parts.append(neutral_text(model, layer, sum(some, []), keep=12)(changes))
     found = [
         Damage(*(np.concatenate([getattr(d, k) for d in each]) for k in ("kl", "lost")))
-        for each in zip(*parts, strict=True)
+        for each in zip(*parts)
     ]
     return found, [i for i, some in texts.items() for _ in some]
 
@@ -516,7 +516,7 @@ def _next(tried, goal):
     return dose if dose != tried[-1][0] else None
 
 
-# %% ../nbs/16_measure.ipynb #064b8a86
+# %% ../nbs/16_measure.ipynb #9ebdbfae
 _T = TypeVar("_T", Transplant, list[Transplant])
 _Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
@@ -530,14 +530,14 @@ def at_damage(
     "The same with the doses of that damage; `notes` say which KL was reached. Warns where it is far off."
     some, found = ts if isinstance(ts, list) else [ts], []
     goal = self.damage if damage is None else checked(damage, _Positive, "damage")
-    tried: list[list] = [[] for _ in some]
+    tried: list = [[] for _ in some]
     left = {i: t.dose for i, t in enumerate(some)}
     while left:
         hurt = self.dosing([replace(some[i], dose=dose) for i, dose in left.items()])
-        for (i, dose), h in zip(left.items(), hurt, strict=True):
+        for (i, dose), h in zip(left.items(), hurt):
             tried[i].append((dose, max(h.mean, 1e-9)))
         left = {i: dose for i in left if (dose := _next(tried[i], goal))}
-    for t, points in zip(some, tried, strict=True):
+    for t, points in zip(some, tried):
         dose, kl = min(points, key=lambda point: abs(np.log(point[1] / goal)))
         if abs(np.log(kl / goal)) > 0.7:
             missed = f"a damage of {goal} was not reached; KL is {kl:.3g} at dose {dose:.3g}"
@@ -607,7 +607,7 @@ def raise_to_damage(self: Bench, tokens: Sequence[int]) -> tuple[float, Damage]:
 STRENGTHS = (-2.0, -1.0, -0.5, -0.25, 0.0, 0.25, 0.5, 1.0, 2.0)
 
 
-# %% ../nbs/16_measure.ipynb #5ecc0430
+# %% ../nbs/16_measure.ipynb #d80ab8e3
 @dataclass(frozen=True)
 class CurvePoint:
     "Effect and damage at one strength."
@@ -626,15 +626,15 @@ def dose_curve(
 ) -> list[CurvePoint]:
     "Effect and damage at several strengths, negative ones and zero among them."
     some = [replace(t, dose=s * t.dose) for s in strengths]
-    found = zip(strengths, some, bench.ask(some), bench.hurt(some), strict=True)
+    found = zip(strengths, some, bench.ask(some), bench.hurt(some))
     return [CurvePoint(s, t.dose, answers, damage) for s, t, answers, damage in found]
 
 
-# %% ../nbs/16_measure.ipynb #6d79c606
+# %% ../nbs/16_measure.ipynb #16970675
 def steerability(
     points: Sequence[tuple[float, Sequence[float]]],  # strength, and the margin of each item (n,) there
 ) -> dict[str, float]:  # slope: mean change of the margin for one unit of strength; wrong_way: share of items
     "How items answer to strengths up to 1. Raises ValueError when there are not two different ones."
-    strengths, margins = map(np.array, zip(*(p for p in points if abs(p[0]) <= 1), strict=True))
+    strengths, margins = map(np.array, zip(*(p for p in points if abs(p[0]) <= 1)))
     slopes = slope_per_item(margins, strengths)  # (n,)
     return {"slope": float(slopes.mean()), "wrong_way": wrong_way(slopes)}

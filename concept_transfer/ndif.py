@@ -184,11 +184,11 @@ def _halves(bundle):
     return [[bundle[0][::2]], [bundle[0][1::2]]]
 
 
-# %% ../nbs/08_ndif.ipynb #ee01b73e
+# %% ../nbs/08_ndif.ipynb #f9b3c500
 def _answered(ask, bundle, sent, form):
     "Each batch of a job with what came back, of this form, in halves where memory runs out there."
     try:
-        yield from zip(bundle, *_came(sent, got=[form(rows) for rows in bundle]), strict=True)
+        yield from zip(bundle, *_came(sent, got=[form(rows) for rows in bundle]))
         return
     except RuntimeError as e:
         if not out_of_memory(e) or len(bundle) == len(bundle[0]) == 1:
@@ -301,7 +301,7 @@ def scores(self: Ndif, layer, batches, reduce) -> FarScores:
     return FarScores(self, batches, reduce)
 
 
-# %% ../nbs/08_ndif.ipynb #679028d1
+# %% ../nbs/08_ndif.ipynb #58e35e65
 @patch
 def __call__(self: FarScores, changes):
     "As of `Engine.scores`."
@@ -309,7 +309,7 @@ def __call__(self: FarScores, changes):
     table: list = [[] for _ in self.batches]
     parts = [  # of the table, such as fit a request: a row of it, the batch, some of the changes
         (row, batch, some)
-        for row, batch in zip(table, self.batches, strict=True)
+        for row, batch in zip(table, self.batches)
         for some in bundled(changes, lambda change: 1, limit / batch.ids.numel() - bool(batch.plain))
     ]
 
@@ -325,10 +325,10 @@ def __call__(self: FarScores, changes):
     bundles = bundled(parts, lambda part: passes(part) * part[1].ids.numel(), limit)
     for bundle, sent in in_flight(bundles, ask, self.there.remote.flight):
         forms = [[None] * len(some) for _, _, some in bundle]
-        for part, got in zip(bundle, *_came(sent, table=forms), strict=True):
+        for part, got in zip(bundle, *_came(sent, table=forms)):
             self.read += passes(part) * len(part[1].rows)
             part[0].extend(got)
-    return [list(of_change) for of_change in zip(*table, strict=True)]
+    return [list(of_change) for of_change in zip(*table)]
 
 
 # %% ../nbs/08_ndif.ipynb #afc69981
@@ -424,11 +424,11 @@ def _packed(model, chunk, folds, bring, batch_tokens):
     return passes, place, (planes(chunk.X[fit]), fit, fold, wanted)
 
 
-# %% ../nbs/08_ndif.ipynb #f67f0707
+# %% ../nbs/08_ndif.ipynb #9f72e55d
 def _added(into, chunks, got):
     "Add an answer. Raises ValueError, naming the text, for rows that are not finite; then nothing is added."
     extra, kept = got
-    for c, (_, _, bad) in zip(chunks, extra, strict=True):
+    for c, (_, _, bad) in zip(chunks, extra):
         if len(bad):
             raise ValueError(
                 f"{c.texts[c.of[bad]][:60]!r} gives states that are not finite. "
@@ -437,7 +437,7 @@ def _added(into, chunks, got):
     if kept:
         into.merge({k: unplaned(v) if v.dtype == torch.uint8 else v for k, v in kept.items()}, _folds(chunks))
     n = 0
-    for c, (w, rows, _) in zip(chunks, extra, strict=True):
+    for c, (w, rows, _) in zip(chunks, extra):
         n += into.keep(c, unplaned(rows), w) if kept else into.take(c, unplaned(rows))
     return n
 

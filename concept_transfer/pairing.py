@@ -66,7 +66,7 @@ def _accent_follows(text, end):  # end: number of characters read
     return any(map(unicodedata.combining, both[1:])) or not unicodedata.is_normalized("NFC", both)
 
 
-# %% ../nbs/12_pairing.ipynb #94bbfc47
+# %% ../nbs/12_pairing.ipynb #c03ef7b0
 def last_token(pairs: Boundaries, n1: int, n2: int) -> Boundaries:
     "The last token of either side, wherever it ends (ConTrans): a choice for `thin`."
     return [(n1 - 1, n2 - 1)]
@@ -81,7 +81,7 @@ def paired_tokens(
     "Tokens of both sides, and which of them are paired: the k-th of a text here with its k-th there."
     (ids1, offsets1), (ids2, offsets2) = _encode(source, texts), _encode(target, texts)
     at1, at2 = [], []
-    for text, x, y, one, two in zip(texts, ids1, ids2, offsets1, offsets2, strict=True):
+    for text, x, y, one, two in zip(texts, ids1, ids2, offsets1, offsets2):
         pairs = [
             (i, j)
             for i, j in shared_boundaries(one, two)

@@ -142,7 +142,7 @@ def vector(
     return torch.stack(v) if np.ndim(strength) else v[0]
 
 
-# %% ../nbs/15_steering.ipynb #e90fe21c
+# %% ../nbs/15_steering.ipynb #11b78d5c
 _COLUMNS = dict(  # of one place and of the deeper ones
     zip(("layer", "direction", "norm", "source_layer", "shuffled"), Transplant.added, strict=True)
 )
@@ -154,10 +154,10 @@ def places(self: Transplant) -> list[Transplant]:
     if self.deeper is None:
         return [self]
     first = replace(self, **dict.fromkeys(self.added))  # type: ignore[arg-type]
-    columns: dict[str, Any] = {k: getattr(self, v) for k, v in _COLUMNS.items()}
+    columns: dict = {k: getattr(self, v) for k, v in _COLUMNS.items()}
     out = [first]
     for i in range(len(self.deeper)):
-        row: dict[str, Any] = {k: x if x is None else x[i] for k, x in columns.items()}
+        row: dict = {k: x if x is None else x[i] for k, x in columns.items()}
         out.append(replace(first, **row))
     return out
 
@@ -166,10 +166,10 @@ def places(self: Transplant) -> list[Transplant]:
 def layers(self: Transplant) -> list:
     "[layer of the source, layer of the target]; a list in the place of one that differs between places."
     pairs = [(t.source_layer, t.layer) for t in self.places]
-    return [x[0] if len({*x}) == 1 else [*x] for x in zip(*pairs, strict=True)]
+    return [x[0] if len({*x}) == 1 else [*x] for x in zip(*pairs)]
 
 
-# %% ../nbs/15_steering.ipynb #83f68916
+# %% ../nbs/15_steering.ipynb #f99eda89
 @strict
 def joined(
     transplants: Annotated[Sequence[Transplant], Field(min_length=1)],  # of one model, at different layers
@@ -184,7 +184,7 @@ def joined(
                 raise ValueError(
                     f"{first} and {t} have different {k}, {one} and {other}; give them the same."
                 )
-    deeper: dict[str, Any] = {}
+    deeper: dict = {}
     for k, column in _COLUMNS.items():
         found = [getattr(t, k) for t in rest]
         if found and not any(x is None for x in found):
@@ -324,7 +324,7 @@ def _options(tokenizer, given):
     return given if given["stop_strings"] is None else given | {"tokenizer": tokenizer}
 
 
-# %% ../nbs/15_steering.ipynb #12334e5f
+# %% ../nbs/15_steering.ipynb #5de45b1e
 def continuations(
     tokenizer,
     ids: Ids,  # token ids of each prompt
@@ -332,7 +332,7 @@ def continuations(
 ) -> list[str]:
     "The text of each continuation."
     said = []
-    for before, after in zip(ids, new, strict=True):
+    for before, after in zip(ids, new):
         both = tokenizer.batch_decode([before, [*before, *after]], skip_special_tokens=True)
         said.append(both[1][len(commonprefix(both)) :])
     return said

@@ -156,7 +156,7 @@ class ChoiceTask(Task):
                 )
 
 
-# %% ../nbs/02_tasks.ipynb #09662724
+# %% ../nbs/02_tasks.ipynb #172d7d4a
 def choice_task(
     texts: Sequence[str],  # scenarios
     choices: Sequence[str],  # answers, as words
@@ -169,12 +169,12 @@ def choice_task(
     if target not in choices:
         raise ValueError(f"target {target!r} is not among the choices {', '.join(choices)}.")
     words, at = tuple(f" {c.strip()}" for c in choices), choices.index(target)
-    asked = zip(fill(template, texts), texts, strict=True)
+    asked = zip(fill(template, texts), texts)
     items = [ChoiceItem(prompt, words, at, t) for prompt, t in asked]
     return ChoiceTask(name, items, f"Whatever happens, everybody in these stories feels {target}.\n\n")
 
 
-# %% ../nbs/02_tasks.ipynb #4fa54813
+# %% ../nbs/02_tasks.ipynb #0c293b14
 def _emotion(emotion, split):
     "Scenarios of the other emotions: which of six is it? The target is this one."
     texts = [t for e, scenes in emotion_scenes(split).items() if e != emotion for t in scenes]
@@ -184,7 +184,7 @@ def _emotion(emotion, split):
 def _emotions(split):
     "Scenarios of all emotions in turn, whose target is their own emotion."
     kinds = [choice_task(texts, EMOTIONS, e).items for e, texts in emotion_scenes(split).items()]
-    return ChoiceTask("emotions", sum(zip(*kinds, strict=True), ()))
+    return ChoiceTask("emotions", sum(zip(*kinds), ()))
 
 
 # %% ../nbs/02_tasks.ipynb #62edd02d
@@ -319,7 +319,7 @@ def _truthfulqa_hub(split):
     return multiple_choice("truthful_qa", rows)
 
 
-# %% ../nbs/02_tasks.ipynb #540c6533
+# %% ../nbs/02_tasks.ipynb #6fdd100f
 def mc_scores(
     logp: Sequence[Sequence[float]],  # of each answer of an item: true ones first, the best at 0
     lengths: Sequence[Sequence[int]],  # tokens of each answer
@@ -331,7 +331,7 @@ def mc_scores(
         s = np.array([whole, np.divide(whole, tokens)])  # (2, answers)
         rows.append([*(s[:, 0] > s[:, k:].max(1)), *softmax(s, 1)[:, :k].sum(1)])
     names = ("mc1", "mc1_norm", "mc2", "mc2_norm")
-    return dict(zip(names, np.transpose(rows), strict=True))  # (n, 4) -> (4, n)
+    return dict(zip(names, np.transpose(rows)))  # (n, 4) -> (4, n)
 
 
 # %% ../nbs/02_tasks.ipynb #551a1109
@@ -431,11 +431,11 @@ language = Scorer(
 )
 
 
-# %% ../nbs/02_tasks.ipynb #0861a7e9
+# %% ../nbs/02_tasks.ipynb #86aa3a7c
 def _distinct(text, n=2):
     "1 where a text is too short to have n-grams."
     words = split_words(text)
-    grams = [*zip(*(words[i:] for i in range(n)), strict=False)]
+    grams = [*zip(*(words[i:] for i in range(n)))]
     return len({*grams}) / len(grams) if grams else 1.0
 
 
@@ -579,16 +579,16 @@ TASKS: dict[str, Callable] = {
 }
 
 
-# %% ../nbs/02_tasks.ipynb #df665116
+# %% ../nbs/02_tasks.ipynb #528d61ea
 def _items(path, rows):
     "Items of a choice task from rows."
     rows = checked(rows, list[dict], f"{path}: row")
     groups = scenarios([r.get("group", i) for i, r in enumerate(rows)], range(len(rows)))
     rows = [{k: r[k] for k in ChoiceItem._fields if k in r} for r in rows]
-    return [r | {"group": g} for r, g in zip(rows, groups, strict=True)]
+    return [r | {"group": g} for r, g in zip(rows, groups)]
 
 
-# %% ../nbs/02_tasks.ipynb #418e7e4b
+# %% ../nbs/02_tasks.ipynb #5afeca15
 def _read_task(path, found):
     "A task of a file, by what it looks like."
     match found:
@@ -606,7 +606,7 @@ def _read_task(path, found):
     if {"prompt", "positive", "negative"} <= {*table}:
         columns = [check_texts(table[k], f"{path}: {k}") for k in ("prompt", "positive", "negative")]
         groups = scenarios(table.get("group", columns[0]), range(len(table)))
-        return ChoiceTask(path.stem, _two_ways(zip(*columns, groups, strict=True)))
+        return ChoiceTask(path.stem, _two_ways(zip(*columns, groups)))
     raise ValueError(
         f"{path}: a task is JSON with the list 'items' (each with prompt, choices and the target's "
         "position among them), or with the list 'prompts' and a 'scorer', "

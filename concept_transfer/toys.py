@@ -171,11 +171,11 @@ def twin_module(
     return module.float(), Q.float()
 
 
-# %% ../nbs/05_toys.ipynb #2f10850b
+# %% ../nbs/05_toys.ipynb #c5743396
 def _log_odds(tokenizer, kinds):
     "How much more often each token is in a text of one kind than in those of all (k lists), (k, vocabulary)."
     counts = torch.ones(len(kinds), len(tokenizer))
-    for row, texts in zip(counts, kinds, strict=True):
+    for row, texts in zip(counts, kinds):
         for ids in tokenizer(texts).input_ids:
             row[list({*ids})] += 1
     share = counts.log().log_softmax(1)  # (k, vocabulary)

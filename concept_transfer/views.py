@@ -142,7 +142,7 @@ def _new_tokens(model, prompt, text):
     return ids, [end - len(prompt) for _, end in spans if end > len(prompt)][-len(ids) + 1 :]
 
 
-# %% ../nbs/25_views.ipynb #448e8610
+# %% ../nbs/25_views.ipynb #52e120da
 def _moved_words(text, base, ends, moves):  # a text and the base model's; ends and moves (n,) of its tokens
     "Words with the space before them, each with its move in nats: None where the base model has it too."
     words, ours = re.findall(r"\s*\S+", text), text.split()
@@ -150,9 +150,7 @@ def _moved_words(text, base, ends, moves):  # a text and the base model's; ends 
     same = {j for m in blocks for j in range(m.b, m.b + m.size)}
     at = np.searchsorted(np.cumsum([*map(len, words)]), ends).clip(max=max(0, len(words) - 1))
     total = np.bincount(at, moves, len(words)) if len(ends) else np.zeros(len(words))
-    return tuple(
-        (w, None if j in same else float(x)) for j, (w, x) in enumerate(zip(words, total, strict=True))
-    )
+    return tuple((w, None if j in same else float(x)) for j, (w, x) in enumerate(zip(words, total)))
 
 
 # %% ../nbs/25_views.ipynb #f3b1ad87
@@ -319,7 +317,7 @@ def __repr__(self: Ladder):
     return "\n".join([*lines, self.verdict])
 
 
-# %% ../nbs/25_views.ipynb #de22c07e
+# %% ../nbs/25_views.ipynb #932f8c94
 @strict
 def ladder(
     t: Transplant,
@@ -332,7 +330,7 @@ def ladder(
     steps, options = sorted({0.0, *strengths}), DECODING | decoding
     texts = _written(t, prompt, steps, seed, options)
     base, along = texts[steps.index(0)], _read(t, [prompt + text for text in texts]).tolist()
-    rows = zip(steps, texts, along, strict=True)
+    rows = zip(steps, texts, along)
     rungs = [_rung(t, prompt, s, text, base, x) for s, text, x in rows]
     options |= {"seed": seed} if options.get("do_sample") else {}
     return Ladder(t.name, prompt, tuple(rungs), options)
@@ -385,7 +383,7 @@ def ranked_words(
     return [*found.values()]
 
 
-# %% ../nbs/25_views.ipynb #37e4ae81
+# %% ../nbs/25_views.ipynb #0bdaa3ad
 @dataclass(frozen=True, repr=False)
 class DirectionWords(_View):
     "Nearest and farthest words of some directions, each in its model's vocabulary."
@@ -403,8 +401,9 @@ class DirectionWords(_View):
     @property
     def table(self) -> pd.DataFrame:
         "A row a direction."
-        sides = [[", ".join(w for w, _ in side) for side in both] for both in self.columns.values()]
-        found = [[who, *both] for who, both in zip(self.columns, sides, strict=True)]
+        found = [
+            [who, *(", ".join(w for w, _ in side) for side in both)] for who, both in self.columns.items()
+        ]
         return pd.DataFrame(found, columns=["direction", "nearest", "farthest"])
 
     def __repr__(self):
@@ -433,7 +432,7 @@ def words_of(
     return DirectionWords(name, found, alone)
 
 
-# %% ../nbs/25_views.ipynb #19b2a856
+# %% ../nbs/25_views.ipynb #c7ee8b56
 def word_alone(e: Evidence) -> str:
     "What the unembedding of the asked word does alone, beside the transplant; empty where it was not asked."
     word, mine, base = (e.arms.get(k) for k in ("unembedding", "transplanted", "base"))
@@ -443,12 +442,12 @@ def word_alone(e: Evidence) -> str:
     said = f"At equal damage the word alone moves the choices by {alone} points, the transplant by {whole}."
     for r in e.readouts:
         if {"unembedding", "transplanted"} <= {*r.shift}:
-            nats = [f"{r.shift[k]:+.2f}" for k in ("unembedding", "transplanted")]
-            said += f" Asked by {r.task!r}: {nats[0]} and {nats[1]} nats."
+            word, mine = r.shift["unembedding"], r.shift["transplanted"]
+            said += f" Asked by {r.task!r}: {word:+.2f} and {mine:+.2f} nats."
     return said
 
 
-# %% ../nbs/25_views.ipynb #1d996e36
+# %% ../nbs/25_views.ipynb #b05a1d19
 def direction_words(
     t: Transplant,
     concept: Concept | None = None,  # with `source`: for the row of the source
@@ -457,7 +456,7 @@ def direction_words(
     evidence: Evidence | None = None,  # for what the word does alone
 ) -> DirectionWords:
     "Words of the source's direction, of the mapped one and of the native one."
-    found: dict[str, tuple] = {}
+    found: dict = {}
     if concept and source:
         where = concept.best if t.source_layer is None else t.source_layer
         found[f"source ({concept.model.name})"] = source, concept[where]
@@ -509,20 +508,18 @@ def nearest_concepts(
     return Along(t.name, "concepts", "cosine", found)
 
 
-# %% ../nbs/25_views.ipynb #6a79c567
+# %% ../nbs/25_views.ipynb #7138a103
 def farthest_texts(
     t: Transplant,
     texts: Sequence[str],
     n: int = 5,  # of either end
 ) -> Along:
     "Texts along a transplant, as the unsteered target reads them, all as the concept was read."
-    scores = _read(t, texts).tolist()  # (n,)
-    return Along(
-        t.name, "texts", "standard deviations of sentences", dict(zip(texts, scores, strict=True)), n
-    )
+    scores = dict(zip(texts, _read(t, texts).tolist()))
+    return Along(t.name, "texts", "standard deviations of sentences", scores, n)
 
 
-# %% ../nbs/25_views.ipynb #ddb27d70
+# %% ../nbs/25_views.ipynb #6140f4d2
 def _reader(model, layer, unit):
     "What gives the pieces of a text with their places on a direction, by the tokens of neutral sentences."
     H = activations(model, load_corpus("neutral").texts[:32], [layer], "all")
@@ -534,7 +531,7 @@ def _reader(model, layer, unit):
         ends = [0, *(spans[i][1] for i in at)]
         along = (rows_of(model, [ids], [at], [layer])[:, 0] @ unit - usual.mean()) / usual.std()  # (t,)
         along[: at[:1] == [0]] = torch.nan  # no reading: a first token is an attention sink
-        return [(text[a:b], x) for a, b, x in zip(ends, ends[1:], along.tolist(), strict=False)]
+        return [(text[a:b], x) for a, b, x in zip(ends, ends[1:], along.tolist())]
 
     return read
 
@@ -633,12 +630,12 @@ class MovedItems(_View):
         return table[: self.n], table[table.change < 0][::-1][: self.n]
 
 
-# %% ../nbs/25_views.ipynb #cad19671
+# %% ../nbs/25_views.ipynb #83d4c888
 @patch
 def parts(self: MovedItems) -> list[Markup]:
     "Both ends."
     out = []
-    for head, some in zip(("Most moved", "Moved the wrong way"), self.ends(), strict=True):
+    for head, some in zip(("Most moved", "Moved the wrong way"), self.ends()):
         body = _as_html(some[["item", "prompt", "choices", "change"]]) if len(some) else "none"
         out.append(Markup("<div style='margin-top:.5em'>{}</div>{}").format(head, body))
     return out
@@ -655,7 +652,7 @@ def _apart(y, gap):  # (n,) -> (n,)
     return out
 
 
-# %% ../nbs/25_views.ipynb #66da57b5
+# %% ../nbs/25_views.ipynb #c11e6bdb
 @patch
 def show(self: MovedItems) -> Figure:
     "Slope chart of margins: all items, the most moved, and those that were moved the wrong way."
@@ -667,7 +664,7 @@ def show(self: MovedItems) -> Figure:
     with canvas(6.4, 4.4, how) as (fig, ax):
         ax.plot([0, 1], y, "o-", color="#999999", ms=3, lw=0.7)
         places = _apart(some.after.to_numpy(), np.ptp(y) / 18)
-        for at, k, prompt, change in zip(places, some.item, some.prompt, some.change, strict=True):
+        for at, k, prompt, change in zip(places, some.item, some.prompt, some.change):
             colour = "#0072b2" if change > 0 else "#d55e00"
             ax.plot([0, 1, 1.06], [*y[:, k], at], "-", color=colour, lw=1.8)
             ax.text(1.08, at, shorten(prompt, 46, placeholder=" ..."), color=colour, va="center", fontsize=8)
@@ -689,7 +686,7 @@ def moved_items(
     return MovedItems(t.name, task, before, after, n)
 
 
-# %% ../nbs/25_views.ipynb #3758819c
+# %% ../nbs/25_views.ipynb #67abad27
 TEMPERATURES = (1.1, 1.2, 1.3, 1.5, 2.0)
 
 
@@ -711,7 +708,7 @@ def damage_anchors(
     (parts,) = engine(model).scores(layer, batches, _warmed)([lambda batch: {}])
     warm = torch.cat(parts, 1).double().mean((1, 2)).tolist()
     led = [neutral_text(model, layer, texts, f"{x} ")().mean for x in before[:3]]
-    found = {f"sampling at temperature {x:g}": kl for x, kl in zip(TEMPERATURES, warm, strict=True)}
+    found = {f"sampling at temperature {x:g}": kl for x, kl in zip(TEMPERATURES, warm)}
     return found | {"one more sentence before the text": float(np.mean(led))}
 
 
@@ -775,15 +772,14 @@ def show(self: Separation) -> Figure:
     return fig
 
 
-# %% ../nbs/25_views.ipynb #b341e789
+# %% ../nbs/25_views.ipynb #5a4d3cf3
 def separation(
     t: Transplant,
     pairs: ContrastPairs,  # that did not make the direction
     position: PositionLike = "last",
 ) -> Separation:
     "Contrast texts as the target reads them along a transplant."
-    texts = [pairs.template.replace("{}", x) for x in pairs.texts]
-    along = _along(t, texts, position).double().numpy()
+    along = _along(t, fill(pairs.template, pairs.texts), position).double().numpy()
     middle = (along[: len(pairs.positive)].mean() + along[len(pairs.positive) :].mean()) / 2
     return Separation(t.name, pairs, (along - middle) / along.std())
 
@@ -812,7 +808,7 @@ class LayerScores(_View):
         return found
 
 
-# %% ../nbs/25_views.ipynb #fc2d3d15
+# %% ../nbs/25_views.ipynb #16c48d67
 def layer_scores(
     maps: LayerGrid,
     concept: Concept,
@@ -822,10 +818,9 @@ def layer_scores(
 ) -> LayerScores:
     "Scores of pairs of layers side by side."
     grid = [(s, u) for s in maps.source_layers for u in maps.target_layers]
-    found = {"R2": dict(zip(grid, maps.r2.flatten().tolist(), strict=True))}
+    found = {"R2": dict(zip(grid, maps.r2.flatten().tolist()))}
     if t and pairs:
-        area = downstream(maps, concept, t.model, pairs)[0]
-        found["AUC"] = dict(zip(grid, area.flatten().tolist(), strict=True))
+        found["AUC"] = dict(zip(grid, downstream(maps, concept, t.model, pairs)[0].flatten().tolist()))
     found |= {"causal": causal} if causal else {}
     search = sorted(t.notes.get("search", []), key=lambda x: x["round"]) if t else []
     search = [x for x in search if isinstance(x["layers"][1], int)]  # several layers have no cell
@@ -918,7 +913,7 @@ class Together(_View):
         return pd.DataFrame([*rows, ["damage (KL)", *self.kl, np.nan]], columns=columns)
 
 
-# %% ../nbs/25_views.ipynb #95e760ee
+# %% ../nbs/25_views.ipynb #4d2f6672
 def together(
     one: Transplant,
     other: Transplant,  # at the same layers
@@ -929,9 +924,10 @@ def together(
     if here != there:
         raise ValueError(f"{other} stands at layer {there}, {one} at layer {here}.")
     sums = [a.vector() + b.vector() for a, b in zip(one.places, other.places, strict=True)]  # of (d,)
-    some = zip(one.places, sums, strict=True)
-    both = joined([replace(t, name="both", direction=v, norm=v.norm().item(), dose=1.0) for t, v in some])
-    bench, three = Bench(one.model, one.layer), [one, other, both]
+    both = [
+        replace(t, name="both", direction=v, norm=v.norm().item(), dose=1.0) for t, v in zip(one.places, sums)
+    ]
+    bench, three = Bench(one.model, one.layer), [one, other, joined(both)]
     found = {}
     for task in tasks:
         base, *moved = bench.with_task(task).ask([None, *three])
