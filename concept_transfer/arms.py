@@ -31,7 +31,7 @@ __all__ = [
     "measured",
 ]
 
-# %% ../nbs/17_arms.ipynb #9be68b30
+# %% ../nbs/17_arms.ipynb #65a5f310
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -45,7 +45,7 @@ from tqdm import tqdm
 
 from .artefacts import Journal, fingerprint
 from .concepts import POSITIONS, REDUCERS, activations, extract_concept
-from .data import ContrastPairs, fill, load_corpus
+from .data import ContrastPairs, builtin_rows, fill, load_corpus
 from .engine import engine
 from concept_transfer.measure import (
     METRICS,
@@ -399,153 +399,55 @@ def few_shot(
     return "".join(f"{i.prompt}{i.choices[(i.target + rotate) % len(i.choices)]}\n\n" for i in shown)
 
 
-# %% ../nbs/17_arms.ipynb #4eadbecf
-_DIRECTIONS = (
-    Arm("base", "base model", lambda x: [Unsteered(x.bench.model)], "", "#555555", "s"),
-    Arm("transplanted", "transplanted", lambda x: [x.t], "", "#0072b2", followed=True),
-    Arm(
-        "native",
-        "native (ceiling)",
-        lambda x: native_direction(x, x.given["pairs"]),
-        "pairs",
-        "#e69f00",
-        "D",
-        "needs the concept's pairs (--pairs)",
-        followed=True,
-    ),
-    Arm("random", "random directions", _random_directions, "", "#999999", "v", "no draws were asked for"),
-    Arm(
-        "shuffled_map",
-        "shuffled-pair map",
-        _shuffled,
-        "",
-        "#cc79a7",
-        "P",
-        "the transplant carries no shuffled control",
-    ),
-    Arm(
-        "other_concept",
-        "other concept",
-        lambda x: native_direction(x, x.given["other"]),
-        "other",
-        "#009e73",
-        "X",
-        "needs the pairs of another concept (--other)",
-    ),
+# %% ../nbs/17_arms.ipynb #a0514606
+_LOOKS = {row["name"]: row for row in builtin_rows("arms")}
+
+
+def _arms(makers):
+    "Entries by name, shown as `sets/arms.jsonl` says, with what makes their draws."
+    return [Arm(make=make, **_LOOKS[name]) for name, make in makers.items()]
+
+
+_DIRECTIONS = _arms(
+    {
+        "base": lambda x: [Unsteered(x.bench.model)],
+        "transplanted": lambda x: [x.t],
+        "native": lambda x: native_direction(x, x.given["pairs"]),
+        "random": _random_directions,
+        "shuffled_map": _shuffled,
+        "other_concept": lambda x: native_direction(x, x.given["other"]),
+    }
 )
 
-# %% ../nbs/17_arms.ipynb #d183b17a
-_NO_WORD = "the choices differ from item to item, or the model is not on this machine"
-_WORDS = (
-    Arm(
-        "unembedding",
-        "unembedding of the word",
-        _unembedding,
-        "",
-        "#aa3377",
-        "*",
-        _NO_WORD,
-    ),
-    Arm("gradient", "gradient of the word", _gradient, "", "#cc6699", "h", _NO_WORD),
-    Arm(
-        "logit_bias",
-        "raised logit of the word",
-        lambda x: [Raised((k,)) for k in word_tokens(x.bench.model, x.bench.task)[:1]],
-        "",
-        "#663333",
-        "d",
-        _NO_WORD,
-    ),
-    Arm(
-        "unembedding_mapped",
-        "unembedding of the word, carried",
-        _word_carried,
-        "map source",
-        "#dd99bb",
-        "H",
-        optional=True,
-    ),
+# %% ../nbs/17_arms.ipynb #170709d4
+_WORDS = _arms(
+    {
+        "unembedding": _unembedding,
+        "gradient": _gradient,
+        "logit_bias": lambda x: [Raised((k,)) for k in word_tokens(x.bench.model, x.bench.task)[:1]],
+        "unembedding_mapped": _word_carried,
+    }
 )
 
-# %% ../nbs/17_arms.ipynb #7c083084
-_STRONGER = (
-    Arm("covariance", "random, like the states", _like_states, "", "#777799", "v", "no draws were asked for"),
-    Arm(
-        "permuted",
-        "permuted labels",
-        _permuted,
-        "pairs",
-        "#99aa99",
-        "v",
-        "needs the concept's pairs (--pairs), and draws",
-    ),
-    Arm(
-        "nearest_concept",
-        "other concept, transplanted",
-        _nearest_concept,
-        "map source other",
-        "#44bb99",
-        "x",
-        optional=True,
-    ),
-    Arm(
-        "native_best",
-        "native at its best layer",
-        lambda x: [Placed(x.given["native"])],
-        "native",
-        "#ddaa33",
-        "D",
-        optional=True,
-    ),
+# %% ../nbs/17_arms.ipynb #e61fb97e
+_STRONGER = _arms(
+    {
+        "covariance": _like_states,
+        "permuted": _permuted,
+        "nearest_concept": _nearest_concept,
+        "native_best": lambda x: [Placed(x.given["native"])],
+    }
 )
 
-# %% ../nbs/17_arms.ipynb #18b8cabc
-_OTHERS = (
-    Arm(
-        "prompt",
-        "prompt",
-        lambda x: [Words(text) for text in [x.bench.task.instruction] if text],
-        "",
-        "#d55e00",
-        "^",
-        "the task has no instruction",
-    ),
-    Arm(
-        "prompt_transplanted",
-        "prompt and transplant",
-        lambda x: [Words(text, x.t) for text in [x.bench.task.instruction] if text],
-        "",
-        "#ee7733",
-        "s",
-        optional=True,
-    ),
-    Arm(
-        "few_shot",
-        "few examples",
-        lambda x: [Words(few_shot(x.given["examples"]))],
-        "examples",
-        "#882255",
-        "<",
-        optional=True,
-    ),
-    Arm(
-        "few_shot_rotated",
-        "few examples, wrong labels",
-        lambda x: [Words(few_shot(x.given["examples"], rotate=True))],
-        "examples",
-        "#bb8899",
-        ">",
-        optional=True,
-    ),
-    Arm(
-        "source",
-        "source model",
-        lambda x: [Unsteered(x.given["source"])],
-        "source",
-        "#117733",
-        "p",
-        optional=True,
-    ),
+# %% ../nbs/17_arms.ipynb #5ab3fbae
+_OTHERS = _arms(
+    {
+        "prompt": lambda x: [Words(text) for text in [x.bench.task.instruction] if text],
+        "prompt_transplanted": lambda x: [Words(text, x.t) for text in [x.bench.task.instruction] if text],
+        "few_shot": lambda x: [Words(few_shot(x.given["examples"]))],
+        "few_shot_rotated": lambda x: [Words(few_shot(x.given["examples"], rotate=True))],
+        "source": lambda x: [Unsteered(x.given["source"])],
+    }
 )
 NULLS = ("covariance", "permuted")
 WORD_ARMS = ("unembedding", "logit_bias", "unembedding_mapped")

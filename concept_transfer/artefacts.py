@@ -286,7 +286,7 @@ def load_artefact(
     return tensors, head
 
 
-# %% ../nbs/04_artefacts.ipynb #7bf2e01a
+# %% ../nbs/04_artefacts.ipynb #76039b89
 def _unmeasured(x):
     "NaN for None, which stands for it in files."
     if x in (math.inf, -math.inf):
@@ -306,8 +306,8 @@ Layers = Annotated[tuple[Count, ...], Field(min_length=1)]
 Template = Annotated[str, Field(pattern=r"\{\}")]  # words around a text
 Notes = Annotated[dict, BeforeValidator(_told)]  # where something comes from
 
-_FLOATS = dict.fromkeys(("kl", "lam", "damage_budget", "held_out", "search_p"), float)
-_COUNTS = dict.fromkeys(("n_pairs", "seed", "rows", "texts", "texts_read", "folds"), Count)
+_FLOATS = dict.fromkeys("kl lam damage_budget held_out search_p".split(), float)
+_COUNTS = dict.fromkeys("n_pairs seed rows texts texts_read folds".split(), Count)
 _WORDS = dict.fromkeys("reducer position method texts_hash tuning map thin weight".split(), str)
 _Tried: Any = TypedDict("_Tried", {"layers": list[Count | list[Count]]})
 _TRIED: Any = with_config({"extra": "allow"})(_Tried)
@@ -396,7 +396,7 @@ def _check_shapes(x):
             raise ValueError(f"{k!r} is {v}, but layers go from 0 to {min(most) - 1}.")
 
 
-# %% ../nbs/04_artefacts.ipynb #163ed059
+# %% ../nbs/04_artefacts.ipynb #ef105a91
 def _values(x):
     "What counts of a dataclass, by name; of what came later only what is there."
     found = {f.name: getattr(x, f.name) for f in fields(x) if f.compare}
@@ -432,7 +432,7 @@ def load_fields(
         raise ValueError(f"{path}: {e} Make it again.") from None
 
 
-_HEAD_NAMES = ("kind", "format", "package", "site")
+_HEAD_NAMES = "kind format package site".split()
 
 
 # %% ../nbs/04_artefacts.ipynb #67555e1b

@@ -74,15 +74,9 @@ if hasattr(object, "save") and unmount:
         import_module(f"anyio.{part}")
     mount(save, "save")
 
-# %% ../nbs/06_engine.ipynb #592d7f27
-_BLOCKS = [
-    "model.layers",
-    "transformer.h",
-    "gpt_neox.layers",
-    "model.decoder.layers",
-    "transformer.blocks",
-    "model.language_model.layers",
-]
+# %% ../nbs/06_engine.ipynb #6b7036f3
+_BLOCKS = """model.layers transformer.h gpt_neox.layers model.decoder.layers transformer.blocks
+    model.language_model.layers""".split()
 
 
 # %% ../nbs/06_engine.ipynb #eb8b04a8

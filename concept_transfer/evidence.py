@@ -406,14 +406,14 @@ def steered(self: Evidence, arm: str = "transplanted") -> dict | None:
     return None
 
 
-# %% ../nbs/18_evidence.ipynb #7cd5ac2f
+# %% ../nbs/18_evidence.ipynb #fb08eb10
 @patch(as_prop=True)
 def table(self: Evidence) -> pd.DataFrame:
     "A row for every answer: where it comes from, item and scenario, and a column for every metric."
     parts = []
     for r in self.runs:
         if r.answers:
-            where = {k: getattr(r, k) for k in ("experiment", "arm", "draw", "dose", "strength", "task")}
+            where = {k: getattr(r, k) for k in "experiment arm draw dose strength task".split()}
             groups = r.groups or self.provenance.groups
             part = pd.DataFrame(where | dict(item=range(len(r.answers["chosen"])), group=groups) | r.answers)
             parts.append(part.astype({"strength": float, "dose": float, "group": object}))
@@ -484,11 +484,11 @@ def _repr_html_(self: Evidence) -> Markup:
     return card(f"Evidence for {of.transplant}", facts, html_table(columns, rows))
 
 
-# %% ../nbs/18_evidence.ipynb #ca132491
+# %% ../nbs/18_evidence.ipynb #a8f647b9
 @patch(as_prop=True)
 def data(self: Evidence) -> dict:
     "The evidence as `evidence.json` holds it."
-    parts = {k: getattr(self, k) for k in ("runs", "arms", "capability", "off_target", "readouts")}
+    parts = {k: getattr(self, k) for k in "runs arms capability off_target readouts".split()}
     parts["verdict"] = {"kind": self.finding, "text": MEANINGS[self.finding]}
     parts["prose"] = {k: _damage_of(self.provenance, runs) for k, runs in self.of("prose").items()}
     parts = plain(vars(self.provenance) | vars(self.effect) | parts)

@@ -355,7 +355,7 @@ def _dealt(P, T, orders):  # (L2, texts, d2) twice, (1 + 1000, texts) -> (1 + 10
     return (P @ T.mT)[:, orders[0], orders].mean(-1).amax(0)
 
 
-# %% ../nbs/14_maps.ipynb #bfecb42c
+# %% ../nbs/14_maps.ipynb #08b26312
 @dataclass(frozen=True, kw_only=True)
 class LayerGrid(Artefact):
     "One map for each pair of layers of two models, judged on texts that none of them saw."
@@ -373,7 +373,7 @@ class LayerGrid(Artefact):
         "span": "L1 source.width source.width",
         "scale": "L1 source.width",
         "r2_by_dim": "L1 L2 target.width",
-        **dict.fromkeys(("lam", "r2", "cosine", "r2_shuffled", "rank"), "L1 L2"),
+        **dict.fromkeys("lam r2 cosine r2_shuffled rank".split(), "L1 L2"),
     }
     source: ModelInfo
     target: ModelInfo
@@ -621,11 +621,11 @@ def _repr_html_(self: LayerGrid):
     return card("Layer grid", facts, heat(self.r2.numpy(), self.source_layers, self.target_layers, "R2"))
 
 
-# %% ../nbs/14_maps.ipynb #5b2012eb
+# %% ../nbs/14_maps.ipynb #e8bc4245
 @patch
 def save(self: LayerGrid, path: str | Path):
     "Write to one safetensors file, the scores in the header too, to be read without the tensors."
-    scores = {k: getattr(self, k).tolist() for k in ("r2", "cosine", "r2_shuffled", "lam", "rank")}
+    scores = {k: getattr(self, k).tolist() for k in "r2 cosine r2_shuffled lam rank".split()}
     save_fields(self, path, scores=scores)
 
 

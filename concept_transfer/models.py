@@ -145,7 +145,7 @@ def same(self: ModelInfo, other: ModelInfo) -> bool:
     return bool((one - two).norm() <= unit / 2 * one.norm())
 
 
-# %% ../nbs/10_models.ipynb #75827585
+# %% ../nbs/10_models.ipynb #68cd39ed
 @patch
 def require(
     self: ModelInfo,
@@ -155,7 +155,7 @@ def require(
     "Raise ValueError unless `other` has these weights and this tokenizer."
     if not self.same(other):
         mine, its = vars(self), vars(other)
-        pairs = ((k, mine[k], its[k]) for k in ("name", "layers", "width", "tokenizer", "weights"))
+        pairs = ((k, mine[k], its[k]) for k in "name layers width tokenizer weights".split())
         apart = ", ".join(f"{k} ({a}, not {b})" for k, a, b in pairs if a != b)
         raise ValueError(
             f"{what} belongs to {self}, not to {other}: they differ in {apart}. "

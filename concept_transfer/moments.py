@@ -300,7 +300,7 @@ def merge(self: Moments, sums, folds):
             getattr(self, k)[... if "shuffled" in k else folds] += v  # (k, ...)
 
 
-# %% ../nbs/13_moments.ipynb #87fa13c6
+# %% ../nbs/13_moments.ipynb #6eb1a9c3
 @patch
 def _append(self: Collected, **rows):
     "Set fields to what they hold and further rows."
@@ -310,7 +310,7 @@ def _append(self: Collected, **rows):
 @patch(as_prop=True)
 def kind(self: Collected) -> dict:
     "All that must be the same for sums to be added, by name."
-    names = "source", "target", "source_layers", "target_layers", "template"
+    names = "source target source_layers target_layers template".split()
     found = {k: getattr(self, k) for k in names} | self.settings
     return found | {"shape": self.shape, "choice of products": self.products}
 

@@ -87,11 +87,11 @@ def turn(self: Ndif):
         yield
 
 
-# %% ../nbs/08_ndif.ipynb #ee2477bf
+# %% ../nbs/08_ndif.ipynb #09387091
 def served_mark(there: dict, module: "PreTrainedModel") -> str:  # there: what `server` says of the model
     "Fingerprint of a hosted model: precision, then a hash of repository, revision and configuration."
     cfg = foreign(dict, there.get("config") or module.config.to_json_string())
-    for k in ("_name_or_path", "transformers_version", "dtype", "torch_dtype"):
+    for k in "_name_or_path transformers_version dtype torch_dtype".split():
         cfg.pop(k, None)
     what = json.dumps([there["repo_id"], there.get("revision"), cfg], sort_keys=True)
     precision = str(there.get("dtype") or "unknown").removeprefix("torch.")

@@ -78,7 +78,7 @@ def _direction(x):
     return v
 
 
-# %% ../nbs/15_steering.ipynb #172f9c94
+# %% ../nbs/15_steering.ipynb #9ed37548
 @final
 @dataclass(frozen=True)
 class Transplant(Artefact):
@@ -86,7 +86,7 @@ class Transplant(Artefact):
 
     artefact = "transplant"
     apart = ("positions",)
-    added = ("deeper", "deeper_directions", "deeper_norms", "deeper_sources", "deeper_shuffled")
+    added = "deeper deeper_directions deeper_norms deeper_sources deeper_shuffled".split()
     missing = {"shuffled": None}
     shapes = {
         "direction": "target.width",
@@ -142,9 +142,9 @@ def vector(
     return torch.stack(v) if np.ndim(strength) else v[0]
 
 
-# %% ../nbs/15_steering.ipynb #11b78d5c
+# %% ../nbs/15_steering.ipynb #755710c4
 _COLUMNS = dict(  # of one place and of the deeper ones
-    zip(("layer", "direction", "norm", "source_layer", "shuffled"), Transplant.added, strict=True)
+    zip("layer direction norm source_layer shuffled".split(), Transplant.added, strict=True)
 )
 
 
@@ -391,14 +391,14 @@ def generate(
         return generate(model, prompts, max_new_tokens, **options)
 
 
-# %% ../nbs/15_steering.ipynb #9f939977
+# %% ../nbs/15_steering.ipynb #19c54757
 def _carried(concept, layer, map):
     "What a transplant is made of: a direction, its name, and where it comes from."
     if not isinstance(concept, Concept):
         if map:
             raise ValueError("a map carries concepts: give one, or place(direction @ map.W, target, layer).")
         return {"name": "direction", "direction": concept}
-    kept = ("n_pairs", "reducer", "position", "template", "texts_hash", "seed")
+    kept = "n_pairs reducer position template texts_hash seed".split()
     notes = {k: getattr(concept, k) for k in kept}
     found = {"name": concept.name, "notes": notes}
     if not map:

@@ -226,7 +226,7 @@ BEHAVIOURS = {
 }
 
 
-# %% ../nbs/02_tasks.ipynb #68c953b2
+# %% ../nbs/02_tasks.ipynb #00b1993d
 def _two_ways(rows):
     "Items of prompts with two ways to go on, the wanted one first in every other item."
     items = []
@@ -239,7 +239,7 @@ def _two_ways(rows):
 def _behaviour(concept, split):
     "What the concept would say, and what it would not; the instruction asks for it in words."
     rows = [r for r in builtin_rows("behaviours", split) if r["concept"] == concept]
-    items = _two_ways([r[k] for k in ("prompt", "target", "other", "group")] for r in rows)
+    items = _two_ways([r[k] for k in "prompt target other group".split()] for r in rows)
     return ChoiceTask(f"behaviours/{concept}", items, f"{BEHAVIOURS[concept]}\n\n")
 
 
@@ -319,7 +319,7 @@ def _truthfulqa_hub(split):
     return multiple_choice("truthful_qa", rows)
 
 
-# %% ../nbs/02_tasks.ipynb #6fdd100f
+# %% ../nbs/02_tasks.ipynb #296a425e
 def mc_scores(
     logp: Sequence[Sequence[float]],  # of each answer of an item: true ones first, the best at 0
     lengths: Sequence[Sequence[int]],  # tokens of each answer
@@ -330,7 +330,7 @@ def mc_scores(
     for whole, tokens, k in zip(logp, lengths, n_true, strict=True):
         s = np.array([whole, np.divide(whole, tokens)])  # (2, answers)
         rows.append([*(s[:, 0] > s[:, k:].max(1)), *softmax(s, 1)[:, :k].sum(1)])
-    names = ("mc1", "mc1_norm", "mc2", "mc2_norm")
+    names = "mc1 mc1_norm mc2 mc2_norm".split()
     return dict(zip(names, np.transpose(rows)))  # (n, 4) -> (4, n)
 
 

@@ -630,13 +630,13 @@ class MovedItems(_View):
         return table[: self.n], table[table.change < 0][::-1][: self.n]
 
 
-# %% ../nbs/25_views.ipynb #83d4c888
+# %% ../nbs/25_views.ipynb #45b60bf8
 @patch
 def parts(self: MovedItems) -> list[Markup]:
     "Both ends."
     out = []
     for head, some in zip(("Most moved", "Moved the wrong way"), self.ends()):
-        body = _as_html(some[["item", "prompt", "choices", "change"]]) if len(some) else "none"
+        body = _as_html(some["item prompt choices change".split()]) if len(some) else "none"
         out.append(Markup("<div style='margin-top:.5em'>{}</div>{}").format(head, body))
     return out
 
