@@ -18,6 +18,7 @@ __all__ = [
     "versions",
     "schema",
     "load_artefact",
+    "sized",
     "Artefact",
     "save_fields",
     "load_fields",
@@ -316,7 +317,13 @@ _SAID = _FLOATS | _COUNTS | _WORDS | _LISTS | {"template": Template, "r2": Score
 _NOTES = schema("allow", *_SAID.items(), total=False)
 
 
-# %% ../nbs/04_artefacts.ipynb #54dd6c18
+# %% ../nbs/04_artefacts.ipynb #27d612ad
+def sized(text: str) -> dict[str, str]:
+    "Sizes of fields, from lines such as `W: d1 d2`."
+    return dict(re.findall(r"(\w+): *(.*)", text))
+
+
+# %% ../nbs/04_artefacts.ipynb #6cc6bbdc
 class Artefact:
     """A dataclass in one safetensors file. What is made, in memory or from a file, is checked: the types of
     its fields, and `shapes`. Fields that do not count in a comparison stay out of files."""
@@ -453,7 +460,7 @@ def _told_once(x, memo):
     return memo[x]
 
 
-# %% ../nbs/04_artefacts.ipynb #998a594a
+# %% ../nbs/04_artefacts.ipynb #84882ca9
 def _said(x, memo):
     "A value as nested lists of what `repr` tells apart."
     said = partial(_said, memo=memo)
@@ -486,8 +493,10 @@ def fingerprint(*values: Any) -> str:  # 16 hex digits
     try:
         return hashlib.sha256(repr(_said(values, {})).encode()).hexdigest()[:16]
     except (TypeError, RecursionError) as e:
-        why = f"{values} cannot be told from others of its kind ({e})"
-        raise ValueError(f"{why}; give texts, numbers, or functions of these.") from None
+        raise ValueError(
+            f"{values} cannot be told from others of its kind ({e}); give texts, numbers, or functions of "
+            "these."
+        ) from None
 
 
 def _same(x, y):

@@ -429,7 +429,7 @@ def cmd_lint(
     return dict(pairs=len(pairs), problems=problems), "\n".join(problems) or f"{pairs!r}: nothing found"
 
 
-# %% ../nbs/31_cli.ipynb #a8837914
+# %% ../nbs/31_cli.ipynb #82fcdae7
 def _writable(path, folder=False):
     "The path of a file, or of a folder, which is made. Raises OSError where it cannot be written."
     out = Path(path).expanduser()
@@ -441,8 +441,10 @@ def _writable(path, folder=False):
             out.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=home).close()
     except OSError as e:
-        why = f"cannot write into the folder {str(home)!r} ({e.strerror})."
-        raise OSError(f"{why} Create it first, or give another place.") from None
+        raise OSError(
+            f"cannot write into the folder {str(home)!r} ({e.strerror}). Create it first, or give another "
+            "place."
+        ) from None
     return out
 
 

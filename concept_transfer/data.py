@@ -130,7 +130,7 @@ def _table(text, path, mark):
     return [dict(zip(table[0], row)) for row in table[1:]]
 
 
-# %% ../nbs/01_data.ipynb #cfeef2d1
+# %% ../nbs/01_data.ipynb #75b5f61b
 _ENDING = re.compile(r"\.(csv|tsv|json|jsonl|ndjson|txt)(\.gz)?$")
 _LIMIT = 2**28  # characters of a file
 _NO_DATA = re.compile(r"(?i)\s*(<!doctype html|<html|version https://git-lfs)")
@@ -142,8 +142,10 @@ def read_file(path: Path) -> Any:
     "Rows of a table or of JSON, what JSON holds, or lines. Raises ValueError naming file and place."
     ending = _ENDING.search(path.name.lower())
     if not ending:
-        fix = "use .csv, .tsv, .json, .jsonl, .ndjson, .txt, or one of these and .gz"
-        raise ValueError(f"{path}: what a file holds follows from its ending; {fix}.")
+        raise ValueError(
+            f"{path}: what a file holds follows from its ending; use .csv, .tsv, .json, .jsonl, .ndjson, "
+            ".txt, or one of these and .gz."
+        )
     form, packed = ending.groups()
     try:
         with (gzip.open if packed else open)(path, "rt", encoding="utf-8-sig") as f:

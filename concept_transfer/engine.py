@@ -370,7 +370,7 @@ def tokenized(
     return got.input_ids, spans
 
 
-# %% ../nbs/06_engine.ipynb #23e26f8c
+# %% ../nbs/06_engine.ipynb #b11b3e98
 def _rendered(model, i, chat):
     "A chat as a text; a text as it is."
     if not isinstance(chat, list | tuple):
@@ -383,11 +383,13 @@ def _rendered(model, i, chat):
             chat, tokenize=False, add_generation_prompt=not begun, continue_final_message=begun
         )
     except Exception as e:
-        say = f"text {i} is a chat that the template of this tokenizer does not take: {e}."
-        raise ValueError(f"{say} Give messages {{'role': ..., 'content': ...}}, or the text itself.") from e
+        raise ValueError(
+            f"text {i} is a chat that the template of this tokenizer does not take: {e}. Give messages "
+            "{'role': ..., 'content': ...}, or the text itself."
+        ) from e
 
 
-# %% ../nbs/06_engine.ipynb #a7de552a
+# %% ../nbs/06_engine.ipynb #e575e9f1
 def encode(
     model: TransformersModel,
     texts: Sequence,  # or a chat, or a list of chats: messages {"role": ..., "content": ...}
@@ -416,8 +418,11 @@ def encode(
             "given more. Take the model's own, or resize its embeddings and train them."
         )
     if long := [i for i, x in enumerate(ids) if len(x) > limit]:
-        what = f"context of {size} tokens has room for ({limit}; first: text {long[0]})"
-        warnings.warn(f"{len(long)} texts are longer than the {what}; their beginning was cut.", stacklevel=2)
+        warnings.warn(
+            f"{len(long)} texts are longer than the context of {size} tokens has room for ({limit}; first: "
+            f"text {long[0]}); their beginning was cut.",
+            stacklevel=2,
+        )
     for i in long:
         ids[i] = start + ids[i][len(start) - limit :]
     return ids

@@ -438,7 +438,7 @@ def summary(self: Evidence) -> pd.DataFrame:
     return table
 
 
-# %% ../nbs/18_evidence.ipynb #41e29048
+# %% ../nbs/18_evidence.ipynb #91abb1ef
 @patch(as_prop=True)
 def lines(self: Effect) -> list[str]:
     "Recovery and tests in words."
@@ -447,8 +447,10 @@ def lines(self: Effect) -> list[str]:
         ci = _shown(self.recovery_ci) if self.recovery_ci else "(interval open)"
         out.append(f"recovery of the native effect at this layer {self.recovery:.2f} {ci}")
     if self.p_value is not None:
-        chance = f"p against random directions {self.p_value:.3f}"
-        out.append(f"{chance}, against the base model {self.p_mcnemar:.2g} (McNemar)")
+        out.append(
+            f"p against random directions {self.p_value:.3f}, against the base model {self.p_mcnemar:.2g} "
+            "(McNemar)"
+        )
     return out
 
 
@@ -504,7 +506,7 @@ def save(self: Evidence, path: str | Path):
         tmp.write_text("{\n" + ",\n".join(parts) + "\n}\n", encoding="utf-8")
 
 
-# %% ../nbs/18_evidence.ipynb #f8a48e77
+# %% ../nbs/18_evidence.ipynb #730c4a28
 @patch(cls_method=True)
 def load(cls: Evidence, path: str | Path) -> Evidence:
     """Read what `save` wrote and compute again what follows from the runs. Raises ValueError for a file
@@ -519,8 +521,9 @@ def load(cls: Evidence, path: str | Path) -> Evidence:
         if changed or odd or found.table.empty or not found.data:
             raise ValueError("it was changed")
     except Exception as e:  # whatever a wrong file breaks
-        why = f"is not evidence that this version wrote ({e!r}); evaluate again."
-        raise ValueError(f"{str(path)!r} {why}") from None
+        raise ValueError(
+            f"{str(path)!r} is not evidence that this version wrote ({e!r}); evaluate again."
+        ) from None
     return found
 
 

@@ -21,7 +21,7 @@ __all__ = [
     "downstream",
 ]
 
-# %% ../nbs/14_maps.ipynb #7c2a2857
+# %% ../nbs/14_maps.ipynb #27fef24d
 import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -37,9 +37,10 @@ import torch
 from fastcore.basics import patch
 from nnsight import TransformersModel
 from torch import Tensor
+from torch.utils.data import default_collate
 from tqdm import tqdm
 
-from .artefacts import Artefact, Count, Layers, Notes, Score, Template, save_fields
+from .artefacts import Artefact, Count, Layers, Notes, Score, Template, save_fields, sized
 from .cards import card, heat
 from .concepts import Concept, activations, mean_difference
 from .data import ContrastPairs, Corpus, fill, text_key
@@ -241,18 +242,18 @@ def random_map(W: Tensor, seed: int = 0) -> Tensor:
     return Z * (W.norm() / Z.norm())
 
 
-# %% ../nbs/14_maps.ipynb #e79937f3
+# %% ../nbs/14_maps.ipynb #8ca8fc7f
 @dataclass(frozen=True)
 class AffineMap(Artefact):
     "Source state `x` to target state `x @ W + b`; a direction is moved by the linear part alone."
 
     artefact = "affine"
-    shapes = {
-        "W": "source.width target.width",
-        "b": "target.width",
-        "shuffled": "source.width target.width",
-        "layers": "two < source.layers target.layers",
-    }
+    shapes = sized("""
+        W: source.width target.width
+        b: target.width
+        shuffled: source.width target.width
+        layers: two < source.layers target.layers
+    """)
     W: Tensor  # (d1, d2)
     b: Tensor  # (d2,)
     layers: tuple[Count, Count]
@@ -355,7 +356,7 @@ def _dealt(P, T, orders):  # (L2, texts, d2) twice, (1 + 1000, texts) -> (1 + 10
     return (P @ T.mT)[:, orders[0], orders].mean(-1).amax(0)
 
 
-# %% ../nbs/14_maps.ipynb #08b26312
+# %% ../nbs/14_maps.ipynb #d4759fd4
 @dataclass(frozen=True, kw_only=True)
 class LayerGrid(Artefact):
     "One map for each pair of layers of two models, judged on texts that none of them saw."
@@ -364,17 +365,21 @@ class LayerGrid(Artefact):
     apart = ("scores",)
     endless = ("scale",)
     missing = {"settings": {}}
-    shapes = {
-        "source_layers": "L1 < source.layers",
-        "target_layers": "L2 < target.layers",
-        "W": "L1 L2 source.width target.width",
-        "b": "L1 L2 target.width",
-        "shuffled": "L1 L2 source.width target.width",
-        "span": "L1 source.width source.width",
-        "scale": "L1 source.width",
-        "r2_by_dim": "L1 L2 target.width",
-        **dict.fromkeys("lam r2 cosine r2_shuffled rank".split(), "L1 L2"),
-    }
+    shapes = sized("""
+        source_layers: L1 < source.layers
+        target_layers: L2 < target.layers
+        W: L1 L2 source.width target.width
+        b: L1 L2 target.width
+        shuffled: L1 L2 source.width target.width
+        span: L1 source.width source.width
+        scale: L1 source.width
+        r2_by_dim: L1 L2 target.width
+        lam: L1 L2
+        r2: L1 L2
+        cosine: L1 L2
+        r2_shuffled: L1 L2
+        rank: L1 L2
+    """)
     source: ModelInfo
     target: ModelInfo
     source_layers: Layers  # L1 of them
@@ -410,7 +415,7 @@ def _judged(u, t, W, N, x, y, deals):  # map, control (d1, d2); means (d1,), (d2
     return _scores(T, P, N, W) | {"deals": _dealt(P[None, last], T[None, last], orders)}
 
 
-# %% ../nbs/14_maps.ipynb #ed5fffa8
+# %% ../nbs/14_maps.ipynb #fe295eab
 def _span(u):
     "Projection on the span of the standardised states that fitted (d1, d1)."
     e, V = torch.linalg.eigh(u.R)  # (r,), (r, r)
@@ -431,8 +436,8 @@ def _grid(m, make, method, lambdas=LAMBDAS, centred=True):
             one = _judged(u, t, W[s, t], N[s, t], x, y[t], deals)
             rows.append(one | {"b": y[t] - x @ W[s, t], "lam": u.lam[t].float()})
         layers.append({"scale": u.sx.float(), "span": _span(u)})
-    found = vars(m) | {k: torch.stack([row[k] for row in rows]).unflatten(0, (L1, L2)) for k in rows[0]}
-    found |= {"W": W, "shuffled": N} | {k: torch.stack([row[k] for row in layers]) for k in layers[0]}
+    found = vars(m) | {k: v.unflatten(0, (L1, L2)) for k, v in default_collate(rows).items()}
+    found |= {"W": W, "shuffled": N} | default_collate(layers)
     best = found["deals"].amax((0, 1)).numpy()  # (1 + 1000,) the best pair of layers of each deal
     found |= {"method": method, "p_value": permutation_p(best[0], best[1:])}
     for side, d in ("source", d1), ("target", d2):  # sums of rows alone know no model

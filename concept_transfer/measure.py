@@ -193,7 +193,7 @@ class Probe(Generic[_R]):
         return [self.judge(parts) for parts in self.run(some)]
 
 
-# %% ../nbs/16_measure.ipynb #fcb5f8e9
+# %% ../nbs/16_measure.ipynb #6e804911
 def _rows(model, task, words):
     """Rows to read: ids, the part of each token (0: the prompt, else the number of its choice), and what is
     asked: after which position, for which token, item, choice. A choice's last token need not be read."""
@@ -205,8 +205,10 @@ def _rows(model, task, words):
         tails = [ids[p:] for ids in whole[1:]]
         each = [[x] for x in enumerate(tails)]  # by itself, if not all of them in one row
         if not p or max(map(len, whole)) >= size:
-            why = f"do not fit the context of {size} tokens, or share no token. Shorten the prompt."
-            raise ValueError(f"{what}: prompt and choices {why}")
+            raise ValueError(
+                f"{what}: prompt and choices do not fit the context of {size} tokens, or share no token. "
+                "Shorten the prompt."
+            )
         if not all(tails):
             raise ValueError(f"{what}: a choice adds no token to its prompt.")
         fits = p + sum(map(len, tails)) <= engine(model).branching
@@ -516,7 +518,7 @@ def _next(tried, goal):
     return dose if dose != tried[-1][0] else None
 
 
-# %% ../nbs/16_measure.ipynb #9ebdbfae
+# %% ../nbs/16_measure.ipynb #978ad7f0
 _T = TypeVar("_T", Transplant, list[Transplant])
 _Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
@@ -540,8 +542,10 @@ def at_damage(
     for t, points in zip(some, tried):
         dose, kl = min(points, key=lambda point: abs(np.log(point[1] / goal)))
         if abs(np.log(kl / goal)) > 0.7:
-            missed = f"a damage of {goal} was not reached; KL is {kl:.3g} at dose {dose:.3g}"
-            warnings.warn(f"{t.name}: {missed}.", stacklevel=2)
+            warnings.warn(
+                f"{t.name}: a damage of {goal} was not reached; KL is {kl:.3g} at dose {dose:.3g}.",
+                stacklevel=2,
+            )
         found.append(replace(t, dose=dose, notes=t.notes | {"kl": kl, "damage_budget": goal}))
     return found if isinstance(ts, list) else found[0]
 

@@ -20,7 +20,7 @@ __all__ = [
     "collect",
 ]
 
-# %% ../nbs/13_moments.ipynb #dac9c726
+# %% ../nbs/13_moments.ipynb #406c2c7d
 import copy
 import tempfile
 import time
@@ -53,6 +53,7 @@ from concept_transfer.artefacts import (
     fingerprint,
     load_fields,
     save_fields,
+    sized,
 )
 from .cards import card
 from .data import Corpus, alike, checked, fill, text_key, texts_hash
@@ -131,16 +132,25 @@ def tensors(self: _PairSums):  # as of `Sums.tally`
     return {k: v for k, v in vars(self).items() if isinstance(v, Tensor)}
 
 
-# %% ../nbs/13_moments.ipynb #8327b5d2
+# %% ../nbs/13_moments.ipynb #74f1c12e
 @dataclass(eq=False, kw_only=True)
 class Collected(Artefact):
     "What maps are solved from, as `Moments` or as `Rows`: with the held-out rows that will judge."
 
     apart = ("seen",)
     missing = {"shift_x": None, "shift_y": None, "settings": {}}
-    shapes = dict(n="K", x="K L1 d1", y="K L2 d2", shift_x="L1 d1", shift_y="L2 d2")
-    shapes |= dict(held_x="h L1 d1", held_y="h L2 d2", held_of="h")
-    shapes |= dict(source_layers="L1 < source.layers", target_layers="L2 < target.layers")
+    shapes = sized("""
+        n: K
+        x: K L1 d1
+        y: K L2 d2
+        shift_x: L1 d1
+        shift_y: L2 d2
+        held_x: h L1 d1
+        held_y: h L2 d2
+        held_of: h
+        source_layers: L1 < source.layers
+        target_layers: L2 < target.layers
+    """)
     n: Tensor  # (K,) rows, or their weights
     x: Tensor  # (K, L1, d1) sums of shifted rows
     y: Tensor  # (K, L2, d2)
@@ -185,14 +195,18 @@ class Collected(Artefact):
         )
 
 
-# %% ../nbs/13_moments.ipynb #9f141bc0
+# %% ../nbs/13_moments.ipynb #ba805f72
 @dataclass(eq=False, kw_only=True, repr=False)
 class Moments(Collected, _PairSums):
     "Sums over paired rows, by fold, with the held-out rows that will judge."
 
     artefact = "moments"
-    shapes = Collected.shapes | dict(xx="K L1 d1 d1", xy="K L1 d1 L2 d2")
-    shapes |= dict(shuffled="L1 d1 L2 d2", n_shuffled="")
+    shapes = Collected.shapes | sized("""
+        xx: K L1 d1 d1
+        xy: K L1 d1 L2 d2
+        shuffled: L1 d1 L2 d2
+        n_shuffled:
+    """)
     xx: Tensor  # (K, L1, d1, d1)
     xy: Tensor  # (K, L1, d1, L2, d2)
     yy: Tensor  # (K, L2, d2, d2), or (K, L2, d2), the squares alone
@@ -492,14 +506,22 @@ class _Shelf:
         return torch.from_file(self.file.name, size=size).view(-1, *self.shape) if size else rows.float()
 
 
-# %% ../nbs/13_moments.ipynb #a2d80f50
+# %% ../nbs/13_moments.ipynb #ff405f74
 @dataclass(eq=False, kw_only=True, repr=False)
 class Rows(Collected):
     "Paired rows as they are, with the held-out rows that will judge."
 
     artefact = "rows"
-    shapes = Collected.shapes | dict(squares_x="K L1 d1", squares="K L2 d2", X="r L1 d1", Y="r L2 d2")
-    shapes |= dict(fold_of="r", weight="r", near="c", far="c")
+    shapes = Collected.shapes | sized("""
+        squares_x: K L1 d1
+        squares: K L2 d2
+        X: r L1 d1
+        Y: r L2 d2
+        fold_of: r
+        weight: r
+        near: c
+        far: c
+    """)
     squares_x: Tensor  # (K, L1, d1) sums of squares
     squares: Tensor  # (K, L2, d2)
     X: Tensor  # (r, L1, d1) float32, shifted
@@ -818,7 +840,7 @@ def _place(path):
     return path
 
 
-# %% ../nbs/13_moments.ipynb #e35c61fe
+# %% ../nbs/13_moments.ipynb #a06bd903
 def _kept(path, cls):
     """Moments or rows at `path`, of which `cls` are expected.
     Raises ValueError where memory has no room for them."""
@@ -845,8 +867,9 @@ def _resumed(path, new, texts):
     differ = _differ(new, old)
     differ += ["corpus"] if old.seen - {*map(text_key, texts)} else []
     if differ:
-        what = f"{path} holds moments of another {', '.join(differ)}"
-        raise ValueError(f"{what}. Give another path, or delete it.")
+        raise ValueError(
+            f"{path} holds moments of another {', '.join(differ)}. Give another path, or delete it."
+        )
     if isinstance(new, Moments):
         return old.summed()  # the rows of fewer texts
     old.folder = path.parent
@@ -869,12 +892,15 @@ def _saving(steps, save, every):
     save()
 
 
-# %% ../nbs/13_moments.ipynb #85a12aa5
+# %% ../nbs/13_moments.ipynb #627893fa
 def _tell_alike(held, others):
     "Warn of texts that are nearly the same as others: what they judge, others have learned by heart."
     if near := [held[i] for i, _ in alike(held, others, 0.5)]:
-        say = f"held-out texts are nearly the same as others, such as {near[0][:60]!r}; R2 will be too high."
-        warnings.warn(f"{len({*near})} of {len(held)} {say}", stacklevel=4)
+        warnings.warn(
+            f"{len({*near})} of {len(held)} held-out texts are nearly the same as others, such as "
+            f"{near[0][:60]!r}; R2 will be too high.",
+            stacklevel=4,
+        )
 
 
 # %% ../nbs/13_moments.ipynb #51401928

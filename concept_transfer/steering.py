@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ["residual_norm", "Transplant", "joined", "adding", "continuations", "generate", "place", "maps_of"]
 
-# %% ../nbs/15_steering.ipynb #bf285ed0
+# %% ../nbs/15_steering.ipynb #407b961c
 import math
 import re
 from collections.abc import Iterator, Sequence
@@ -24,7 +24,7 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor
 from transformers import GenerationConfig
 
-from .artefacts import Artefact, Count, Layers, Notes, Size, load_fields, save_fields
+from .artefacts import Artefact, Count, Layers, Notes, Size, load_fields, save_fields, sized
 from .cards import card
 from .concepts import Concept, PositionLike, position_name, position_rule
 from .data import load_corpus
@@ -78,7 +78,7 @@ def _direction(x):
     return v
 
 
-# %% ../nbs/15_steering.ipynb #9ed37548
+# %% ../nbs/15_steering.ipynb #a24468bd
 @final
 @dataclass(frozen=True)
 class Transplant(Artefact):
@@ -88,17 +88,17 @@ class Transplant(Artefact):
     apart = ("positions",)
     added = "deeper deeper_directions deeper_norms deeper_sources deeper_shuffled".split()
     missing = {"shuffled": None}
-    shapes = {
-        "direction": "target.width",
-        "shuffled": "target.width",
-        "layer": "< target.layers",
-        "source_layer": "< source.layers",
-        "deeper": "K < target.layers",
-        "deeper_directions": "K target.width",
-        "deeper_norms": "K",
-        "deeper_sources": "K < source.layers",
-        "deeper_shuffled": "K target.width",
-    }
+    shapes = sized("""
+        direction: target.width
+        shuffled: target.width
+        layer: < target.layers
+        source_layer: < source.layers
+        deeper: K < target.layers
+        deeper_directions: K target.width
+        deeper_norms: K
+        deeper_sources: K < source.layers
+        deeper_shuffled: K target.width
+    """)
     name: str
     direction: Tensor  # (d,) as the map gives it, not normalised
     layer: Count  # of the target

@@ -298,7 +298,7 @@ def _truthfulqa_csv(path, rows):
     return multiple_choice(path.stem, asked)
 
 
-# %% ../nbs/02_tasks.ipynb #9fe4b6d4
+# %% ../nbs/02_tasks.ipynb #733cb739
 def _truthfulqa_hub(split):
     "TruthfulQA from the Hub; it has one split, whichever is asked for."
     try:
@@ -306,8 +306,10 @@ def _truthfulqa_hub(split):
 
         asked = load_dataset("truthfulqa/truthful_qa", "multiple_choice", split="validation")
     except (ImportError, OSError) as e:
-        fix = "Go online after `pip install datasets`, or download TruthfulQA.csv and use it as a file."
-        raise ConnectionError(f"truthfulqa/truthful_qa could not be read ({e}). {fix}") from None
+        raise ConnectionError(
+            f"truthfulqa/truthful_qa could not be read ({e}). Go online after `pip install datasets`, or "
+            "download TruthfulQA.csv and use it as a file."
+        ) from None
 
     def answers(label, *sets):
         return [a for s in sets for a, x in zip(s["choices"], s["labels"], strict=True) if x == label]
@@ -334,7 +336,7 @@ def mc_scores(
     return dict(zip(names, np.transpose(rows)))  # (n, 4) -> (4, n)
 
 
-# %% ../nbs/02_tasks.ipynb #551a1109
+# %% ../nbs/02_tasks.ipynb #ae40316c
 @dataclass(frozen=True)
 class Scorer:
     "A function from text to number, and what the number means."
@@ -354,8 +356,10 @@ def __call__(self: Scorer, text: str, **given: Any) -> float:
     try:
         return float(self.score(text, **given))
     except ImportError as e:
-        fix = "The built-in scorers come with: pip install concept_transfer[tasks]"
-        raise ImportError(f"{self.name} needs {e.name}, which is not installed. {fix}") from None
+        raise ImportError(
+            f"{self.name} needs {e.name}, which is not installed. The built-in scorers come with: pip "
+            "install concept_transfer[tasks]"
+        ) from None
 
 
 # %% ../nbs/02_tasks.ipynb #613ad8d4
@@ -537,7 +541,7 @@ class GenerationTask(Task):
         return checked(scores, list[FiniteFloat], f"task {self.name!r}: scores", strict=False)
 
 
-# %% ../nbs/02_tasks.ipynb #2ab72f92
+# %% ../nbs/02_tasks.ipynb #85e122c5
 def generation_task(
     name: str,
     prompts: Sequence[str],
@@ -550,8 +554,9 @@ def generation_task(
     scorers = scorer if isinstance(scorer, (list, tuple)) else [scorer] * n
     groups = as_tuple(groups, f"task {name!r}: groups") or (*map(str, range(n)),)
     if not len(scorers) == len(groups) == n:
-        counts = f"{len(scorers)} scorers and {len(groups)} groups for {n} prompts"
-        raise ValueError(f"generation task {name!r}: {counts}.")
+        raise ValueError(
+            f"generation task {name!r}: {len(scorers)} scorers and {len(groups)} groups for {n} prompts."
+        )
     items = map(GenerationItem, prompts, map(_find, scorers), scenarios(groups, range(n)))
     return GenerationTask(name, [*items])
 
@@ -615,7 +620,7 @@ def _read_task(path, found):
     )
 
 
-# %% ../nbs/02_tasks.ipynb #e379f1b0
+# %% ../nbs/02_tasks.ipynb #fd3c2240
 def load_task(
     ref: Any,  # a name in `TASKS`, a file or data in memory: items, prompts, TruthfulQA's CSV, or pairs
     split: str = "test",  # of a built-in task: tune, test, or fresh, which studies read once
@@ -624,8 +629,9 @@ def load_task(
 ) -> Task:
     "A task by name or from a file. Raises ValueError or FileNotFoundError, saying what to change."
     if split not in ("tune", "test", "fresh"):
-        why = "a task is tune, test or fresh; the fit scenarios made the direction"
-        raise ValueError(f"split {split!r}: {why}.")
+        raise ValueError(
+            f"split {split!r}: a task is tune, test or fresh; the fit scenarios made the direction."
+        )
     if make := TASKS.get(str(ref)):
         return make(split)
     path, found = open_data(ref, TASKS)
