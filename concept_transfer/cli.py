@@ -475,7 +475,7 @@ def _made(x, out, **facts):
     return facts | {"out": out}, repr(x)
 
 
-# %% ../nbs/31_cli.ipynb #ded4d6cf
+# %% ../nbs/31_cli.ipynb #1ee3ae5b
 @command
 def cmd_extract(
     model: str,  # a name, a folder or a .gguf file
@@ -492,8 +492,8 @@ def cmd_extract(
     read = _models.load_model(model)
     _expect("reading the pairs", [(read, data.texts)])
     c = _concepts.extract_concept(read, data, path=states)
-    facts = dict(concept=c.name, model=c.model.name, n_pairs=c.n_pairs, layers=c.layers, auc=c.auc)
-    answer = _made(c, out, **facts)
+    info = c.model.name
+    answer = _made(c, out, concept=c.name, model=info, n_pairs=c.n_pairs, layers=c.layers, auc=c.auc)
     shutil.rmtree(states)
     return answer
 
@@ -590,7 +590,7 @@ def cmd_plot(
     return {"out": out}, f"{out} is drawn."
 
 
-# %% ../nbs/31_cli.ipynb #f9e52dea
+# %% ../nbs/31_cli.ipynb #39fc9c22
 @command
 def cmd_transplant(
     concept: str,  # file that `extract` wrote
@@ -628,9 +628,17 @@ def cmd_transplant(
     target = _models.load_model(model) if model else maps.target.load()
     with _artefacts.keeping(f"{file}.search.part"):
         t = _selection.transplant(read, maps, target, items, where, damage, pairs=own)
-        notes = {k: t.notes[k] for k in ("kl", "damage_budget")}
-        names = dict(concept=t.name, source=maps.source.name, target=t.target.name)
-        return _made(t, out, dose=t.dose, layers=t.layers, **names, **notes)
+        return _made(
+            t,
+            out,
+            dose=t.dose,
+            layers=t.layers,
+            concept=t.name,
+            source=maps.source.name,
+            target=t.target.name,
+            kl=t.notes["kl"],
+            damage_budget=t.notes["damage_budget"],
+        )
 
 
 # %% ../nbs/31_cli.ipynb #4874b479
@@ -882,7 +890,7 @@ def _two_parts(task):
     return [replace(test, items=part) for part in parts]
 
 
-# %% ../nbs/31_cli.ipynb #60aabb05
+# %% ../nbs/31_cli.ipynb #8d74e7fd
 def _flow(folder, models, pairs, texts, items, settings, most, other=None):
     """From pairs to the report, each step in a file of the folder. `items` choose, and judge; `most` layer
     pairs are tried."""
@@ -909,9 +917,17 @@ def _flow(folder, models, pairs, texts, items, settings, most, other=None):
     t = keep("transplant.safetensors", select, load, tune.hash, neutral.hash, most)
 
     _say(f"     {t!r}\n5/6  evidence, on {len(test)} items that made and chose nothing here")
-    given: dict = dict(pairs=pairs, other=other, source=source, map=_own(maps, t))
     judge = partial(
-        _evidence.evaluate, t, test, neutral, settings=settings, path=folder / "arms.jsonl", **given
+        _evidence.evaluate,
+        t,
+        test,
+        neutral,
+        settings=settings,
+        path=folder / "arms.jsonl",
+        pairs=pairs,
+        other=other,
+        source=source,
+        map=_own(maps, t),
     )
     e = keep("evidence.json", judge, _evidence.Evidence.load, test.hash, other and other.hash, str(settings))
     _say("6/6  report")
