@@ -323,7 +323,7 @@ def sized(text: str) -> dict[str, str]:
     return dict(re.findall(r"(\w+): *(.*)", text))
 
 
-# %% ../nbs/04_artefacts.ipynb #6cc6bbdc
+# %% ../nbs/04_artefacts.ipynb #54dd6c18
 class Artefact:
     """A dataclass in one safetensors file. What is made, in memory or from a file, is checked: the types of
     its fields, and `shapes`. Fields that do not count in a comparison stay out of files."""
