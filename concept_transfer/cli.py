@@ -238,7 +238,6 @@ def _settings(
     random: int = 20,  # how many random directions
     seed: int = 0,  # of the random directions and the bootstrap
 ):
-
     return _arms.Settings(random=random, seed=seed)
 
 
