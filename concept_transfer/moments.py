@@ -227,8 +227,8 @@ class Moments(Collected, _PairSums):
 def _unread(L1, d1, L2, d2):
     "Fields of what was not read yet, by name."
     held = {"held_x": torch.zeros(0, L1, d1), "held_y": torch.zeros(0, L2, d2)}
-    held |= {"held_of": torch.zeros(0).long(), "shift_x": None, "shift_y": None}
-    return held | {"source_layers": (*range(L1),), "target_layers": (*range(L2),)}
+    layers = {"source_layers": (*range(L1),), "target_layers": (*range(L2),)}
+    return held | layers | {"held_of": torch.zeros(0).long(), "shift_x": None, "shift_y": None}
 
 
 @patch(cls_method=True)

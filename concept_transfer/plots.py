@@ -73,7 +73,7 @@ def plot_separation(*concepts: Concept) -> Figure:
 # %% ../nbs/24_plots.ipynb #0cd935b9
 def numbered(
     ax: Any,
-    z: np.ndarray,  # (rows, columns)
+    z: np.ndarray | torch.Tensor,  # (rows, columns)
     rows: Sequence,
     columns: Sequence,
     label: str,  # of the colours

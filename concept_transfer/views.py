@@ -442,8 +442,8 @@ def word_alone(e: Evidence) -> str:
     said = f"At equal damage the word alone moves the choices by {alone} points, the transplant by {whole}."
     for r in e.readouts:
         if {"unembedding", "transplanted"} <= {*r.shift}:
-            word, mine = r.shift["unembedding"], r.shift["transplanted"]
-            said += f" Asked by {r.task!r}: {word:+.2f} and {mine:+.2f} nats."
+            nats = [f"{r.shift[k]:+.2f}" for k in ("unembedding", "transplanted")]
+            said += f" Asked by {r.task!r}: {nats[0]} and {nats[1]} nats."
     return said
 
 
