@@ -31,7 +31,7 @@ __all__ = [
     "measured",
 ]
 
-# %% ../nbs/17_arms.ipynb #aaec84c2
+# %% ../nbs/17_arms.ipynb #ced4721e
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -46,7 +46,7 @@ from tqdm import tqdm
 from .artefacts import Journal, fingerprint
 from .cards import Entry
 from .concepts import POSITIONS, REDUCERS, activations, extract_concept
-from .data import ContrastPairs, load_corpus
+from .data import ContrastPairs, builtin_rows, fill, load_corpus
 from .engine import engine
 from concept_transfer.measure import (
     METRICS,
@@ -273,7 +273,7 @@ class Arm(Entry):
     followed: bool = False  # dose curves, knowledge, texts and other behaviours are asked too
 
 
-# %% ../nbs/17_arms.ipynb #937f938f
+# %% ../nbs/17_arms.ipynb #8ee250ab
 def _as_read(trial, pairs):
     "Pairs, position and reducer as of the concept. Raises ValueError where that cannot be repeated."
     t, notes = trial.t, trial.t.notes
@@ -290,11 +290,13 @@ def _as_read(trial, pairs):
 
 def _placed(trial, found, name=None, maps=None):
     "A direction or a concept for every place of the transplant, there; `maps` are those that carry it."
-    bench, t, out = trial.bench, trial.t, []
-    for p, x, m in zip(t.places, found, maps or [None] * len(found), strict=True):
-        how: dict = dict(dose=t.dose, positions=t.positions, name=name, norm=bench.norm_at(p.layer))
-        out.append(place(x, bench.model, None if m else p.layer, m, **how))
-    return joined(out)
+    bench, t = trial.bench, trial.t
+    return joined(
+        [
+            place(x, bench.model, p.layer, m, t.dose, bench.norm_at(p.layer), name, t.positions)
+            for p, x, m in zip(t.places, found, maps or [None] * len(found), strict=True)
+        ]
+    )
 
 
 def _at(trial):
@@ -320,7 +322,7 @@ def _random_directions(trial):
     return out
 
 
-# %% ../nbs/17_arms.ipynb #a53cbaeb
+# %% ../nbs/17_arms.ipynb #6f7a51f9
 def _fewer(trial):
     "Generator and number of draws of a stronger control: half as many."
     return np.random.default_rng(trial.settings.seed), (trial.settings.random + 1) // 2
@@ -347,7 +349,7 @@ def _permuted(trial):
     "What the pairs give in the target when their labels are permuted: within pairs where they are paired."
     (rng, n), bench = _fewer(trial), trial.bench
     pairs, position, reducer = _as_read(trial, trial.given["pairs"])
-    texts = [pairs.template.replace("{}", x) for x in pairs.texts]
+    texts = fill(pairs.template, pairs.texts)
     H = torch.stack([*activations(bench.model, texts, _at(trial), position)])  # (texts, L, d)
     k, out = len(pairs.positive), []
     for i in range(n):
@@ -400,160 +402,62 @@ def few_shot(
     return "".join(f"{i.prompt}{i.choices[(i.target + rotate) % len(i.choices)]}\n\n" for i in shown)
 
 
-# %% ../nbs/17_arms.ipynb #4eadbecf
-_DIRECTIONS = (
-    Arm("base", "base model", lambda x: [Unsteered(x.bench.model)], "", "#555555", "s"),
-    Arm("transplanted", "transplanted", lambda x: [x.t], "", "#0072b2", followed=True),
-    Arm(
-        "native",
-        "native (ceiling)",
-        lambda x: native_direction(x, x.given["pairs"]),
-        "pairs",
-        "#e69f00",
-        "D",
-        "needs the concept's pairs (--pairs)",
-        followed=True,
-    ),
-    Arm("random", "random directions", _random_directions, "", "#999999", "v", "no draws were asked for"),
-    Arm(
-        "shuffled_map",
-        "shuffled-pair map",
-        _shuffled,
-        "",
-        "#cc79a7",
-        "P",
-        "the transplant carries no shuffled control",
-    ),
-    Arm(
-        "other_concept",
-        "other concept",
-        lambda x: native_direction(x, x.given["other"]),
-        "other",
-        "#009e73",
-        "X",
-        "needs the pairs of another concept (--other)",
-    ),
+# %% ../nbs/17_arms.ipynb #a0514606
+_LOOKS = {row["name"]: row for row in builtin_rows("arms")}
+
+
+def _arms(makers):
+    "Entries by name, shown as `sets/arms.jsonl` says, with what makes their draws."
+    return [Arm(make=make, **_LOOKS[name]) for name, make in makers.items()]
+
+
+_DIRECTIONS = _arms(
+    {
+        "base": lambda x: [Unsteered(x.bench.model)],
+        "transplanted": lambda x: [x.t],
+        "native": lambda x: native_direction(x, x.given["pairs"]),
+        "random": _random_directions,
+        "shuffled_map": _shuffled,
+        "other_concept": lambda x: native_direction(x, x.given["other"]),
+    }
 )
 
-# %% ../nbs/17_arms.ipynb #d183b17a
-_NO_WORD = "the choices differ from item to item, or the model is not on this machine"
-_WORDS = (
-    Arm(
-        "unembedding",
-        "unembedding of the word",
-        _unembedding,
-        "",
-        "#aa3377",
-        "*",
-        _NO_WORD,
-    ),
-    Arm("gradient", "gradient of the word", _gradient, "", "#cc6699", "h", _NO_WORD),
-    Arm(
-        "logit_bias",
-        "raised logit of the word",
-        lambda x: [Raised((k,)) for k in word_tokens(x.bench.model, x.bench.task)[:1]],
-        "",
-        "#663333",
-        "d",
-        _NO_WORD,
-    ),
-    Arm(
-        "unembedding_mapped",
-        "unembedding of the word, carried",
-        _word_carried,
-        "map source",
-        "#dd99bb",
-        "H",
-        optional=True,
-    ),
+# %% ../nbs/17_arms.ipynb #170709d4
+_WORDS = _arms(
+    {
+        "unembedding": _unembedding,
+        "gradient": _gradient,
+        "logit_bias": lambda x: [Raised((k,)) for k in word_tokens(x.bench.model, x.bench.task)[:1]],
+        "unembedding_mapped": _word_carried,
+    }
 )
 
-# %% ../nbs/17_arms.ipynb #7c083084
-_STRONGER = (
-    Arm("covariance", "random, like the states", _like_states, "", "#777799", "v", "no draws were asked for"),
-    Arm(
-        "permuted",
-        "permuted labels",
-        _permuted,
-        "pairs",
-        "#99aa99",
-        "v",
-        "needs the concept's pairs (--pairs), and draws",
-    ),
-    Arm(
-        "nearest_concept",
-        "other concept, transplanted",
-        _nearest_concept,
-        "map source other",
-        "#44bb99",
-        "x",
-        optional=True,
-    ),
-    Arm(
-        "native_best",
-        "native at its best layer",
-        lambda x: [Placed(x.given["native"])],
-        "native",
-        "#ddaa33",
-        "D",
-        optional=True,
-    ),
+# %% ../nbs/17_arms.ipynb #e61fb97e
+_STRONGER = _arms(
+    {
+        "covariance": _like_states,
+        "permuted": _permuted,
+        "nearest_concept": _nearest_concept,
+        "native_best": lambda x: [Placed(x.given["native"])],
+    }
 )
 
-# %% ../nbs/17_arms.ipynb #18b8cabc
-_OTHERS = (
-    Arm(
-        "prompt",
-        "prompt",
-        lambda x: [Words(text) for text in [x.bench.task.instruction] if text],
-        "",
-        "#d55e00",
-        "^",
-        "the task has no instruction",
-    ),
-    Arm(
-        "prompt_transplanted",
-        "prompt and transplant",
-        lambda x: [Words(text, x.t) for text in [x.bench.task.instruction] if text],
-        "",
-        "#ee7733",
-        "s",
-        optional=True,
-    ),
-    Arm(
-        "few_shot",
-        "few examples",
-        lambda x: [Words(few_shot(x.given["examples"]))],
-        "examples",
-        "#882255",
-        "<",
-        optional=True,
-    ),
-    Arm(
-        "few_shot_rotated",
-        "few examples, wrong labels",
-        lambda x: [Words(few_shot(x.given["examples"], rotate=True))],
-        "examples",
-        "#bb8899",
-        ">",
-        optional=True,
-    ),
-    Arm(
-        "source",
-        "source model",
-        lambda x: [Unsteered(x.given["source"])],
-        "source",
-        "#117733",
-        "p",
-        optional=True,
-    ),
+# %% ../nbs/17_arms.ipynb #5ab3fbae
+_OTHERS = _arms(
+    {
+        "prompt": lambda x: [Words(text) for text in [x.bench.task.instruction] if text],
+        "prompt_transplanted": lambda x: [Words(text, x.t) for text in [x.bench.task.instruction] if text],
+        "few_shot": lambda x: [Words(few_shot(x.given["examples"]))],
+        "few_shot_rotated": lambda x: [Words(few_shot(x.given["examples"], rotate=True))],
+        "source": lambda x: [Unsteered(x.given["source"])],
+    }
 )
 NULLS = ("covariance", "permuted")
 WORD_ARMS = ("unembedding", "logit_bias", "unembedding_mapped")
 ARMS = {a.name: a for a in (*_DIRECTIONS, *_WORDS, *_STRONGER, *_OTHERS)}
 
 
-# %% ../nbs/17_arms.ipynb #395bca05
+# %% ../nbs/17_arms.ipynb #f8069ba1
 def _measured_draws(trial, arm, some, first):
     "Runs of some draws of an arm; `first` is the number of the first of them."
     bench, at = trial.bench, {}
@@ -588,13 +492,13 @@ def made_of(draw: Any) -> Any:
     return draw
 
 
-# %% ../nbs/17_arms.ipynb #d05ef805
+# %% ../nbs/17_arms.ipynb #56bed99a
 def _measure_arm(trial, arm):
     "The draws of an arm, and what was measured of them; none where they cannot be made."
     if any(trial.given.get(x) is None for x in arm.input.split()):
         return [], []
     draws = arm.make(trial)
-    runs: list[Run] = []
+    runs: list = []
     for first in range(0, len(draws), 4):
         some = draws[first : first + 4]
         if runs and isinstance(some[0], Transplant):
@@ -614,7 +518,7 @@ def _curves(trial, placed):
     ]
 
 
-# %% ../nbs/17_arms.ipynb #4012788f
+# %% ../nbs/17_arms.ipynb #fce66a44
 def _elsewhere(experiment, tasks, trial, placed):
     "Answers to other tasks."
     bench = Bench(trial.bench.model, trial.t.layer)
@@ -654,7 +558,7 @@ def readouts_of(task: ChoiceTask) -> list[Task]:
     return [load_task(name, split) for name, split in found.items() if name in TASKS]
 
 
-# %% ../nbs/17_arms.ipynb #3b093911
+# %% ../nbs/17_arms.ipynb #bb2d3d75
 def _asked_again(trial):
     "The tasks that are readouts here."
     given = trial.settings.readouts
@@ -677,10 +581,10 @@ def _readouts(trial, tasks, dosed):
 def _prose(trial, placed):
     "Damage on prose, of the arms that are followed."
     found, groups = prose_damage(trial.bench.model, trial.bench.layer, [*placed.values()])
-    runs = []
-    for (arm, t), damage in zip(placed.items(), found, strict=True):
-        runs.append(Run(arm, "prose", dose=t and t.dose, groups=groups, **_rounded(damage)))
-    return runs
+    return [
+        Run(arm, "prose", dose=t and t.dose, groups=groups, **_rounded(damage))
+        for (arm, t), damage in zip(placed.items(), found, strict=True)
+    ]
 
 
 # %% ../nbs/17_arms.ipynb #6f59ccf8
@@ -693,7 +597,7 @@ FOLLOWED: dict[str, Callable] = {
 }
 
 
-# %% ../nbs/17_arms.ipynb #c6e2cb9e
+# %% ../nbs/17_arms.ipynb #131b79f0
 def measured(trial: Trial, arms: dict[str, Arm]) -> tuple[list[Run], dict[str, str]]:
     "Runs of all arms, then of the experiments on those that are followed, and why others are missing."
     runs: list = []

@@ -19,6 +19,7 @@ __all__ = [
     "versions",
     "schema",
     "load_artefact",
+    "sized",
     "Artefact",
     "save_fields",
     "load_fields",
@@ -288,7 +289,7 @@ def load_artefact(
     return tensors, head
 
 
-# %% ../nbs/04_artefacts.ipynb #8e77e584
+# %% ../nbs/04_artefacts.ipynb #13485012
 def _unmeasured(x):
     "NaN for None, which stands for it in files."
     if x == -math.inf or isinstance(x, int | float) and x > 1:
@@ -309,14 +310,20 @@ Layers = Annotated[tuple[Count, ...], Field(min_length=1)]
 Template = Annotated[str, Field(pattern=r"\{\}")]  # words around a text
 Notes = Annotated[dict, BeforeValidator(_told)]  # where something comes from
 
-_FLOATS = dict.fromkeys(("kl", "lam", "damage_budget", "held_out", "search_p"), float)
-_COUNTS = dict.fromkeys(("n_pairs", "seed", "rows", "texts", "texts_read", "folds"), Count)
+_FLOATS = dict.fromkeys("kl lam damage_budget held_out search_p".split(), float)
+_COUNTS = dict.fromkeys("n_pairs seed rows texts texts_read folds".split(), Count)
 _WORDS = dict.fromkeys("reducer position method texts_hash tuning map thin weight".split(), str)
 _Tried: Any = TypedDict("_Tried", {"layers": list[Count | list[Count]]})
 _TRIED: Any = with_config({"extra": "allow"})(_Tried)
 _LISTS = {"precision": list[str], "tuning_items": list[str], "search": list[_TRIED]}
 _SAID = _FLOATS | _COUNTS | _WORDS | _LISTS | {"template": Template, "r2": Score, "auc": Score}
 _NOTES = schema("allow", *_SAID.items(), total=False)
+
+
+# %% ../nbs/04_artefacts.ipynb #27d612ad
+def sized(text: str) -> dict[str, str]:
+    "Sizes of fields, from lines such as `W: d1 d2`."
+    return dict(re.findall(r"(\w+): *(.*)", text))
 
 
 # %% ../nbs/04_artefacts.ipynb #54dd6c18
@@ -382,7 +389,7 @@ def _check_values(x):
 _DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
 
-# %% ../nbs/04_artefacts.ipynb #5c26b0d3
+# %% ../nbs/04_artefacts.ipynb #c3cb1c99
 def _check_shapes(x):
     "Raise ValueError where sizes do not belong together, and for a layer that a model has not."
     parts = {k: v for k, v in vars(x).items() if is_dataclass(v)}
@@ -392,14 +399,14 @@ def _check_shapes(x):
             continue
         letters, _, below = spec.partition("<")
         names, shape = letters.split(), tuple(np.shape(v))
-        want = [sizes.setdefault(*d) for d in zip(names, shape, strict=False)]
+        want = [sizes.setdefault(*d) for d in zip(names, shape, strict=True)]
         if len(names) != len(shape) or want != [*shape]:
             raise ValueError(f"{k!r} has the shape {shape}, where ({', '.join(names)}) is {tuple(want)}.")
         if (most := [sizes[b] for b in below.split() if b in sizes]) and not np.less(v, most).all():
             raise ValueError(f"{k!r} is {v}, but layers go from 0 to {min(most) - 1}.")
 
 
-# %% ../nbs/04_artefacts.ipynb #163ed059
+# %% ../nbs/04_artefacts.ipynb #fa435646
 def _values(x):
     "What counts of a dataclass, by name; of what came later only what is there."
     found = {f.name: getattr(x, f.name) for f in fields(x) if f.compare}
@@ -435,7 +442,7 @@ def load_fields(
         raise ValueError(f"{path}: {e} Make it again.") from None
 
 
-_HEAD_NAMES = ("kind", "format", "package", "site")
+_HEAD_NAMES = "kind format package site".split()
 
 
 # %% ../nbs/04_artefacts.ipynb #67555e1b
@@ -456,7 +463,7 @@ def _told_once(x, memo):
     return memo[x]
 
 
-# %% ../nbs/04_artefacts.ipynb #998a594a
+# %% ../nbs/04_artefacts.ipynb #84882ca9
 def _said(x, memo):
     "A value as nested lists of what `repr` tells apart."
     said = partial(_said, memo=memo)
@@ -489,8 +496,10 @@ def fingerprint(*values: Any) -> str:  # 16 hex digits
     try:
         return hashlib.sha256(repr(_said(values, {})).encode()).hexdigest()[:16]
     except (TypeError, RecursionError) as e:
-        why = f"{values} cannot be told from others of its kind ({e})"
-        raise ValueError(f"{why}; give texts, numbers, or functions of these.") from None
+        raise ValueError(
+            f"{values} cannot be told from others of its kind ({e}); give texts, numbers, or functions of "
+            "these."
+        ) from None
 
 
 def _same(x, y):
@@ -577,7 +586,7 @@ def _append(self: Journal, rows):
     self._chain, self._end = chain, self._size
 
 
-# %% ../nbs/04_artefacts.ipynb #0dbb65b2
+# %% ../nbs/04_artefacts.ipynb #1393da35
 @patch
 def _read(self: Journal, first):
     "Take up what the file holds, or begin it with a first row."
@@ -591,8 +600,14 @@ def _read(self: Journal, first):
         self._chain, _ = linked(self._chain, row)
         if i:
             self.done[row["name"]] = row["value"]
+        elif row["journal"] != self.what:
+            self._refuse(f"is a journal of {row['journal']}, where one of {self.what} is needed")
         else:
-            self._compare(row, first)
+            was, now = row["parts"], first["parts"]
+            for k in {**was, **now}:
+                if was.get(k) != now.get(k):
+                    there = f"{k} was {was.get(k)!r} there and is {now.get(k)!r} here"
+                    self._refuse(f"belongs to another run: {there}")
     if lines:
         if _row(self._chain, half[:-1]):
             self._refuse("is damaged at its end")
@@ -600,17 +615,6 @@ def _read(self: Journal, first):
         self._append([first])
     else:
         self._refuse("holds something else than a journal")
-
-
-@patch
-def _compare(self: Journal, row, first):
-    "Refuse the first row of another journal."
-    if row["journal"] != self.what:
-        self._refuse(f"is a journal of {row['journal']}, where one of {self.what} is needed")
-    was, now = row["parts"], first["parts"]
-    for k in {**was, **now}:
-        if was.get(k) != now.get(k):
-            self._refuse(f"belongs to another run: {k} was {was.get(k)!r} there and is {now.get(k)!r} here")
 
 
 @patch
@@ -658,14 +662,15 @@ def clear(self: Journal):
         self.path.unlink(missing_ok=True)
 
 
-# %% ../nbs/04_artefacts.ipynb #2d736bf7
+# %% ../nbs/04_artefacts.ipynb #efab2344
 KEPT: ContextVar[Path | None] = ContextVar("kept", default=None)
 
 
 @contextmanager
 def keeping(path: str | Path) -> Iterator[Path]:
     "Within: `choose` keeps its trials at this path; they go when all went well. A file of yours stays."
-    file, token = Path(path).expanduser(), KEPT.set(Path(path).expanduser())
+    file = Path(path).expanduser()
+    token = KEPT.set(file)
     try:
         yield file
     finally:

@@ -34,7 +34,7 @@ def table(columns: Sequence[str], rows: Iterable[Sequence]) -> Markup:
     return PARTS.table(columns, list(rows))
 
 
-# %% ../nbs/00_cards.ipynb #0ead3543
+# %% ../nbs/00_cards.ipynb #3c127818
 def sparkline(
     values: Sequence[float],  # (L,) one for each label
     labels: Sequence,  # the first and the last are shown

@@ -19,7 +19,7 @@ __all__ = [
     "extract_concept",
 ]
 
-# %% ../nbs/11_concepts.ipynb #fe93acb5
+# %% ../nbs/11_concepts.ipynb #ed2c1113
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +33,7 @@ from torch import Tensor
 
 from .artefacts import Artefact, Count, Journal, Layers, Score, Template, fingerprint
 from .cards import Entry, card, sparkline
-from .data import ContrastPairs, checked, data_hash
+from .data import ContrastPairs, checked, data_hash, fill
 from .engine import OPEN, encode, engine, layer_numbers, refuse_empty, start_mark, stream
 from .models import ModelInfo, model_info
 from .stats import auc, scenario_folds
@@ -117,7 +117,7 @@ def position_name(
     return rule.name
 
 
-# %% ../nbs/11_concepts.ipynb #f1b7b7e1
+# %% ../nbs/11_concepts.ipynb #24e24970
 def activations(
     model: TransformersModel,
     texts: Sequence[str],
@@ -272,7 +272,7 @@ def _repr_html_(self: Concept):
     return card(f"Concept {self.name}", facts, sparkline(self.auc, self.layers, "held-out AUC by layer"))
 
 
-# %% ../nbs/11_concepts.ipynb #27681902
+# %% ../nbs/11_concepts.ipynb #61f27d7b
 def extract_concept(
     model: TransformersModel,
     pairs: ContrastPairs,
@@ -292,7 +292,7 @@ def extract_concept(
     numbers, rule = layer_numbers(model, layers), position_rule(position, "read")
     checked(pairs, InstanceOf[ContrastPairs], "pairs")
     seed = checked(seed, Count, "seed", strict=False)
-    H = activations(model, [pairs.template.replace("{}", t) for t in pairs.texts], numbers, rule, path=path)
+    H = activations(model, fill(pairs.template, pairs.texts), numbers, rule, path=path)
     if isinstance(H, list) or H.ndim != 3:
         raise ValueError("a concept needs one state a text: last, mean, or a function that returns (L, d).")
     P, N = H.split([len(pairs.positive), len(pairs.negative)])  # (n, L, d), (m, L, d)

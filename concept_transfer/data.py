@@ -114,7 +114,7 @@ def checked(
     raise ValueError(f"{place}: {fault['msg']}, found {short_repr(fault['input'])}.")
 
 
-# %% ../nbs/01_data.ipynb #94d01def
+# %% ../nbs/01_data.ipynb #488de1aa
 def _table(text, path, mark):
     "Rows of a table with a header."
     lines = csv.reader(io.StringIO(text), delimiter=mark, strict=True)
@@ -131,7 +131,7 @@ def _table(text, path, mark):
     return [dict(zip(table[0], row, strict=True)) for row in table[1:]]
 
 
-# %% ../nbs/01_data.ipynb #cfeef2d1
+# %% ../nbs/01_data.ipynb #75b5f61b
 _ENDING = re.compile(r"\.(csv|tsv|json|jsonl|ndjson|txt)(\.gz)?$")
 _LIMIT = 2**28  # characters of a file
 _NO_DATA = re.compile(r"(?i)\s*(<!doctype html|<html|version https://git-lfs)")
@@ -143,8 +143,10 @@ def read_file(path: Path) -> Any:
     "Rows of a table or of JSON, what JSON holds, or lines. Raises ValueError naming file and place."
     ending = _ENDING.search(path.name.lower())
     if not ending:
-        fix = "use .csv, .tsv, .json, .jsonl, .ndjson, .txt, or one of these and .gz"
-        raise ValueError(f"{path}: what a file holds follows from its ending; {fix}.")
+        raise ValueError(
+            f"{path}: what a file holds follows from its ending; use .csv, .tsv, .json, .jsonl, .ndjson, "
+            ".txt, or one of these and .gz."
+        )
     form, packed = ending.groups()
     try:
         with (gzip.open if packed else open)(path, "rt", encoding="utf-8-sig") as f:
@@ -356,7 +358,7 @@ class ContrastPairs:
         return f"ContrastPairs({self.name!r}, {len(self.positive)} positive, {len(self.negative)} negative)"
 
 
-# %% ../nbs/01_data.ipynb #53249ae8
+# %% ../nbs/01_data.ipynb #5d0edad9
 @patch
 def _repr_html_(self: ContrastPairs):
     facts = {
@@ -365,7 +367,7 @@ def _repr_html_(self: ContrastPairs):
         "read as": self.template,
         "hash": self.hash,
     }
-    rows = [[shorten(t, 160) for t in row] for row in zip(self.positive[:3], self.negative, strict=False)]
+    rows = [[shorten(t, 160) for t in row] for row in zip(self.positive[:3], self.negative, strict=True)]
     return card(f"Contrast pairs {self.name}", facts, table(["positive", "negative"], rows))
 
 
@@ -383,7 +385,7 @@ def _is_positive(labels, path):
     return np.isin(words, _POSITIVE)
 
 
-# %% ../nbs/01_data.ipynb #1405405a
+# %% ../nbs/01_data.ipynb #f62e357a
 _OF_ROWS = {*"group groups scenario scenarios prompt question".split()}  # what makes sides into columns
 
 
@@ -442,11 +444,11 @@ def split_words(text: str) -> list[str]:
     return re.findall(r"[\w']+", text.lower())
 
 
-# %% ../nbs/01_data.ipynb #2bf1880c
+# %% ../nbs/01_data.ipynb #aab8feea
 @lru_cache(2**15)
 def _trigrams(text):
     words = split_words(text)
-    return {*zip(words, words[1:], words[2:], strict=False)} or {tuple(words)}
+    return {*zip(words, words[1:], words[2:], strict=True)} or {tuple(words)}
 
 
 def overlap(a: str, b: str) -> float:
@@ -519,7 +521,7 @@ def leak(
     return None
 
 
-# %% ../nbs/01_data.ipynb #ddb00ed2
+# %% ../nbs/01_data.ipynb #a9fac6df
 def lint(
     pairs: ContrastPairs,
     task: Any = None,  # a `ChoiceTask`: also look for scenarios that it asks about
@@ -529,7 +531,7 @@ def lint(
     checked(pairs, InstanceOf[ContrastPairs], "pairs")
     near = checked(near, Annotated[float, Field(gt=0, le=1)], "near", strict=False)
     both = {*pairs.positive} & {*pairs.negative}
-    problems: list[Any] = [
+    problems: list = [
         _length_tells(pairs),
         both and f"{len(both)} texts stand on both sides, e.g. {min(both)[:60]!r}: they only add noise.",
         *(_repetition(pairs, side, near) for side in _SIDES),

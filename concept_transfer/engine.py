@@ -74,15 +74,9 @@ if hasattr(object, "save") and unmount:
         import_module(f"anyio.{part}")
     mount(save, "save")
 
-# %% ../nbs/06_engine.ipynb #592d7f27
-_BLOCKS = [
-    "model.layers",
-    "transformer.h",
-    "gpt_neox.layers",
-    "model.decoder.layers",
-    "transformer.blocks",
-    "model.language_model.layers",
-]
+# %% ../nbs/06_engine.ipynb #6b7036f3
+_BLOCKS = """model.layers transformer.h gpt_neox.layers model.decoder.layers transformer.blocks
+    model.language_model.layers""".split()
 
 
 # %% ../nbs/06_engine.ipynb #eb8b04a8
@@ -346,7 +340,7 @@ def refuse_empty(texts: Sequence[str], ids: Ids, nothing: Sequence[int] = ()):
             )
 
 
-# %% ../nbs/06_engine.ipynb #e3a24f9a
+# %% ../nbs/06_engine.ipynb #a3e97183
 def _tokens(tokenizer, texts, **how):
     "What a tokenizer makes of texts. Raises ValueError for one that fails, which has errors of any kind."
     try:
@@ -385,7 +379,7 @@ def tokenized(
     return got.input_ids, spans
 
 
-# %% ../nbs/06_engine.ipynb #23e26f8c
+# %% ../nbs/06_engine.ipynb #b11b3e98
 def _rendered(model, i, chat):
     "A chat as a text; a text as it is."
     if not isinstance(chat, list | tuple):
@@ -398,11 +392,13 @@ def _rendered(model, i, chat):
             chat, tokenize=False, add_generation_prompt=not begun, continue_final_message=begun
         )
     except Exception as e:
-        say = f"text {i} is a chat that the template of this tokenizer does not take: {e}."
-        raise ValueError(f"{say} Give messages {{'role': ..., 'content': ...}}, or the text itself.") from e
+        raise ValueError(
+            f"text {i} is a chat that the template of this tokenizer does not take: {e}. Give messages "
+            "{'role': ..., 'content': ...}, or the text itself."
+        ) from e
 
 
-# %% ../nbs/06_engine.ipynb #a7de552a
+# %% ../nbs/06_engine.ipynb #e575e9f1
 def encode(
     model: TransformersModel,
     texts: Sequence,  # or a chat, or a list of chats: messages {"role": ..., "content": ...}
@@ -431,8 +427,11 @@ def encode(
             "given more. Take the model's own, or resize its embeddings and train them."
         )
     if long := [i for i, x in enumerate(ids) if len(x) > limit]:
-        what = f"context of {size} tokens has room for ({limit}; first: text {long[0]})"
-        warnings.warn(f"{len(long)} texts are longer than the {what}; their beginning was cut.", stacklevel=2)
+        warnings.warn(
+            f"{len(long)} texts are longer than the context of {size} tokens has room for ({limit}; first: "
+            f"text {long[0]}); their beginning was cut.",
+            stacklevel=2,
+        )
     for i in long:
         ids[i] = start + ids[i][len(start) - limit :]
     return ids
@@ -482,14 +481,14 @@ def length_batches(
     return out
 
 
-# %% ../nbs/06_engine.ipynb #9963105a
+# %% ../nbs/06_engine.ipynb #0c4a989f
 def bundled(
     items: Sequence,
     cost: Callable,  # of an item: a number, or several
     most: float | tuple,  # what a bundle may cost
 ) -> list[list]:  # the items of each bundle, in order
     "Items together as long as a bundle stays within its limits."
-    out: list[list] = []
+    out: list = []
     held = np.array(np.inf)  # no bundle is open
     for x in items:
         held = held + cost(x)
@@ -724,7 +723,7 @@ def states(self: Local, ids, layers, at, take=None, batch_tokens=512):
             yield rows, [take(h, wanted) if take else h[wanted] for h in got]
 
 
-# %% ../nbs/06_engine.ipynb #1052702e
+# %% ../nbs/06_engine.ipynb #98470ad4
 def stream(
     model: TransformersModel,
     ids: Ids,  # token ids of each text, as `encode` gives them

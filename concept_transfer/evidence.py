@@ -179,11 +179,11 @@ class Evidence(Strict):
         return _effect(self.provenance, equal) if "transplanted" in equal else Effect()
 
 
-# %% ../nbs/18_evidence.ipynb #075c4b33
+# %% ../nbs/18_evidence.ipynb #0f72e4db
 @patch
 def of(self: Evidence, experiment: str) -> dict[str, list[Run]]:
     "Runs of an experiment, by arm."
-    found: dict[str, list[Run]] = {}
+    found: dict = {}
     for r in self.runs:
         if r.experiment == experiment:
             found.setdefault(r.arm, []).append(r)
@@ -202,7 +202,7 @@ def _damage_of(of, runs):
     return dict(kl=kl, kl_ci=ci, kl_p95=p95, perplexity_ratio=ratio)
 
 
-# %% ../nbs/18_evidence.ipynb #3ea79f9e
+# %% ../nbs/18_evidence.ipynb #642370e5
 def _arm_result(of, base, runs):
     "What follows for one arm, from where it comes from, a base run, and its draws."
     change = {k for k, m in METRICS.items() if m.change}
@@ -269,11 +269,11 @@ class Capability:
     texts: list[str] | None = None  # greedy continuations of `STARTS`
 
 
-# %% ../nbs/18_evidence.ipynb #fb5e065e
+# %% ../nbs/18_evidence.ipynb #c98ae137
 @patch(as_prop=True)
 def capability(self: Evidence) -> dict[str, Capability]:
     "What each arm knows, and how it repeats itself."
-    found: dict[str, Capability] = {}
+    found: dict = {}
     right = {k: r.answers["chosen"] for k, (r,) in self.of("knowledge").items()}
     for arm, hits in right.items():
         k, n, p = int(sum(hits)), len(hits), None if arm == "base" else mcnemar(right["base"], hits)
@@ -311,7 +311,7 @@ def off_target(self: Evidence) -> list[OffTarget]:
     ]
 
 
-# %% ../nbs/18_evidence.ipynb #543b2579
+# %% ../nbs/18_evidence.ipynb #07684678
 @dataclass(frozen=True)
 class Readout:
     "How another way of asking moved, by arm, at equal damage."
@@ -351,11 +351,11 @@ def _readout(of, task, runs):
 @patch(as_prop=True)
 def readouts(self: Evidence) -> list[Readout]:
     "How every other way of asking moved."
-    by_arm, found = self.of("readouts"), []
-    for task in dict.fromkeys(r.task for rs in by_arm.values() for r in rs):
-        runs = {k: some for k, rs in by_arm.items() if (some := [r for r in rs if r.task == task])}
-        found += [_readout(self.provenance, task, runs)] if "base" in runs else []
-    return found
+    by_task: dict = {}
+    for arm, runs in self.of("readouts").items():
+        for r in runs:
+            by_task.setdefault(r.task, {}).setdefault(arm, []).append(r)
+    return [_readout(self.provenance, task, runs) for task, runs in by_task.items() if "base" in runs]
 
 
 # %% ../nbs/18_evidence.ipynb #c475ec4d
@@ -407,14 +407,14 @@ def steered(self: Evidence, arm: str = "transplanted") -> dict | None:
     return None
 
 
-# %% ../nbs/18_evidence.ipynb #7cd5ac2f
+# %% ../nbs/18_evidence.ipynb #fb08eb10
 @patch(as_prop=True)
 def table(self: Evidence) -> pd.DataFrame:
     "A row for every answer: where it comes from, item and scenario, and a column for every metric."
     parts = []
     for r in self.runs:
         if r.answers:
-            where = {k: getattr(r, k) for k in ("experiment", "arm", "draw", "dose", "strength", "task")}
+            where = {k: getattr(r, k) for k in "experiment arm draw dose strength task".split()}
             groups = r.groups or self.provenance.groups
             part = pd.DataFrame(where | dict(item=range(len(r.answers["chosen"])), group=groups) | r.answers)
             parts.append(part.astype({"strength": float, "dose": float, "group": object}))
@@ -439,7 +439,7 @@ def summary(self: Evidence) -> pd.DataFrame:
     return table
 
 
-# %% ../nbs/18_evidence.ipynb #41e29048
+# %% ../nbs/18_evidence.ipynb #91abb1ef
 @patch(as_prop=True)
 def lines(self: Effect) -> list[str]:
     "Recovery and tests in words."
@@ -448,8 +448,10 @@ def lines(self: Effect) -> list[str]:
         ci = _shown(self.recovery_ci) if self.recovery_ci else "(interval open)"
         out.append(f"recovery of the native effect at this layer {self.recovery:.2f} {ci}")
     if self.p_value is not None:
-        chance = f"p against random directions {self.p_value:.3f}"
-        out.append(f"{chance}, against the base model {self.p_mcnemar:.2g} (McNemar)")
+        out.append(
+            f"p against random directions {self.p_value:.3f}, against the base model {self.p_mcnemar:.2g} "
+            "(McNemar)"
+        )
     return out
 
 
@@ -485,11 +487,11 @@ def _repr_html_(self: Evidence) -> Markup:
     return card(f"Evidence for {of.transplant}", facts, html_table(columns, rows))
 
 
-# %% ../nbs/18_evidence.ipynb #ca132491
+# %% ../nbs/18_evidence.ipynb #a8f647b9
 @patch(as_prop=True)
 def data(self: Evidence) -> dict:
     "The evidence as `evidence.json` holds it."
-    parts = {k: getattr(self, k) for k in ("runs", "arms", "capability", "off_target", "readouts")}
+    parts = {k: getattr(self, k) for k in "runs arms capability off_target readouts".split()}
     parts["verdict"] = {"kind": self.finding, "text": MEANINGS[self.finding]}
     parts["prose"] = {k: _damage_of(self.provenance, runs) for k, runs in self.of("prose").items()}
     parts = plain(vars(self.provenance) | vars(self.effect) | parts)
@@ -505,7 +507,7 @@ def save(self: Evidence, path: str | Path):
         tmp.write_text("{\n" + ",\n".join(parts) + "\n}\n", encoding="utf-8")
 
 
-# %% ../nbs/18_evidence.ipynb #f8a48e77
+# %% ../nbs/18_evidence.ipynb #730c4a28
 @patch(cls_method=True)
 def load(cls: Evidence, path: str | Path) -> Evidence:
     """Read what `save` wrote and compute again what follows from the runs. Raises ValueError for a file
@@ -520,12 +522,13 @@ def load(cls: Evidence, path: str | Path) -> Evidence:
         if changed or odd or found.table.empty or not found.data:
             raise ValueError("it was changed")
     except Exception as e:  # whatever a wrong file breaks
-        why = f"is not evidence that this version wrote ({e!r}); evaluate again."
-        raise ValueError(f"{str(path)!r} {why}") from None
+        raise ValueError(
+            f"{str(path)!r} is not evidence that this version wrote ({e!r}); evaluate again."
+        ) from None
     return found
 
 
-# %% ../nbs/18_evidence.ipynb #17176e27
+# %% ../nbs/18_evidence.ipynb #4a78f572
 _GIVEN = {
     **dict.fromkeys(("pairs", "other"), ContrastPairs),
     "examples": ChoiceTask,
@@ -533,15 +536,6 @@ _GIVEN = {
     "map": AffineMap | Sequence[AffineMap],
     "native": Transplant,
 }
-
-
-def _check_map(t, map=None, source=None, native=None):
-    "Raise ValueError for a map or a native transplant that does not belong to a transplant."
-    if native:
-        native.target.require(t.target, "native=")
-    for m in t.carriers(map) if map else ():
-        if source is not None:
-            m.source.require(model_info(source), "this map (source side)")
 
 
 def _check_asked(t, task, experiments, given, arms):
@@ -557,7 +551,11 @@ def _check_asked(t, task, experiments, given, arms):
         raise TypeError(f"evaluate: no arm needs {strange[0]!r}; arms need {', '.join(known)}.")
     given = {k: v for k, v in given.items() if v is not None}
     fits(given, _GIVEN, "evaluate")
-    _check_map(t, **{k: given[k] for k in ("map", "source", "native") if k in given})
+    if "native" in given:
+        given["native"].target.require(t.target, "native=")
+    for m in t.carriers(given["map"]) if "map" in given else ():
+        if "source" in given:
+            m.source.require(model_info(given["source"]), "this map (source side)")
     if reused := _reused(t, task):
         say = f"{reused} of these items chose layers and dose; the result will be too good. Use others."
         warnings.warn(say, stacklevel=3)
@@ -565,7 +563,7 @@ def _check_asked(t, task, experiments, given, arms):
         warnings.warn(say, stacklevel=3)
 
 
-# %% ../nbs/18_evidence.ipynb #f81d869e
+# %% ../nbs/18_evidence.ipynb #76fb9ce2
 @strict
 def evaluate(
     t: Transplant,
@@ -587,7 +585,7 @@ def evaluate(
     bench = Bench(t.model, t.layer, task, neutral, damage)
     origin = _provenance(t, bench, settings)
     parts = dict(transplant=made_of(t), layer=t.layer, model=described(t.model), versions=str(versions()))
-    parts |= {k: f"{x!r} {x.hash}" for k, x in (("task", task), ("neutral", bench.neutral))}
+    parts |= dict(task=f"{task!r} {task.hash}", neutral=f"{bench.neutral!r} {bench.neutral.hash}")
     journal = Journal(path, "evaluation", parts)
     return Evidence(origin, *measured(Trial(bench, t, given, settings, experiments, journal), arms))
 
@@ -616,7 +614,7 @@ def evaluate_text(
     return found
 
 
-# %% ../nbs/18_evidence.ipynb #5cbd3f32
+# %% ../nbs/18_evidence.ipynb #9d0ddec5
 @strict
 def off_target(
     transplants: Sequence[Transplant],  # at the doses they will be used at

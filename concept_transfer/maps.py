@@ -21,7 +21,7 @@ __all__ = [
     "downstream",
 ]
 
-# %% ../nbs/14_maps.ipynb #cf8eca98
+# %% ../nbs/14_maps.ipynb #0897a341
 import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -37,12 +37,23 @@ import torch
 from fastcore.basics import patch
 from nnsight import TransformersModel
 from torch import Tensor
+from torch.utils.data import default_collate
 from tqdm import tqdm
 
-from .artefacts import Artefact, Count, Layers, Notes, Score, Share, Template, save_fields
+from concept_transfer.artefacts import (
+    Artefact,
+    Count,
+    Layers,
+    Notes,
+    Score,
+    Share,
+    Template,
+    save_fields,
+    sized,
+)
 from .cards import Entry, card, heat
 from .concepts import Concept, activations, mean_difference
-from .data import ContrastPairs, Corpus, text_key
+from .data import ContrastPairs, Corpus, fill, text_key
 from .models import ModelInfo, model_info
 from .moments import Collected, Listed, Reading, collect, fresh, strict
 from .pairing import last_token, paired_states
@@ -241,18 +252,18 @@ def random_map(W: Tensor, seed: int = 0) -> Tensor:
     return Z * (W.norm() / Z.norm())
 
 
-# %% ../nbs/14_maps.ipynb #e79937f3
+# %% ../nbs/14_maps.ipynb #8ca8fc7f
 @dataclass(frozen=True)
 class AffineMap(Artefact):
     "Source state `x` to target state `x @ W + b`; a direction is moved by the linear part alone."
 
     artefact = "affine"
-    shapes = {
-        "W": "source.width target.width",
-        "b": "target.width",
-        "shuffled": "source.width target.width",
-        "layers": "two < source.layers target.layers",
-    }
+    shapes = sized("""
+        W: source.width target.width
+        b: target.width
+        shuffled: source.width target.width
+        layers: two < source.layers target.layers
+    """)
     W: Tensor  # (d1, d2)
     b: Tensor  # (d2,)
     layers: tuple[Count, Count]
@@ -355,7 +366,7 @@ def _dealt(P, T, orders):  # (L2, texts, d2) twice, (1 + 1000, texts) -> (1 + 10
     return (P @ T.mT)[:, orders[0], orders].mean(-1).amax(0)
 
 
-# %% ../nbs/14_maps.ipynb #37f7b7a1
+# %% ../nbs/14_maps.ipynb #0021c635
 @dataclass(frozen=True, kw_only=True)
 class LayerGrid(Artefact):
     "One map for each pair of layers of two models, judged on texts that none of them saw."
@@ -364,17 +375,21 @@ class LayerGrid(Artefact):
     apart = ("scores",)
     endless = ("scale",)
     missing = {"settings": {}}
-    shapes = {
-        "source_layers": "L1 < source.layers",
-        "target_layers": "L2 < target.layers",
-        "W": "L1 L2 source.width target.width",
-        "b": "L1 L2 target.width",
-        "shuffled": "L1 L2 source.width target.width",
-        "span": "L1 source.width source.width",
-        "scale": "L1 source.width",
-        "r2_by_dim": "L1 L2 target.width",
-        **dict.fromkeys(("lam", "r2", "cosine", "r2_shuffled", "rank"), "L1 L2"),
-    }
+    shapes = sized("""
+        source_layers: L1 < source.layers
+        target_layers: L2 < target.layers
+        W: L1 L2 source.width target.width
+        b: L1 L2 target.width
+        shuffled: L1 L2 source.width target.width
+        span: L1 source.width source.width
+        scale: L1 source.width
+        r2_by_dim: L1 L2 target.width
+        lam: L1 L2
+        r2: L1 L2
+        cosine: L1 L2
+        r2_shuffled: L1 L2
+        rank: L1 L2
+    """)
     source: ModelInfo
     target: ModelInfo
     source_layers: Layers  # L1 of them
@@ -410,7 +425,7 @@ def _judged(u, t, W, N, x, y, deals):  # map, control (d1, d2); means (d1,), (d2
     return _scores(T, P, N, W) | {"deals": _dealt(P[None, last], T[None, last], orders)}
 
 
-# %% ../nbs/14_maps.ipynb #ed5fffa8
+# %% ../nbs/14_maps.ipynb #fe295eab
 def _span(u):
     "Projection on the span of the standardised states that fitted (d1, d1)."
     e, V = torch.linalg.eigh(u.R)  # (r,), (r, r)
@@ -431,8 +446,8 @@ def _grid(m, make, method, lambdas=LAMBDAS, centred=True):
             one = _judged(u, t, W[s, t], N[s, t], x, y[t], deals)
             rows.append(one | {"b": y[t] - x @ W[s, t], "lam": u.lam[t].float()})
         layers.append({"scale": u.sx.float(), "span": _span(u)})
-    found = vars(m) | {k: torch.stack([row[k] for row in rows]).unflatten(0, (L1, L2)) for k in rows[0]}
-    found |= {"W": W, "shuffled": N} | {k: torch.stack([row[k] for row in layers]) for k in layers[0]}
+    found = vars(m) | {k: v.unflatten(0, (L1, L2)) for k, v in default_collate(rows).items()}
+    found |= {"W": W, "shuffled": N} | default_collate(layers)
     best = found["deals"].amax((0, 1)).numpy()  # (1 + 1000,) the best pair of layers of each deal
     found |= {"method": method, "p_value": permutation_p(best[0], best[1:])}
     for side, d in ("source", d1), ("target", d2):  # sums of rows alone know no model
@@ -468,7 +483,7 @@ def _cut_short(text, i):  # i: number of the text
     return " ".join(words[: max(1, len(words) - 2 - i % 3)])
 
 
-# %% ../nbs/14_maps.ipynb #8314711a
+# %% ../nbs/14_maps.ipynb #8d8a0081
 def _published(source, target, corpus, *layers, **options):
     "The paper's maps: least squares without centring, penalty or offset, judged as all others are."
     if other := options.keys() - {"held_out", "most_rows", "template"}:
@@ -483,7 +498,7 @@ def _published(source, target, corpus, *layers, **options):
     if len(fit) < 2 or not judge:
         raise ValueError(f"{len(texts)} texts are too few for a map and a held-out part; use hundreds.")
     short = [_cut_short(t, i) for i, t in enumerate(fit)]
-    short, whole = ([how.template.replace("{}", t) for t in part] for part in (short, judge))
+    short, whole = (fill(how.template, part) for part in (short, judge))
     layers = m.source_layers, m.target_layers
     X, Y, _ = paired_states(source, target, short, *layers, last_token)  # (n, L1, d1), (n, L2, d2)
     m.add(X.double(), Y.double())
@@ -527,7 +542,7 @@ def map_method(
     return entry
 
 
-# %% ../nbs/14_maps.ipynb #1d3e8dc8
+# %% ../nbs/14_maps.ipynb #cccdbe2e
 @strict
 def solve(
     m: Collected,  # `Moments` or `Rows`
@@ -562,7 +577,7 @@ def fit_maps(
     return entry.fit(*given, **collecting) if entry.fit else solve(collect(*given, **collecting), entry)
 
 
-# %% ../nbs/14_maps.ipynb #833ecfc7
+# %% ../nbs/14_maps.ipynb #d8721dec
 @patch
 def __getitem__(self: LayerGrid, layers: Sequence[int]) -> AffineMap:
     try:
@@ -576,8 +591,8 @@ def __getitem__(self: LayerGrid, layers: Sequence[int]) -> AffineMap:
     notes: dict = {"lam": float(f"{self.lam[at]:.6g}")}
     # method, rows, texts, texts_hash, template, settings
     notes |= {k: v for k, v in vars(self).items() if isinstance(v, str | int | dict)}
-    r2, models = float(self.r2[at]), (self.source, self.target)
-    return AffineMap(self.W[at], self.b[at], (s, t), *models, r2, self.shuffled[at], notes)
+    models = self.source, self.target
+    return AffineMap(self.W[at], self.b[at], (s, t), *models, float(self.r2[at]), self.shuffled[at], notes)
 
 
 @patch(as_prop=True)
@@ -621,15 +636,15 @@ def _repr_html_(self: LayerGrid):
     return card("Layer grid", facts, heat(self.r2.numpy(), self.source_layers, self.target_layers, "R2"))
 
 
-# %% ../nbs/14_maps.ipynb #5b2012eb
+# %% ../nbs/14_maps.ipynb #e8bc4245
 @patch
 def save(self: LayerGrid, path: str | Path):
     "Write to one safetensors file, the scores in the header too, to be read without the tensors."
-    scores = {k: getattr(self, k).tolist() for k in ("r2", "cosine", "r2_shuffled", "lam", "rank")}
+    scores = {k: getattr(self, k).tolist() for k in "r2 cosine r2_shuffled lam rank".split()}
     save_fields(self, path, scores=scores)
 
 
-# %% ../nbs/14_maps.ipynb #1f5347e2
+# %% ../nbs/14_maps.ipynb #7d40267b
 def downstream(
     maps: LayerGrid,
     concept: Concept,
@@ -640,7 +655,7 @@ def downstream(
     maps.source.require(concept.model, "this map (source side)")
     maps.target.require(model_info(target), "this map (target side)")
     _check_template(maps.template, concept)
-    texts, n = [concept.template.replace("{}", t) for t in pairs.texts], len(pairs.positive)
+    texts, n = fill(concept.template, pairs.texts), len(pairs.positive)
     H = torch.stack([*activations(target, texts, maps.target_layers, concept.position)])  # (n + m, L2, d2)
     v = torch.stack([concept[s] for s in maps.source_layers])  # (L1, d1)
     D = torch.einsum("sa,stab->stb", v, maps.W)  # (L1, L2, d2)

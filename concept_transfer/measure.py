@@ -65,7 +65,7 @@ class _Shown:
         return card(type(self).__name__, self.facts)  # type: ignore[attr-defined]
 
 
-# %% ../nbs/16_measure.ipynb #4eb7dbc4
+# %% ../nbs/16_measure.ipynb #c4f2c806
 @dataclass(frozen=True, repr=False)
 class Answers(_Shown):
     "What a model answered, item by item; all that is said of it is made of this."
@@ -196,7 +196,7 @@ class Probe(Generic[_R]):
         return [self.judge(parts) for parts in self.run(some)]
 
 
-# %% ../nbs/16_measure.ipynb #a972683a
+# %% ../nbs/16_measure.ipynb #6e804911
 def _rows(model, task, words):
     """Rows to read: ids, the part of each token (0: the prompt, else the number of its choice), and what is
     asked: after which position, for which token, item, choice. A choice's last token need not be read."""
@@ -208,8 +208,10 @@ def _rows(model, task, words):
         tails = [ids[p:] for ids in whole[1:]]
         each = [[x] for x in enumerate(tails)]  # by itself, if not all of them in one row
         if not p or max(map(len, whole)) >= size:
-            why = f"do not fit the context of {size} tokens, or share no token. Shorten the prompt."
-            raise ValueError(f"{what}: prompt and choices {why}")
+            raise ValueError(
+                f"{what}: prompt and choices do not fit the context of {size} tokens, or share no token. "
+                "Shorten the prompt."
+            )
         if not all(tails):
             raise ValueError(f"{what}: a choice adds no token to its prompt.")
         fits = p + sum(map(len, tails)) <= engine(model).branching
@@ -224,7 +226,7 @@ def _rows(model, task, words):
     return rows
 
 
-# %% ../nbs/16_measure.ipynb #f40060f3
+# %% ../nbs/16_measure.ipynb #c98940ad
 def _asked(logits, base, extra):
     "Of each token that is asked for: its log-probability (r,), and whether it is the likeliest of all (r,)."
     extra = extra.to(logits.device)  # (r, 3): row, position from the end, token
@@ -244,7 +246,7 @@ def _asked_raised(logits, base, extra):
     return _asked(logits, base, asked)
 
 
-# %% ../nbs/16_measure.ipynb #bea93bb0
+# %% ../nbs/16_measure.ipynb #1b53c1a5
 def _answers(task, reads, parts):
     "Answers from what `_asked` gave; `reads` as of `_rows`, in the order of the batches."
     logp, lengths, starts = ([np.zeros(len(i.choices), t) for i in task.items] for t in (float, int, bool))
@@ -256,7 +258,7 @@ def _answers(task, reads, parts):
     return Answers(task.items, tuple(logp), tuple(lengths), tuple(starts))
 
 
-# %% ../nbs/16_measure.ipynb #8f6443d3
+# %% ../nbs/16_measure.ipynb #580a8121
 def choices(
     model: TransformersModel,
     layer: int,
@@ -316,7 +318,7 @@ class Damage(_Shown):
         }
 
 
-# %% ../nbs/16_measure.ipynb #bb0c4ac5
+# %% ../nbs/16_measure.ipynb #785527b8
 def _drift(logits, base, tokens):
     "KL from the base and log-probability lost (2, b, keep); of the base itself its log-probabilities."
     if base is None:
@@ -348,7 +350,7 @@ def _in_order(rows, parts):  # (2, texts, keep)
     return torch.cat(parts, 1).double().cpu().numpy()[:, np.argsort(rows)]
 
 
-# %% ../nbs/16_measure.ipynb #f6463519
+# %% ../nbs/16_measure.ipynb #15f9b1d6
 def neutral_text(
     model: TransformersModel,
     layer: int,
@@ -379,7 +381,7 @@ def neutral_text(
     return Probe(model_info(model), layer, scores, judge, texts)
 
 
-# %% ../nbs/16_measure.ipynb #c5c02053
+# %% ../nbs/16_measure.ipynb #bce6b622
 def _prefixes(model, text, words=10):
     "The beginnings of a passage, each some words longer, and all of it, as far as the model has room."
     ends = [m.end() for m in re.finditer(r"\S+", text)]
@@ -519,7 +521,7 @@ def _next(tried, goal):
     return dose if dose != tried[-1][0] else None
 
 
-# %% ../nbs/16_measure.ipynb #064b8a86
+# %% ../nbs/16_measure.ipynb #978ad7f0
 _T = TypeVar("_T", Transplant, list[Transplant])
 _Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
@@ -533,7 +535,7 @@ def at_damage(
     "The same with the doses of that damage; `notes` say which KL was reached. Warns where it is far off."
     some, found = ts if isinstance(ts, list) else [ts], []
     goal = self.damage if damage is None else checked(damage, _Positive, "damage")
-    tried: list[list] = [[] for _ in some]
+    tried: list = [[] for _ in some]
     left = {i: t.dose for i, t in enumerate(some)}
     while left:
         hurt = self.dosing([replace(some[i], dose=dose) for i, dose in left.items()])
@@ -543,8 +545,10 @@ def at_damage(
     for t, points in zip(some, tried, strict=True):
         dose, kl = min(points, key=lambda point: abs(np.log(point[1] / goal)))
         if abs(np.log(kl / goal)) > 0.7:
-            missed = f"a damage of {goal} was not reached; KL is {kl:.3g} at dose {dose:.3g}"
-            warnings.warn(f"{t.name}: {missed}.", stacklevel=2)
+            warnings.warn(
+                f"{t.name}: a damage of {goal} was not reached; KL is {kl:.3g} at dose {dose:.3g}.",
+                stacklevel=2,
+            )
         found.append(replace(t, dose=dose, notes=t.notes | {"kl": kl, "damage_budget": goal}))
     return found if isinstance(ts, list) else found[0]
 
@@ -610,7 +614,7 @@ def raise_to_damage(self: Bench, tokens: Sequence[int]) -> tuple[float, Damage]:
 STRENGTHS = (-2.0, -1.0, -0.5, -0.25, 0.0, 0.25, 0.5, 1.0, 2.0)
 
 
-# %% ../nbs/16_measure.ipynb #5ecc0430
+# %% ../nbs/16_measure.ipynb #d80ab8e3
 @dataclass(frozen=True)
 class CurvePoint:
     "Effect and damage at one strength."
@@ -633,7 +637,7 @@ def dose_curve(
     return [CurvePoint(s, t.dose, answers, damage) for s, t, answers, damage in found]
 
 
-# %% ../nbs/16_measure.ipynb #6d79c606
+# %% ../nbs/16_measure.ipynb #16970675
 def steerability(
     points: Sequence[tuple[float, Sequence[float]]],  # strength, and the margin of each item (n,) there
 ) -> dict[str, float]:  # slope: mean change of the margin for one unit of strength; wrong_way: share of items

@@ -144,7 +144,7 @@ def same(self: ModelInfo, other: ModelInfo) -> bool:
     return bool((one - two).norm() <= unit / 2 * one.norm())
 
 
-# %% ../nbs/10_models.ipynb #75827585
+# %% ../nbs/10_models.ipynb #68cd39ed
 @patch
 def require(
     self: ModelInfo,
@@ -154,7 +154,7 @@ def require(
     "Raise ValueError unless `other` has these weights and this tokenizer."
     if not self.same(other):
         mine, its = vars(self), vars(other)
-        pairs = ((k, mine[k], its[k]) for k in ("name", "layers", "width", "tokenizer", "weights"))
+        pairs = ((k, mine[k], its[k]) for k in "name layers width tokenizer weights".split())
         apart = ", ".join(f"{k} ({a}, not {b})" for k, a, b in pairs if a != b)
         raise ValueError(
             f"{what} belongs to {self}, not to {other}: they differ in {apart}. "
@@ -275,7 +275,7 @@ def _named(name, tokenizer, dtype, device, rename, remote):
     return wrap(module, tokenizer, _called(name), rename)
 
 
-# %% ../nbs/10_models.ipynb #4ab2ef8d
+# %% ../nbs/10_models.ipynb #dd6d64f7
 def load_model(
     ref: str | Path | torch.nn.Module | TransformersModel,  # embedded name, folder, .gguf, id, loaded model
     tokenizer: Any = None,  # needed with a loaded transformers model
@@ -310,8 +310,10 @@ def load_model(
     if isinstance(ref, TransformersModel):
         ref, tokenizer, name = ref._module, tokenizer or ref.tokenizer, engine(ref).name
     if not (callable(tokenizer) and hasattr(tokenizer, "pad_token_id")):
-        say = "load_model(model, tokenizer=...). A processor of images and text has it as `tokenizer`"
-        raise ValueError(f"a loaded model needs its tokenizer: {say}.")
+        raise ValueError(
+            "a loaded model needs its tokenizer: load_model(model, tokenizer=...). A processor of images "
+            "and text has it as `tokenizer`."
+        )
     moved = device and ref.device.type not in str(device)  # type: ignore[operator]
     if moved or (dtype and str(ref.dtype) != f"torch.{dtype}"):
         raise ValueError(

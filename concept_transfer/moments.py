@@ -20,7 +20,7 @@ __all__ = [
     "collect",
 ]
 
-# %% ../nbs/13_moments.ipynb #d19baabe
+# %% ../nbs/13_moments.ipynb #816c64f8
 import copy
 import tempfile
 import time
@@ -53,9 +53,10 @@ from concept_transfer.artefacts import (
     fingerprint,
     load_fields,
     save_fields,
+    sized,
 )
 from .cards import card
-from .data import Corpus, alike, checked, text_key, texts_hash
+from .data import Corpus, alike, checked, fill, text_key, texts_hash
 from .engine import Chunk, engine, layer_numbers, rows_of, text_tokens
 from .models import ModelInfo, model_info
 from .pairing import last_token, paired_tokens, spread_layers, text_of
@@ -84,30 +85,44 @@ class _PairSums:
         return self.yy.diagonal(0, -2, -1) if self.products else self.yy
 
 
-# %% ../nbs/13_moments.ipynb #1df54bd0
-@patch
-def add(self: _PairSums, X, Y, fold, weight):  # (r, L1, d1), (r, L2, d2), (r,), (r,)
-    """Add paired rows; the means of the first ones become the shift where none was given.
-    Raises ValueError for weights that are none."""
+# %% ../nbs/13_moments.ipynb #18354f7f
+def _shifted(sums, X, Y, fold, weight):  # (r, L1, d1), (r, L2, d2), (r,), (r,)
+    """Rows that have a weight, shifted, with their folds and weights; the means of the first ones become the
+    shift where none was given. Raises ValueError for weights that are none."""
     if weight.shape != fold.shape or not ((weight >= 0) & (weight < torch.inf) & (fold >= 0)).all():
         raise ValueError("weights must be finite and not negative, folds from 0 on, one for each row.")
-    if self.shift_x is None and len(X):
-        self.shift_x, self.shift_y = X.mean(0).double(), Y.mean(0).double()
+    if sums.shift_x is None:
+        sums.shift_x, sums.shift_y = X.mean(0).double(), Y.mean(0).double()
+    on = weight > 0
+    return X[on] - sums.shift_x.to(X), Y[on] - sums.shift_y.to(Y), fold[on], weight[on]
+
+
+def _dealt(fold):  # (r,) -> (2, c)
+    "Rows of the shuffled control, one in ten of a fold, of few each one; and those they are paired with."
+    pairs = [fold.new_zeros(2, 0)]
+    for k in fold.unique():
+        on = torch.nonzero(fold == k)[:, 0]
+        on = on[:: 10 if len(on) >= 20 else 1]
+        pairs += [torch.stack([on, on.roll(len(on) // 2)])] if len(on) > 1 else []
+    return torch.cat(pairs, 1)
+
+
+@patch
+def add(self: _PairSums, X, Y, fold, weight):  # (r, L1, d1), (r, L2, d2), (r,), (r,)
+    "Add paired rows, at least one. Raises ValueError as `_shifted` does."
+    X, Y, fold, weight = _shifted(self, X, Y, fold, weight)
     for k in fold.unique().tolist():
-        on = (fold == k) & (weight > 0)
-        w = weight[on, None, None]  # (r', 1, 1)
-        A, F = X[on] - self.shift_x.to(X), Y[on] - self.shift_y.to(Y)  # (r', L1, d1), (r', L2, d2)
+        on = fold == k
+        w, A, F = weight[on, None, None], X[on], Y[on]  # (r', 1, 1), (r', L1, d1), (r', L2, d2)
         B, G = A * w, F * w
         self.n[k] += w.double().sum()
         self.x[k] += B.sum(0)
         self.y[k] += G.sum(0)
         self.xy[k] += torch.einsum("rla,rmb->lamb", B, F)
         self.yy[k] += torch.einsum("rmb,rmc->mbc", G, F) if self.products else (G * F).sum(0)
-        step = 10 if len(F) >= 20 else 1  # the control takes one row in ten, of few rows each one
-        A, F = A[::step], F[::step]  # (h, L1, d1), (h, L2, d2)
-        if len(F) > 1:
-            self.n_shuffled += len(F)
-            self.shuffled += torch.einsum("rla,rmb->lamb", A, F.roll(len(F) // 2, 0))
+    near, far = _dealt(fold)  # (c,)
+    self.n_shuffled += len(near)
+    self.shuffled += torch.einsum("rla,rmb->lamb", X[near], Y[far])
 
 
 # %% ../nbs/13_moments.ipynb #4b3ffb13
@@ -117,16 +132,25 @@ def tensors(self: _PairSums):  # as of `Sums.tally`
     return {k: v for k, v in vars(self).items() if isinstance(v, Tensor)}
 
 
-# %% ../nbs/13_moments.ipynb #8327b5d2
+# %% ../nbs/13_moments.ipynb #74f1c12e
 @dataclass(eq=False, kw_only=True)
 class Collected(Artefact):
     "What maps are solved from, as `Moments` or as `Rows`: with the held-out rows that will judge."
 
     apart = ("seen",)
     missing = {"shift_x": None, "shift_y": None, "settings": {}}
-    shapes = dict(n="K", x="K L1 d1", y="K L2 d2", shift_x="L1 d1", shift_y="L2 d2")
-    shapes |= dict(held_x="h L1 d1", held_y="h L2 d2", held_of="h")
-    shapes |= dict(source_layers="L1 < source.layers", target_layers="L2 < target.layers")
+    shapes = sized("""
+        n: K
+        x: K L1 d1
+        y: K L2 d2
+        shift_x: L1 d1
+        shift_y: L2 d2
+        held_x: h L1 d1
+        held_y: h L2 d2
+        held_of: h
+        source_layers: L1 < source.layers
+        target_layers: L2 < target.layers
+    """)
     n: Tensor  # (K,) rows, or their weights
     x: Tensor  # (K, L1, d1) sums of shifted rows
     y: Tensor  # (K, L2, d2)
@@ -171,14 +195,18 @@ class Collected(Artefact):
         )
 
 
-# %% ../nbs/13_moments.ipynb #0ccaa224
+# %% ../nbs/13_moments.ipynb #ba805f72
 @dataclass(eq=False, kw_only=True, repr=False)
-class Moments(_PairSums, Collected):
+class Moments(Collected, _PairSums):
     "Sums over paired rows, by fold, with the held-out rows that will judge."
 
     artefact = "moments"
-    shapes = Collected.shapes | dict(xx="K L1 d1 d1", xy="K L1 d1 L2 d2")
-    shapes |= dict(shuffled="L1 d1 L2 d2", n_shuffled="")
+    shapes = Collected.shapes | sized("""
+        xx: K L1 d1 d1
+        xy: K L1 d1 L2 d2
+        shuffled: L1 d1 L2 d2
+        n_shuffled:
+    """)
     xx: Tensor  # (K, L1, d1, d1)
     xy: Tensor  # (K, L1, d1, L2, d2)
     yy: Tensor  # (K, L2, d2, d2), or (K, L2, d2), the squares alone
@@ -216,7 +244,7 @@ def zeros(
     return cls(**_unread(*shape[1:]) | vars(sums) | {"xx": xx} | provenance)
 
 
-# %% ../nbs/13_moments.ipynb #c88f162a
+# %% ../nbs/13_moments.ipynb #e0890f5a
 @patch
 def _add_source(self: Moments, X, fold, weight):  # (r, L1, d1), (r,), (r,)
     "Add source rows to their products with themselves."
@@ -226,25 +254,26 @@ def _add_source(self: Moments, X, fold, weight):  # (r, L1, d1), (r,), (r,)
         self.xx[k] += torch.einsum("rla,rlb->lab", A * weight[on, None, None], A)
 
 
-def _labels(X, Y, fold, weight):
-    "Fold and weight of each row, (r,) twice."
-    if not torch.isfinite(X.sum() + Y.sum()):
-        raise ValueError("rows that are not finite cannot be added; leave them out.")
-    return torch.as_tensor(fold).expand(len(X)), X.new_ones(len(X)) if weight is None else weight
+@patch
+def _add(self: Moments, X, Y, fold, weight):
+    _PairSums.add(self, X, Y, fold, weight)
+    self._add_source(X, fold, weight)
 
 
 @patch
 def add(
-    self: Moments,
+    self: Collected,
     X: Tensor,  # (r, L1, d1)
     Y: Tensor,  # (r, L2, d2)
     fold: Tensor | int = 0,  # (r,)
     weight: Tensor | None = None,  # (r,) default: 1
 ):
-    "Add paired rows. Raises ValueError for rows that are not finite."
-    rows = _labels(X, Y, fold, weight)
-    _PairSums.add(self, X, Y, *rows)
-    self._add_source(X, *rows)
+    "Add paired rows. Raises ValueError for rows that are not finite, and for weights that are none."
+    if not torch.isfinite(X.sum() + Y.sum()):
+        raise ValueError("rows that are not finite cannot be added; leave them out.")
+    if len(X):
+        w = X.new_ones(len(X)) if weight is None else weight
+        self._add(X, Y, torch.as_tensor(fold).expand(len(X)), w)
 
 
 # %% ../nbs/13_moments.ipynb #9a51554c
@@ -269,7 +298,7 @@ def _grow(self: Moments, dx, dy):  # (L1, d1), (L2, d2)
         self.x[k], self.y[k] = x, y
 
 
-# %% ../nbs/13_moments.ipynb #d22c40df
+# %% ../nbs/13_moments.ipynb #0bd4e49a
 @patch
 def merge(self: Moments, sums, folds):
     "Add tensors of sums, of some folds, and have their shift from then on."
@@ -280,25 +309,31 @@ def merge(self: Moments, sums, folds):
         if k.startswith("shift"):
             setattr(self, k, v)
         elif k.startswith("held"):
-            setattr(self, k, torch.cat([getattr(self, k), v]))  # (h, L, d) or (h,)
+            self._append(**{k: v})
         else:
             getattr(self, k)[... if "shuffled" in k else folds] += v  # (k, ...)
 
 
-# %% ../nbs/13_moments.ipynb #fe37b11f
+# %% ../nbs/13_moments.ipynb #6eb1a9c3
+@patch
+def _append(self: Collected, **rows):
+    "Set fields to what they hold and further rows."
+    vars(self).update({k: torch.cat([getattr(self, k), v]) for k, v in rows.items()})
+
+
 @patch(as_prop=True)
 def kind(self: Collected) -> dict:
     "All that must be the same for sums to be added, by name."
-    names = "source", "target", "source_layers", "target_layers", "template"
-    how = self.settings | {"shape": self.shape, "choice of products": self.products}
-    return {k: getattr(self, k) for k in names} | how
+    names = "source target source_layers target_layers template".split()
+    found = {k: getattr(self, k) for k in names} | self.settings
+    return found | {"shape": self.shape, "choice of products": self.products}
 
 
 def _differ(one, two):
     "Names in which the kinds of two moments differ; a model in another precision is still that model."
 
     def same(a, b):
-        return a.same(b) if isinstance(a, ModelInfo) and isinstance(b, ModelInfo) else a == b
+        return a.same(b) if a and isinstance(b, ModelInfo) else a == b
 
     return [k for k, v in one.kind.items() if k in two.kind and not same(v, two.kind[k])]
 
@@ -334,12 +369,12 @@ def summed(self: Moments) -> Moments:
     return self
 
 
-# %% ../nbs/13_moments.ipynb #c07b9328
+# %% ../nbs/13_moments.ipynb #7f8b8023
 @patch
 def _turned(self: Collected, *sides):  # names of two fields each
     "Fields whose sides have changed places, by name."
     sides += "x y", "shift_x shift_y", "held_x held_y", "source target", "source_layers target_layers"
-    parts: dict[str, Any] = {a: getattr(self, b) for both in sides for a, b in permutations(both.split())}
+    parts: dict = {a: getattr(self, b) for both in sides for a, b in permutations(both.split())}
     return parts | {"settings": self.settings | {"precision": self.settings.get("precision", [])[::-1]}}
 
 
@@ -409,13 +444,12 @@ def take(self: Collected, chunk, Y):  # a `Chunk`, (r, L2, d2)
     return self._judged_by(chunk, Y[chunk.held])
 
 
-# %% ../nbs/13_moments.ipynb #9224fe89
+# %% ../nbs/13_moments.ipynb #81164aa5
 @patch
 def _judged_by(self: Collected, chunk, held):  # a `Chunk`, (h, L2, d2)
     "Add held-out rows, and the texts as seen; gives the number of texts."
     keys = torch.tensor([text_key(t) for t in chunk.texts])  # (n,)
-    rows = {"held_x": chunk.X[chunk.held], "held_y": held, "held_of": keys[chunk.of[chunk.held]]}
-    vars(self).update({k: torch.cat([getattr(self, k), v]) for k, v in rows.items()})  # (h, L, d) or (h,)
+    self._append(held_x=chunk.X[chunk.held], held_y=held, held_of=keys[chunk.of[chunk.held]])
     self.seen.update(keys.tolist())
     return len(keys)
 
@@ -472,14 +506,22 @@ class _Shelf:
         return torch.from_file(self.file.name, size=size).view(-1, *self.shape) if size else rows.float()
 
 
-# %% ../nbs/13_moments.ipynb #a2d80f50
+# %% ../nbs/13_moments.ipynb #ff405f74
 @dataclass(eq=False, kw_only=True, repr=False)
 class Rows(Collected):
     "Paired rows as they are, with the held-out rows that will judge."
 
     artefact = "rows"
-    shapes = Collected.shapes | dict(squares_x="K L1 d1", squares="K L2 d2", X="r L1 d1", Y="r L2 d2")
-    shapes |= dict(fold_of="r", weight="r", near="c", far="c")
+    shapes = Collected.shapes | sized("""
+        squares_x: K L1 d1
+        squares: K L2 d2
+        X: r L1 d1
+        Y: r L2 d2
+        fold_of: r
+        weight: r
+        near: c
+        far: c
+    """)
     squares_x: Tensor  # (K, L1, d1) sums of squares
     squares: Tensor  # (K, L2, d2)
     X: Tensor  # (r, L1, d1) float32, shifted
@@ -505,7 +547,7 @@ class Rows(Collected):
         return torch.tensor(float(len(self.near)), dtype=torch.float64)
 
 
-# %% ../nbs/13_moments.ipynb #9593c31a
+# %% ../nbs/13_moments.ipynb #77ec6732
 @patch(cls_method=True)
 def zeros(
     cls: Rows,
@@ -514,14 +556,14 @@ def zeros(
 ) -> Rows:
     "No rows yet."
     K, L1, d1, L2, d2 = shape
-    x, y, none = torch.zeros(K, L1, d1).double(), torch.zeros(K, L2, d2).double(), torch.zeros(0).long()
-    sums = {"n": torch.zeros(K).double(), "x": x, "y": y, "squares_x": x.clone(), "squares": y.clone()}
-    rows = {"X": torch.zeros(0, L1, d1), "Y": torch.zeros(0, L2, d2), "weight": none.double()}
-    rows |= {"fold_of": none, "near": none, "far": none}
-    return cls(**_unread(*shape[1:]) | sums | rows | provenance)
+    unread, n = _unread(*shape[1:]), torch.zeros(K).double()
+    x, y, none = n.new_zeros(K, L1, d1), n.new_zeros(K, L2, d2), unread["held_of"]
+    sums = {"n": n, "x": x, "y": y, "squares_x": x.clone(), "squares": y.clone(), "weight": n[:0]}
+    rows = {"X": unread["held_x"], "Y": unread["held_y"], "fold_of": none, "near": none, "far": none}
+    return cls(**unread | sums | rows | provenance)
 
 
-# %% ../nbs/13_moments.ipynb #62a84730
+# %% ../nbs/13_moments.ipynb #0bc758bf
 @patch
 def _extend(self: Rows, A, B, fold, weight, near, far):  # (r, L1, d1), (r, L2, d2), (r,) twice, (c,) twice
     "Add rows that are shifted, and pairs of them for the control."
@@ -529,37 +571,18 @@ def _extend(self: Rows, A, B, fold, weight, near, far):  # (r, L1, d1), (r, L2, 
     self.n += own.sum(0)
     for k, Z in {"x": A, "y": B, "squares_x": A**2, "squares": B**2}.items():
         getattr(self, k).add_(torch.einsum("rk,rld->kld", own, Z.double()))
-    more = {"near": near + len(self.X), "far": far + len(self.X), "fold_of": fold, "weight": weight.double()}
+    n = len(self.X)
+    self._append(near=near + n, far=far + n, fold_of=fold, weight=weight.double())
     if not hasattr(self, "_shelves"):
         self._shelves = {k: _Shelf(getattr(self, k), self.folder) for k in ("X", "Y")}
-    vars(self).update({k: torch.cat([getattr(self, k), v]) for k, v in more.items()})
     self.X, self.Y = self._shelves["X"].add(A), self._shelves["Y"].add(B)
 
 
-# %% ../nbs/13_moments.ipynb #56102d0a
+# %% ../nbs/13_moments.ipynb #70d9a73b
 @patch
-def add(
-    self: Rows,
-    X: Tensor,  # (r, L1, d1)
-    Y: Tensor,  # (r, L2, d2)
-    fold: Tensor | int = 0,  # (r,)
-    weight: Tensor | None = None,  # (r,) default: 1
-):
-    "Add paired rows. Raises ValueError as `Moments.add` does."
-    of, w = _labels(X, Y, fold, weight)
-    if not ((w >= 0) & (w < torch.inf) & (of >= 0)).all():
-        raise ValueError("weights must be finite and not negative, folds from 0 on, one for each row.")
-    if self.shift_x is None and len(X):
-        self.shift_x, self.shift_y = X.mean(0).double(), Y.mean(0).double()
-    X, Y, of, w = (A[w > 0] for A in (X, Y, of, w))
-    pairs = [torch.zeros(2, 0).long()]  # (2, c)
-    for k in of.unique():
-        on = torch.nonzero(of == k)[:, 0]
-        on = on[:: 10 if len(on) >= 20 else 1]  # as for `Moments`
-        pairs += [torch.stack([on, on.roll(len(on) // 2)])] if len(on) > 1 else []
-    if len(X):
-        A, B = X - self.shift_x.to(X), Y - self.shift_y.to(Y)
-        self._extend(A, B, of, w, *torch.cat(pairs, 1))
+def _add(self: Rows, X, Y, fold, weight):
+    rows = _shifted(self, X, Y, fold, weight)
+    self._extend(*rows, *_dealt(rows[2]))
 
 
 # %% ../nbs/13_moments.ipynb #7d14a316
@@ -628,15 +651,14 @@ def summed(self: Rows) -> Moments:
     return m
 
 
-# %% ../nbs/13_moments.ipynb #317f59de
+# %% ../nbs/13_moments.ipynb #be714523
 @patch
 def _with(self: Rows, other):
     total = replace(self, **{k: getattr(self, k).clone() for k in "n x y squares_x squares".split()})
     dx, dy = other.shift_x - self.shift_x, other.shift_y - self.shift_y  # (L1, d1), (L2, d2)
-    near, far = other.near, other.far
-    total._extend(other.X + dx.float(), other.Y + dy.float(), other.fold_of, other.weight, near, far)
-    for k in ("held_x", "held_y", "held_of"):
-        setattr(total, k, torch.cat([getattr(self, k), getattr(other, k)]))
+    more = other.fold_of, other.weight, other.near, other.far
+    total._extend(other.X + dx.float(), other.Y + dy.float(), *more)
+    total._append(held_x=other.held_x, held_y=other.held_y, held_of=other.held_of)
     return total
 
 
@@ -751,14 +773,14 @@ def robust_weight(X: Tensor, Y: Tensor) -> Tensor:  # (r, L1, d1), (r, L2, d2) -
     return (2 * d.median() / d).clamp(max=1.0)
 
 
-# %% ../nbs/13_moments.ipynb #5b8442a4
+# %% ../nbs/13_moments.ipynb #5b006248
 def _preparing(source, target, into, how):  # two models, Moments, Reading
     "What turns lists of texts into chunks, (list[list[str]]) -> list[Chunk]; each must be asked for once."
     room = max(0, how.most_rows - len(into.held_x))
 
     def prepare(parts):
         nonlocal room
-        texts = [how.template.replace("{}", t) for part in parts for t in part]
+        texts = fill(how.template, sum(parts, []))
         (ids1, at1), (ids2, at2) = paired_tokens(source, target, texts, how.thin)
         X, chunks = rows_of(source, ids1, at1, into.source_layers), []  # (r, L1, d1) of all parts
         for part in parts:
@@ -781,7 +803,7 @@ def _called(f):
     return name if f in (last_token, robust_weight) else f"{name} {fingerprint(f)}"
 
 
-# %% ../nbs/13_moments.ipynb #87b32986
+# %% ../nbs/13_moments.ipynb #4052f247
 def fresh(
     source: TransformersModel,
     target: TransformersModel,
@@ -793,23 +815,22 @@ def fresh(
     "Moments or rows of nothing yet, whichever is less. Raises ValueError where neither fits."
     models = source, target
     one, two = map(model_info, models)
-    wanted = (spread_layers(m) if k is None else k for m, k in zip(models, layers, strict=True))
-    l1, l2 = (tuple(layer_numbers(m, k)) for m, k in zip(models, wanted, strict=True))
+    l1, l2 = (
+        tuple(layer_numbers(m, spread_layers(m) if k is None else k))
+        for m, k in zip(models, layers, strict=True)
+    )
     settings = {
         "thin": _called(how.thin) if how.thin else "shared token boundaries but the first",
         "weight": _called(how.weight) if how.weight else "none",
         "precision": [engine(m).precision for m in models],
-        "most_rows": how.most_rows,
-    }
+    } | {k: getattr(how, k) for k in ("most_rows", "folds", "held_out")}
     shape = how.folds, len(l1), one.width, len(l2), two.width
-    given: dict[str, Any] = dict(source=one, target=two, source_layers=l1, target_layers=l2)
-    given |= {"template": how.template, "products": how.products}
-    given["settings"] = settings | {"folds": how.folds, "held_out": how.held_out}
-    if how.products is None:
-        given["products"] = engine(target).own_products
-    if chosen(shape, rows, given["products"], folder) == "sums":
-        return Moments.zeros(*shape, **given)
-    return Rows.zeros(*shape, folder=folder, **given)
+    given: dict = dict(source=one, target=two, source_layers=l1, target_layers=l2)
+    given |= {"template": how.template, "settings": settings}
+    products = engine(target).own_products if how.products is None else how.products
+    if chosen(shape, rows, products, folder) == "sums":
+        return Moments.zeros(*shape, products=products, **given)
+    return Rows.zeros(*shape, products=products, folder=folder, **given)
 
 
 # %% ../nbs/13_moments.ipynb #c54042a4
@@ -822,11 +843,11 @@ def _place(path):
     return path
 
 
-# %% ../nbs/13_moments.ipynb #0c794581
+# %% ../nbs/13_moments.ipynb #a06bd903
 def _kept(path, cls):
     """Moments or rows at `path`, of which `cls` are expected.
     Raises ValueError where memory has no room for them."""
-    other, size, memory = Rows if cls is Moments else Moments, path.stat().st_size, virtual_memory().available
+    size, memory = path.stat().st_size, virtual_memory().available
     if size > memory:
         raise ValueError(
             f"{path} holds {size / 1e9:.3g} GB, and going on from it needs that much memory; free are "
@@ -835,9 +856,9 @@ def _kept(path, cls):
     try:
         return cls.load(path)
     except ValueError as e:
-        if f"holds kind {other.artefact!r}" not in str(e):
+        if "holds kind" not in str(e):
             raise
-    return other.load(path)
+    return (Rows if cls is Moments else Moments).load(path)
 
 
 def _resumed(path, new, texts):
@@ -849,8 +870,9 @@ def _resumed(path, new, texts):
     differ = _differ(new, old)
     differ += ["corpus"] if old.seen - {*map(text_key, texts)} else []
     if differ:
-        what = f"{path} holds moments of another {', '.join(differ)}"
-        raise ValueError(f"{what}. Give another path, or delete it.")
+        raise ValueError(
+            f"{path} holds moments of another {', '.join(differ)}. Give another path, or delete it."
+        )
     if isinstance(new, Moments):
         return old.summed()  # the rows of fewer texts
     old.folder = path.parent
@@ -873,15 +895,18 @@ def _saving(steps, save, every):
     save()
 
 
-# %% ../nbs/13_moments.ipynb #85a12aa5
+# %% ../nbs/13_moments.ipynb #627893fa
 def _tell_alike(held, others):
     "Warn of texts that are nearly the same as others: what they judge, others have learned by heart."
     if near := [held[i] for i, _ in alike(held, others, 0.5)]:
-        say = f"held-out texts are nearly the same as others, such as {near[0][:60]!r}; R2 will be too high."
-        warnings.warn(f"{len({*near})} of {len(held)} {say}", stacklevel=4)
+        warnings.warn(
+            f"{len({*near})} of {len(held)} held-out texts are nearly the same as others, such as "
+            f"{near[0][:60]!r}; R2 will be too high.",
+            stacklevel=4,
+        )
 
 
-# %% ../nbs/13_moments.ipynb #9619f509
+# %% ../nbs/13_moments.ipynb #d7554890
 _Layers = Annotated[Annotated[Sequence[int], Field(min_length=1)] | None, Listed]
 
 
@@ -906,7 +931,7 @@ def collect(
     if how.folds < 2:
         raise ValueError("folds=1: cross-validation needs two or more.")
     file, texts = _place(path) if path else None, dict.fromkeys(corpus.texts)
-    rows = text_tokens([how.template.replace("{}", t) for t in texts])
+    rows = text_tokens(fill(how.template, texts))
     new = fresh(source, target, (source_layers, target_layers), how, rows, file and file.parent)
     m = _resumed(file, new, texts)
     todo = [t for t in texts if text_key(t) not in m.seen]

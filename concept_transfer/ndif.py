@@ -87,11 +87,11 @@ def turn(self: Ndif):
         yield
 
 
-# %% ../nbs/08_ndif.ipynb #ee2477bf
+# %% ../nbs/08_ndif.ipynb #09387091
 def served_mark(there: dict, module: "PreTrainedModel") -> str:  # there: what `server` says of the model
     "Fingerprint of a hosted model: precision, then a hash of repository, revision and configuration."
     cfg = foreign(dict, there.get("config") or module.config.to_json_string())
-    for k in ("_name_or_path", "transformers_version", "dtype", "torch_dtype"):
+    for k in "_name_or_path transformers_version dtype torch_dtype".split():
         cfg.pop(k, None)
     what = json.dumps([there["repo_id"], there.get("revision"), cfg], sort_keys=True)
     precision = str(there.get("dtype") or "unknown").removeprefix("torch.")
@@ -184,7 +184,7 @@ def _halves(bundle):
     return [[bundle[0][::2]], [bundle[0][1::2]]]
 
 
-# %% ../nbs/08_ndif.ipynb #ee01b73e
+# %% ../nbs/08_ndif.ipynb #f9b3c500
 def _answered(ask, bundle, sent, form):
     "Each batch of a job with what came back, of this form, in halves where memory runs out there."
     try:
@@ -301,7 +301,7 @@ def scores(self: Ndif, layer, batches, reduce) -> FarScores:
     return FarScores(self, batches, reduce)
 
 
-# %% ../nbs/08_ndif.ipynb #679028d1
+# %% ../nbs/08_ndif.ipynb #58e35e65
 @patch
 def __call__(self: FarScores, changes):
     "As of `Engine.scores`."
@@ -424,7 +424,7 @@ def _packed(model, chunk, folds, bring, batch_tokens):
     return passes, place, (planes(chunk.X[fit]), fit, fold, wanted)
 
 
-# %% ../nbs/08_ndif.ipynb #f67f0707
+# %% ../nbs/08_ndif.ipynb #9f72e55d
 def _added(into, chunks, got):
     "Add an answer. Raises ValueError, naming the text, for rows that are not finite; then nothing is added."
     extra, kept = got

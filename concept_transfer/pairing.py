@@ -66,7 +66,7 @@ def _accent_follows(text, end):  # end: number of characters read
     return any(map(unicodedata.combining, both[1:])) or not unicodedata.is_normalized("NFC", both)
 
 
-# %% ../nbs/12_pairing.ipynb #94bbfc47
+# %% ../nbs/12_pairing.ipynb #c03ef7b0
 def last_token(pairs: Boundaries, n1: int, n2: int) -> Boundaries:
     "The last token of either side, wherever it ends (ConTrans): a choice for `thin`."
     return [(n1 - 1, n2 - 1)]

@@ -6,6 +6,7 @@
 __all__ = [
     "canvas",
     "plot_separation",
+    "numbered",
     "plot_grid",
     "plot_spectrum",
     "look",
@@ -69,8 +70,17 @@ def plot_separation(*concepts: Concept) -> Figure:
     return fig
 
 
-# %% ../nbs/24_plots.ipynb #381df4a0
-def _heat(ax, z, rows, columns, label, low, high, **look):
+# %% ../nbs/24_plots.ipynb #0cd935b9
+def numbered(
+    ax: Any,
+    z: np.ndarray | torch.Tensor,  # (rows, columns)
+    rows: Sequence,
+    columns: Sequence,
+    label: str,  # of the colours
+    low: float,
+    high: float | None,  # None: as high as the matrix goes
+    **look,  # as for seaborn
+):
     "A matrix with its numbers, drawn into `ax`; the colours end at `low` and `high`."
     import seaborn as sns
 
@@ -91,7 +101,7 @@ def _named(known, name, what):
     return known[name]
 
 
-# %% ../nbs/24_plots.ipynb #6581c9c2
+# %% ../nbs/24_plots.ipynb #3e92bbd7
 def plot_grid(
     maps: LayerGrid,
     values: str | np.ndarray = "r2",  # "r2", "cosine", or (L1, L2) such as `downstream` gives
@@ -109,7 +119,7 @@ def plot_grid(
     how = """A cell is a pair of layers; the number says how well the map predicts the target's states from
         the source's: 1 is perfect, 0 no better than their mean."""
     with canvas(1.6 + 0.62 * L2, 1.6 + 0.42 * L1, how) as (fig, ax):
-        _heat(ax, z, maps.source_layers, maps.target_layers, label, min(0, z.min()), max(0.5, z.max()))
+        numbered(ax, z, maps.source_layers, maps.target_layers, label, min(0, z.min()), max(0.5, z.max()))
         ax.set(xlabel=f"layer of {maps.target.name}", ylabel=f"layer of {maps.source.name}", title=title)
     return fig
 
@@ -257,7 +267,7 @@ def plot_frontier(
     return fig
 
 
-# %% ../nbs/24_plots.ipynb #d0d0ecd1
+# %% ../nbs/24_plots.ipynb #0cd5c71a
 def plot_matrix(
     shift: np.ndarray,  # (rows, columns) change of the choice rate
     p: np.ndarray,  # of the same shape
@@ -270,7 +280,7 @@ def plot_matrix(
     how = """What else moved: change of the share that shows each other behaviour. Framed cells moved beyond
         chance; the others need not have moved at all."""
     with canvas(width, 2 + 0.42 * len(rows), how) as (fig, ax):
-        _heat(ax, shift, rows, columns, "change of choice rate", -most, most, cmap="PuOr_r", fmt="+.2f")
+        numbered(ax, shift, rows, columns, "change of choice rate", -most, most, cmap="PuOr_r", fmt="+.2f")
         for i, j in np.argwhere(p <= 0.05):
             ax.add_patch(plt.Rectangle((j + 0.04, i + 0.04), 0.92, 0.92, fill=False, lw=1.4, color="#222222"))
         ax.set(xlabel="behaviour asked for", ylabel="concept transplanted")

@@ -475,11 +475,11 @@ def saved_values(self: Job, url):
     time.sleep(min(0.2 * 2**self.missed, 10))
 
 
-# %% ../nbs/07_remote.ipynb #bc2763e5
+# %% ../nbs/07_remote.ipynb #252b9c05
 @patch
 def late(self: Job, status, words):
     "The error of a job that took too long, by where it stands."
-    begun = status in ("DISPATCHED", "RUNNING", "LOG", "COMPLETED")
+    begun = status in "DISPATCHED RUNNING LOG COMPLETED".split()
     return TimeoutError(
         f"{self.host}: job {self.job_id} {'is not done' if begun else 'is still waiting in the queue'} "
         f"after {self.remote.total:.0f} s ({harmless(words) or 'no word from it'}). "

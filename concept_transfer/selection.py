@@ -31,7 +31,7 @@ from .steering import Transplant
 from .tasks import ChoiceTask, load_task
 
 
-# %% ../nbs/20_selection.ipynb #e500dfc0
+# %% ../nbs/20_selection.ipynb #ae959eb3
 @strict
 def offline_scores(
     concept: Concept,
@@ -184,7 +184,7 @@ def search_p(
     return permutation_p(max(g.mean() for g in gains), null)
 
 
-# %% ../nbs/20_selection.ipynb #09d18bb2
+# %% ../nbs/20_selection.ipynb #c931e4a2
 @strict
 def choose(
     concept: Concept,
@@ -218,7 +218,7 @@ def choose(
         items = task.take(max(8, round(len(task) * share)))
         tried, read = _trials(concept, maps, benches, items, left, journal)
         total += read
-        p = p or search_p([gains for gains, _, _ in tried], [i.group for i in items.items])
+        p = p or search_p([gains for gains, _, _ in tried], items.groups)
         search += [_searched(k, *trial) for trial in tried]
         left = [(*t.layers, t.positions) for _, _, t in tried[: max(1, (len(tried) + 1) // 2)]]
     best = tried[0][2]
@@ -229,8 +229,9 @@ def choose(
         "tuning": task.hash,
         "map": maps.texts_hash,
         "neutral": benches[best.layer].neutral_hash,
+        "method": maps.method,
+        "tuning_items": [data_hash([prompt]) for prompt in task.prompts],
     }
-    notes |= {"method": maps.method, "tuning_items": [data_hash([i.prompt]) for i in task.items]}
     return replace(best, notes=best.notes | notes)
 
 

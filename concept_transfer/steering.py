@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ["residual_norm", "Transplant", "joined", "adding", "continuations", "generate", "place", "maps_of"]
 
-# %% ../nbs/15_steering.ipynb #bf285ed0
+# %% ../nbs/15_steering.ipynb #407b961c
 import math
 import re
 from collections.abc import Iterator, Sequence
@@ -24,7 +24,7 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor
 from transformers import GenerationConfig
 
-from .artefacts import Artefact, Count, Layers, Notes, Size, load_fields, save_fields
+from .artefacts import Artefact, Count, Layers, Notes, Size, load_fields, save_fields, sized
 from .cards import card
 from .concepts import Concept, PositionLike, position_name, position_rule
 from .data import load_corpus
@@ -78,7 +78,7 @@ def _direction(x):
     return v
 
 
-# %% ../nbs/15_steering.ipynb #172f9c94
+# %% ../nbs/15_steering.ipynb #a24468bd
 @final
 @dataclass(frozen=True)
 class Transplant(Artefact):
@@ -86,19 +86,19 @@ class Transplant(Artefact):
 
     artefact = "transplant"
     apart = ("positions",)
-    added = ("deeper", "deeper_directions", "deeper_norms", "deeper_sources", "deeper_shuffled")
+    added = "deeper deeper_directions deeper_norms deeper_sources deeper_shuffled".split()
     missing = {"shuffled": None}
-    shapes = {
-        "direction": "target.width",
-        "shuffled": "target.width",
-        "layer": "< target.layers",
-        "source_layer": "< source.layers",
-        "deeper": "K < target.layers",
-        "deeper_directions": "K target.width",
-        "deeper_norms": "K",
-        "deeper_sources": "K < source.layers",
-        "deeper_shuffled": "K target.width",
-    }
+    shapes = sized("""
+        direction: target.width
+        shuffled: target.width
+        layer: < target.layers
+        source_layer: < source.layers
+        deeper: K < target.layers
+        deeper_directions: K target.width
+        deeper_norms: K
+        deeper_sources: K < source.layers
+        deeper_shuffled: K target.width
+    """)
     name: str
     direction: Tensor  # (d,) as the map gives it, not normalised
     layer: Count  # of the target
@@ -142,9 +142,9 @@ def vector(
     return torch.stack(v) if np.ndim(strength) else v[0]
 
 
-# %% ../nbs/15_steering.ipynb #e90fe21c
+# %% ../nbs/15_steering.ipynb #755710c4
 _COLUMNS = dict(  # of one place and of the deeper ones
-    zip(("layer", "direction", "norm", "source_layer", "shuffled"), Transplant.added, strict=True)
+    zip("layer direction norm source_layer shuffled".split(), Transplant.added, strict=True)
 )
 
 
@@ -154,10 +154,10 @@ def places(self: Transplant) -> list[Transplant]:
     if self.deeper is None:
         return [self]
     first = replace(self, **dict.fromkeys(self.added))  # type: ignore[arg-type]
-    columns: dict[str, Any] = {k: getattr(self, v) for k, v in _COLUMNS.items()}
+    columns: dict = {k: getattr(self, v) for k, v in _COLUMNS.items()}
     out = [first]
     for i in range(len(self.deeper)):
-        row: dict[str, Any] = {k: x if x is None else x[i] for k, x in columns.items()}
+        row: dict = {k: x if x is None else x[i] for k, x in columns.items()}
         out.append(replace(first, **row))
     return out
 
@@ -169,7 +169,7 @@ def layers(self: Transplant) -> list:
     return [x[0] if len({*x}) == 1 else [*x] for x in zip(*pairs, strict=True)]
 
 
-# %% ../nbs/15_steering.ipynb #83f68916
+# %% ../nbs/15_steering.ipynb #f99eda89
 @strict
 def joined(
     transplants: Annotated[Sequence[Transplant], Field(min_length=1)],  # of one model, at different layers
@@ -184,7 +184,7 @@ def joined(
                 raise ValueError(
                     f"{first} and {t} have different {k}, {one} and {other}; give them the same."
                 )
-    deeper: dict[str, Any] = {}
+    deeper: dict = {}
     for k, column in _COLUMNS.items():
         found = [getattr(t, k) for t in rest]
         if found and not any(x is None for x in found):
@@ -324,7 +324,7 @@ def _options(tokenizer, given):
     return given if given["stop_strings"] is None else given | {"tokenizer": tokenizer}
 
 
-# %% ../nbs/15_steering.ipynb #12334e5f
+# %% ../nbs/15_steering.ipynb #5de45b1e
 def continuations(
     tokenizer,
     ids: Ids,  # token ids of each prompt
@@ -391,14 +391,14 @@ def generate(
         return generate(model, prompts, max_new_tokens, **options)
 
 
-# %% ../nbs/15_steering.ipynb #9f939977
+# %% ../nbs/15_steering.ipynb #19c54757
 def _carried(concept, layer, map):
     "What a transplant is made of: a direction, its name, and where it comes from."
     if not isinstance(concept, Concept):
         if map:
             raise ValueError("a map carries concepts: give one, or place(direction @ map.W, target, layer).")
         return {"name": "direction", "direction": concept}
-    kept = ("n_pairs", "reducer", "position", "template", "texts_hash", "seed")
+    kept = "n_pairs reducer position template texts_hash seed".split()
     notes = {k: getattr(concept, k) for k in kept}
     found = {"name": concept.name, "notes": notes}
     if not map:

@@ -157,7 +157,7 @@ class ChoiceTask(Task):
                 )
 
 
-# %% ../nbs/02_tasks.ipynb #09662724
+# %% ../nbs/02_tasks.ipynb #172d7d4a
 def choice_task(
     texts: Sequence[str],  # scenarios
     choices: Sequence[str],  # answers, as words
@@ -175,7 +175,7 @@ def choice_task(
     return ChoiceTask(name, items, f"Whatever happens, everybody in these stories feels {target}.\n\n")
 
 
-# %% ../nbs/02_tasks.ipynb #4fa54813
+# %% ../nbs/02_tasks.ipynb #0c293b14
 def _emotion(emotion, split):
     "Scenarios of the other emotions: which of six is it? The target is this one."
     texts = [t for e, scenes in emotion_scenes(split).items() if e != emotion for t in scenes]
@@ -227,7 +227,7 @@ BEHAVIOURS = {
 }
 
 
-# %% ../nbs/02_tasks.ipynb #68c953b2
+# %% ../nbs/02_tasks.ipynb #00b1993d
 def _two_ways(rows):
     "Items of prompts with two ways to go on, the wanted one first in every other item."
     items = []
@@ -240,7 +240,7 @@ def _two_ways(rows):
 def _behaviour(concept, split):
     "What the concept would say, and what it would not; the instruction asks for it in words."
     rows = [r for r in builtin_rows("behaviours", split) if r["concept"] == concept]
-    items = _two_ways([r[k] for k in ("prompt", "target", "other", "group")] for r in rows)
+    items = _two_ways([r[k] for k in "prompt target other group".split()] for r in rows)
     return ChoiceTask(f"behaviours/{concept}", items, f"{BEHAVIOURS[concept]}\n\n")
 
 
@@ -299,7 +299,7 @@ def _truthfulqa_csv(path, rows):
     return multiple_choice(path.stem, asked)
 
 
-# %% ../nbs/02_tasks.ipynb #9fe4b6d4
+# %% ../nbs/02_tasks.ipynb #733cb739
 def _truthfulqa_hub(split):
     "TruthfulQA from the Hub; it has one split, whichever is asked for."
     try:
@@ -307,8 +307,10 @@ def _truthfulqa_hub(split):
 
         asked = load_dataset("truthfulqa/truthful_qa", "multiple_choice", split="validation")
     except (ImportError, OSError) as e:
-        fix = "Go online after `pip install datasets`, or download TruthfulQA.csv and use it as a file."
-        raise ConnectionError(f"truthfulqa/truthful_qa could not be read ({e}). {fix}") from None
+        raise ConnectionError(
+            f"truthfulqa/truthful_qa could not be read ({e}). Go online after `pip install datasets`, or "
+            "download TruthfulQA.csv and use it as a file."
+        ) from None
 
     def answers(label, *sets):
         return [a for s in sets for a, x in zip(s["choices"], s["labels"], strict=True) if x == label]
@@ -320,7 +322,7 @@ def _truthfulqa_hub(split):
     return multiple_choice("truthful_qa", rows)
 
 
-# %% ../nbs/02_tasks.ipynb #540c6533
+# %% ../nbs/02_tasks.ipynb #296a425e
 def mc_scores(
     logp: Sequence[Sequence[float]],  # of each answer of an item: true ones first, the best at 0
     lengths: Sequence[Sequence[int]],  # tokens of each answer
@@ -331,11 +333,11 @@ def mc_scores(
     for whole, tokens, k in zip(logp, lengths, n_true, strict=True):
         s = np.array([whole, np.divide(whole, tokens)])  # (2, answers)
         rows.append([*(s[:, 0] > s[:, k:].max(1)), *softmax(s, 1)[:, :k].sum(1)])
-    names = ("mc1", "mc1_norm", "mc2", "mc2_norm")
+    names = "mc1 mc1_norm mc2 mc2_norm".split()
     return dict(zip(names, np.transpose(rows), strict=True))  # (n, 4) -> (4, n)
 
 
-# %% ../nbs/02_tasks.ipynb #afce8905
+# %% ../nbs/02_tasks.ipynb #1d22bcff
 @dataclass(frozen=True, repr=False)
 class Scorer(Entry):
     "A function from text to number, and what the number means."
@@ -352,8 +354,10 @@ def __call__(self: Scorer, text: str, **given: Any) -> float:
     try:
         return float(self.score(text, **given))
     except ImportError as e:
-        fix = "The built-in scorers come with: pip install concept_transfer[tasks]"
-        raise ImportError(f"{self.name} needs {e.name}, which is not installed. {fix}") from None
+        raise ImportError(
+            f"{self.name} needs {e.name}, which is not installed. The built-in scorers come with: pip "
+            "install concept_transfer[tasks]"
+        ) from None
 
 
 # %% ../nbs/02_tasks.ipynb #613ad8d4
@@ -429,11 +433,11 @@ language = Scorer(
 )
 
 
-# %% ../nbs/02_tasks.ipynb #0861a7e9
+# %% ../nbs/02_tasks.ipynb #86aa3a7c
 def _distinct(text, n=2):
     "1 where a text is too short to have n-grams."
     words = split_words(text)
-    grams = [*zip(*(words[i:] for i in range(n)), strict=False)]
+    grams = [*zip(*(words[i:] for i in range(n)), strict=True)]
     return len({*grams}) / len(grams) if grams else 1.0
 
 
@@ -537,7 +541,7 @@ class GenerationTask(Task):
         return checked(scores, list[FiniteFloat], f"task {self.name!r}: scores", strict=False)
 
 
-# %% ../nbs/02_tasks.ipynb #2ab72f92
+# %% ../nbs/02_tasks.ipynb #85e122c5
 def generation_task(
     name: str,
     prompts: Sequence[str],
@@ -550,8 +554,9 @@ def generation_task(
     scorers = scorer if isinstance(scorer, (list, tuple)) else [scorer] * n
     groups = as_tuple(groups, f"task {name!r}: groups") or (*map(str, range(n)),)
     if not len(scorers) == len(groups) == n:
-        counts = f"{len(scorers)} scorers and {len(groups)} groups for {n} prompts"
-        raise ValueError(f"generation task {name!r}: {counts}.")
+        raise ValueError(
+            f"generation task {name!r}: {len(scorers)} scorers and {len(groups)} groups for {n} prompts."
+        )
     items = map(GenerationItem, prompts, map(_find, scorers), scenarios(groups, range(n)))
     return GenerationTask(name, [*items])
 
@@ -579,7 +584,7 @@ TASKS: dict[str, Callable] = {
 }
 
 
-# %% ../nbs/02_tasks.ipynb #127a2466
+# %% ../nbs/02_tasks.ipynb #ae78a30a
 def _refuse_slips(found, known, path):
     "Raise ValueError for a name that is nearly one that is missing: what it holds would be left out."
     missing = [k for k in known if k not in found]
@@ -598,7 +603,7 @@ def _items(path, rows):
     return [r | {"group": g} for r, g in zip(rows, groups, strict=True)]
 
 
-# %% ../nbs/02_tasks.ipynb #a536535c
+# %% ../nbs/02_tasks.ipynb #8007c428
 def _read_task(path, found):
     "A task of a file, by what it looks like."
     match found:

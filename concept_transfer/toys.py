@@ -178,7 +178,7 @@ def twin_module(
     return module.float(), Q.float()
 
 
-# %% ../nbs/05_toys.ipynb #2f10850b
+# %% ../nbs/05_toys.ipynb #c5743396
 def _log_odds(tokenizer, kinds):
     "How much more often each token is in a text of one kind than in those of all (k lists), (k, vocabulary)."
     counts = torch.ones(len(kinds), len(tokenizer))

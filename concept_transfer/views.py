@@ -36,7 +36,7 @@ __all__ = [
     "together",
 ]
 
-# %% ../nbs/25_views.ipynb #791b51ef
+# %% ../nbs/25_views.ipynb #8757aec2
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -69,7 +69,7 @@ from .maps import AffineMap, LayerGrid, downstream
 from .measure import KEEP, Answers, Bench, Probe, neutral_text
 from .models import model_info
 from .moments import strict
-from .plots import canvas
+from .plots import canvas, numbered
 from .stats import auc
 from .steering import Transplant, adding, joined, residual_norm
 from .tasks import ChoiceTask
@@ -85,17 +85,19 @@ def _as_html(table):
     return html_table(list(table), shown.where(table.notna(), "-").values.tolist())
 
 
-# %% ../nbs/25_views.ipynb #beac1c2e
+# %% ../nbs/25_views.ipynb #5a49865c
 class _View:
     "What shows itself by its title and its table, or by other parts."
 
+    how = ""  # to read it
+
     def __repr__(self):
-        return f"{self.title}\n{self.table.round(2).to_string(index=False)}"  # type: ignore[attr-defined]
+        return f"{self.title}\n{self.seen.round(2).to_string(index=False)}"  # type: ignore[attr-defined]
 
     @property
-    def how(self) -> str:
-        "How to read it."
-        return ""
+    def seen(self) -> pd.DataFrame:
+        "What of the table is shown."
+        return self.table  # type: ignore[attr-defined]
 
     def _repr_html_(self) -> str:
         note = Markup('<div style="font-size:.85em;opacity:.75">{}</div>').format(self.how)
@@ -109,7 +111,7 @@ class _View:
 
     def parts(self) -> list[Markup]:
         "What stands on the card."
-        return [_as_html(self.table)]  # type: ignore[attr-defined]
+        return [_as_html(self.seen)]
 
 
 # %% ../nbs/25_views.ipynb #56013783
@@ -140,7 +142,7 @@ def _new_tokens(model, prompt, text):
     return ids, [end - len(prompt) for _, end in spans if end > len(prompt)][-len(ids) + 1 :]
 
 
-# %% ../nbs/25_views.ipynb #448e8610
+# %% ../nbs/25_views.ipynb #52e120da
 def _moved_words(text, base, ends, moves):  # a text and the base model's; ends and moves (n,) of its tokens
     "Words with the space before them, each with its move in nats: None where the base model has it too."
     words, ours = re.findall(r"\s*\S+", text), text.split()
@@ -239,7 +241,7 @@ def _written(t, prompt, strengths, seed, options):
     return said
 
 
-# %% ../nbs/25_views.ipynb #8055e37b
+# %% ../nbs/25_views.ipynb #94bda60e
 @dataclass(frozen=True, repr=False)
 class Ladder(_View):
     "One prompt written on at several strengths."
@@ -256,8 +258,7 @@ class Ladder(_View):
     @property
     def table(self) -> pd.DataFrame:
         "A row a strength."
-        names = ["strength", "text", "kl", "perplexity", "along"]
-        return pd.DataFrame([[getattr(r, k) for k in names] for r in self.rungs], columns=names)
+        return pd.DataFrame(map(vars, self.rungs)).drop(columns="words")
 
     @property
     def base(self) -> Rung:
@@ -267,9 +268,9 @@ class Ladder(_View):
     @property
     def shown(self) -> list[float]:
         "Positive strengths whose text shows the concept."
-        least = np.nan if self.base.along is None else self.base.along
-        read = [(r.strength, r.along) for r in self.rungs if r.strength > 0 and r.along is not None]
-        return [strength for strength, along in read if along - least >= _SHOWN]
+        strength, along = (self.table[k].astype(float) for k in ("strength", "along"))
+        more = along - along[strength == 0].item() >= _SHOWN
+        return strength[more & (strength > 0)].tolist()
 
 
 # %% ../nbs/25_views.ipynb #14254dfb
@@ -294,9 +295,9 @@ _HOW = """Coloured: words that the base model's text does not have there; blue w
     deviations of neutral sentences; one more than in its own text counts as showing."""
 
 
-# %% ../nbs/25_views.ipynb #d6d5d594
+# %% ../nbs/25_views.ipynb #cc52ee42
 @patch(as_prop=True)
-def how(self: Ladder) -> str:
+def how(self: Ladder) -> str:  # type: ignore[override]
     "How to read it, with the decoding of all rows."
     options = ", ".join(f"{k} {v}" for k, v in self.decoding.items())
     return f"{_HOW} Decoding, the same in every row: {options}; marks such as end-of-text are skipped."
@@ -318,7 +319,7 @@ def __repr__(self: Ladder):
     return "\n".join([*lines, self.verdict])
 
 
-# %% ../nbs/25_views.ipynb #de22c07e
+# %% ../nbs/25_views.ipynb #932f8c94
 @strict
 def ladder(
     t: Transplant,
@@ -384,7 +385,7 @@ def ranked_words(
     return [*found.values()]
 
 
-# %% ../nbs/25_views.ipynb #37e4ae81
+# %% ../nbs/25_views.ipynb #0bdaa3ad
 @dataclass(frozen=True, repr=False)
 class DirectionWords(_View):
     "Nearest and farthest words of some directions, each in its model's vocabulary."
@@ -402,8 +403,9 @@ class DirectionWords(_View):
     @property
     def table(self) -> pd.DataFrame:
         "A row a direction."
-        sides = [[", ".join(w for w, _ in side) for side in both] for both in self.columns.values()]
-        found = [[who, *both] for who, both in zip(self.columns, sides, strict=True)]
+        found = [
+            [who, *(", ".join(w for w, _ in side) for side in both)] for who, both in self.columns.items()
+        ]
         return pd.DataFrame(found, columns=["direction", "nearest", "farthest"])
 
     def __repr__(self):
@@ -432,7 +434,7 @@ def words_of(
     return DirectionWords(name, found, alone)
 
 
-# %% ../nbs/25_views.ipynb #19b2a856
+# %% ../nbs/25_views.ipynb #c7ee8b56
 def word_alone(e: Evidence) -> str:
     "What the unembedding of the asked word does alone, beside the transplant; empty where it was not asked."
     word, mine, base = (e.arms.get(k) for k in ("unembedding", "transplanted", "base"))
@@ -447,7 +449,7 @@ def word_alone(e: Evidence) -> str:
     return said
 
 
-# %% ../nbs/25_views.ipynb #1d996e36
+# %% ../nbs/25_views.ipynb #b05a1d19
 def direction_words(
     t: Transplant,
     concept: Concept | None = None,  # with `source`: for the row of the source
@@ -456,7 +458,7 @@ def direction_words(
     evidence: Evidence | None = None,  # for what the word does alone
 ) -> DirectionWords:
     "Words of the source's direction, of the mapped one and of the native one."
-    found: dict[str, tuple] = {}
+    found: dict = {}
     if concept and source:
         where = concept.best if t.source_layer is None else t.source_layer
         found[f"source ({concept.model.name})"] = source, concept[where]
@@ -467,7 +469,7 @@ def direction_words(
     return words_of(t.name, found, alone=word_alone(evidence) if evidence else "")
 
 
-# %% ../nbs/25_views.ipynb #272e3c69
+# %% ../nbs/25_views.ipynb #821a904c
 @dataclass(frozen=True, repr=False)
 class Along(_View):
     "Things by how far they lie along a direction."
@@ -488,17 +490,11 @@ class Along(_View):
         found = sorted(self.scores.items(), key=lambda x: -x[1])
         return pd.DataFrame(found, columns=[self.what, self.unit])
 
-    def ends(self) -> pd.DataFrame:
+    @property
+    def seen(self) -> pd.DataFrame:
         "The first and the last of them."
         table = self.table
         return table if len(table) <= 2 * self.n else pd.concat([table[: self.n], table[-self.n :]])
-
-    def __repr__(self):
-        return f"{self.title}\n{self.ends().round(2).to_string(index=False)}"
-
-    def parts(self) -> list[Markup]:
-        "Both ends."
-        return [_as_html(self.ends())]
 
 
 # %% ../nbs/25_views.ipynb #ef1c9a8c
@@ -514,44 +510,32 @@ def nearest_concepts(
     return Along(t.name, "concepts", "cosine", found)
 
 
-# %% ../nbs/25_views.ipynb #6a79c567
+# %% ../nbs/25_views.ipynb #7138a103
 def farthest_texts(
     t: Transplant,
     texts: Sequence[str],
     n: int = 5,  # of either end
 ) -> Along:
     "Texts along a transplant, as the unsteered target reads them, all as the concept was read."
-    scores = _read(t, texts).tolist()  # (n,)
-    return Along(
-        t.name, "texts", "standard deviations of sentences", dict(zip(texts, scores, strict=True)), n
-    )
+    scores = dict(zip(texts, _read(t, texts).tolist(), strict=True))
+    return Along(t.name, "texts", "standard deviations of sentences", scores, n)
 
 
-# %% ../nbs/25_views.ipynb #d7c1a1c4
-def _pieces(model, text):
-    "Which tokens of a text stand for characters, and these, with the space before them."
-    (spans,) = tokenized(model, [text])[1]
-    at = [i for i, (start, end) in enumerate(spans) if end > start]
-    ends = [0, *(spans[i][1] for i in at)]
-    return at, [text[a:b] for a, b in zip(ends, ends[1:], strict=False)]
-
-
-# %% ../nbs/25_views.ipynb #e5272e91
-def _token_scale(model, layer, unit):
-    "Mean and standard deviation of the tokens of neutral sentences along a direction, without the first."
+# %% ../nbs/25_views.ipynb #6140f4d2
+def _reader(model, layer, unit):
+    "What gives the pieces of a text with their places on a direction, by the tokens of neutral sentences."
     H = activations(model, load_corpus("neutral").texts[:32], [layer], "all")
-    along = torch.cat([h[1:, 0] for h in H]) @ unit  # (tokens,)
-    return along.mean(), along.std()
+    usual = torch.cat([h[1:, 0] for h in H]) @ unit  # (tokens,) without the first of each sentence
 
+    def read(text):
+        (ids,), (spans,) = tokenized(model, [text])
+        at = [i for i, (start, end) in enumerate(spans) if end > start]  # those that stand for characters
+        ends = [0, *(spans[i][1] for i in at)]
+        along = (rows_of(model, [ids], [at], [layer])[:, 0] @ unit - usual.mean()) / usual.std()  # (t,)
+        along[: at[:1] == [0]] = torch.nan  # no reading: a first token is an attention sink
+        return [(text[a:b], x) for a, b, x in zip(ends, ends[1:], along.tolist(), strict=True)]
 
-# %% ../nbs/25_views.ipynb #1dfe94d1
-def _reading(model, layer, unit, text, scale):
-    "Each piece of a text with its place on a direction."
-    at, pieces = _pieces(model, text)
-    (ids,), (mean, deviation) = tokenized(model, [text])[0], scale
-    along = (rows_of(model, [ids], [at], [layer])[:, 0] @ unit - mean) / deviation  # (t,)
-    along[: at[:1] == [0]] = torch.nan  # no reading: a first token is an attention sink
-    return [*zip(pieces, along.tolist(), strict=True)]
+    return read
 
 
 # %% ../nbs/25_views.ipynb #a3238c33
@@ -581,7 +565,7 @@ class TokenHeat(_View):
         return [_PARTS.readings(self.rows, 4)]
 
 
-# %% ../nbs/25_views.ipynb #30890e6e
+# %% ../nbs/25_views.ipynb #3e7f8128
 @strict
 def token_heat(
     t: Transplant,
@@ -593,17 +577,16 @@ def token_heat(
     "A text as the source, the target and the steered target read it. Raises ValueError for an empty text."
     found = {}
     if concept and source and t.source_layer is not None:
-        where = source, t.source_layer, normalize(concept[t.source_layer], dim=0)
-        found[concept.model.name] = _reading(*where, text, _token_scale(*where))
-    place = t.model, t.layer, _unit(t)
-    scale = _token_scale(*place)
-    found[t.target.name] = _reading(*place, text, scale)
+        unit = normalize(concept[t.source_layer], dim=0)
+        found[concept.model.name] = _reader(source, t.source_layer, unit)(text)
+    read = _reader(t.model, t.layer, _unit(t))
+    found[t.target.name] = read(text)
     with t(strength):
-        found[f"{t.target.name}, steered by {strength:g}"] = _reading(*place, text, scale)
+        found[f"{t.target.name}, steered by {strength:g}"] = read(text)
     return TokenHeat(t.name, text, found)
 
 
-# %% ../nbs/25_views.ipynb #22581115
+# %% ../nbs/25_views.ipynb #93e28485
 @dataclass(frozen=True, repr=False)
 class MovedItems(_View):
     "Items of a task before and after."
@@ -632,13 +615,11 @@ class MovedItems(_View):
     @property
     def table(self) -> pd.DataFrame:
         "All items, the most moved first."
-        rows = []
-        for k, item in enumerate(self.task.items):
-            said = "; ".join(f"{c} {p:.2f} to {q:.2f}" for c, p, q in self.choices(k))
-            margins = self.before.margin[k], self.after.margin[k]
-            rows.append([k, item.prompt, said, *margins, margins[1] - margins[0]])
-        columns = ["item", "prompt", "choices", "before", "after", "change"]
-        return pd.DataFrame(rows, columns=columns).sort_values("change", ascending=False, ignore_index=True)
+        items, before, after = range(len(self.task)), self.before.margin, self.after.margin
+        said = ["; ".join(f"{c} {p:.2f} to {q:.2f}" for c, p, q in self.choices(k)) for k in items]
+        found = pd.DataFrame({"item": items, "prompt": self.task.prompts, "choices": said, "before": before})
+        found = found.assign(after=after, change=after - before)
+        return found.sort_values("change", ascending=False, ignore_index=True)
 
     @property
     def typical(self) -> int:
@@ -651,13 +632,13 @@ class MovedItems(_View):
         return table[: self.n], table[table.change < 0][::-1][: self.n]
 
 
-# %% ../nbs/25_views.ipynb #cad19671
+# %% ../nbs/25_views.ipynb #45b60bf8
 @patch
 def parts(self: MovedItems) -> list[Markup]:
     "Both ends."
     out = []
     for head, some in zip(("Most moved", "Moved the wrong way"), self.ends(), strict=True):
-        body = _as_html(some[["item", "prompt", "choices", "change"]]) if len(some) else "none"
+        body = _as_html(some["item prompt choices change".split()]) if len(some) else "none"
         out.append(Markup("<div style='margin-top:.5em'>{}</div>{}").format(head, body))
     return out
 
@@ -673,7 +654,7 @@ def _apart(y, gap):  # (n,) -> (n,)
     return out
 
 
-# %% ../nbs/25_views.ipynb #66da57b5
+# %% ../nbs/25_views.ipynb #c11e6bdb
 @patch
 def show(self: MovedItems) -> Figure:
     "Slope chart of margins: all items, the most moved, and those that were moved the wrong way."
@@ -707,7 +688,7 @@ def moved_items(
     return MovedItems(t.name, task, before, after, n)
 
 
-# %% ../nbs/25_views.ipynb #3758819c
+# %% ../nbs/25_views.ipynb #67abad27
 TEMPERATURES = (1.1, 1.2, 1.3, 1.5, 2.0)
 
 
@@ -793,20 +774,19 @@ def show(self: Separation) -> Figure:
     return fig
 
 
-# %% ../nbs/25_views.ipynb #b341e789
+# %% ../nbs/25_views.ipynb #5a4d3cf3
 def separation(
     t: Transplant,
     pairs: ContrastPairs,  # that did not make the direction
     position: PositionLike = "last",
 ) -> Separation:
     "Contrast texts as the target reads them along a transplant."
-    texts = [pairs.template.replace("{}", x) for x in pairs.texts]
-    along = _along(t, texts, position).double().numpy()
+    along = _along(t, fill(pairs.template, pairs.texts), position).double().numpy()
     middle = (along[: len(pairs.positive)].mean() + along[len(pairs.positive) :].mean()) / 2
     return Separation(t.name, pairs, (along - middle) / along.std())
 
 
-# %% ../nbs/25_views.ipynb #a1933400
+# %% ../nbs/25_views.ipynb #73e196b2
 @dataclass(frozen=True, repr=False)
 class LayerScores(_View):
     "What is known of every pair of layers."
@@ -823,13 +803,14 @@ class LayerScores(_View):
     @property
     def table(self) -> pd.DataFrame:
         "A row a pair of layers, the best predicted first."
-        some = {k: [x.get(pair, np.nan) for pair in self.maps.layer_pairs] for k, x in self.scores.items()}
-        source, target = zip(*self.maps.layer_pairs, strict=True)
-        reached = [self.rounds.get(pair, 0) for pair in self.maps.layer_pairs]
-        return pd.DataFrame({"source": source, "target": target, **some, "rounds": reached})
+        pairs = self.maps.layer_pairs
+        found = pd.DataFrame(pairs, columns=["source", "target"])
+        for k, x in (self.scores | {"rounds": dict.fromkeys(pairs, 0) | self.rounds}).items():
+            found[k] = [x.get(pair, np.nan) for pair in pairs]
+        return found
 
 
-# %% ../nbs/25_views.ipynb #fc2d3d15
+# %% ../nbs/25_views.ipynb #16c48d67
 def layer_scores(
     maps: LayerGrid,
     concept: Concept,
@@ -841,8 +822,9 @@ def layer_scores(
     grid = [(s, u) for s in maps.source_layers for u in maps.target_layers]
     found = {"R2": dict(zip(grid, maps.r2.flatten().tolist(), strict=True))}
     if t and pairs:
-        area = downstream(maps, concept, t.model, pairs)[0]
-        found["AUC"] = dict(zip(grid, area.flatten().tolist(), strict=True))
+        found["AUC"] = dict(
+            zip(grid, downstream(maps, concept, t.model, pairs)[0].flatten().tolist(), strict=True)
+        )
     found |= {"causal": causal} if causal else {}
     search = sorted(t.notes.get("search", []), key=lambda x: x["round"]) if t else []
     search = [x for x in search if isinstance(x["layers"][1], int)]  # several layers have no cell
@@ -852,12 +834,10 @@ def layer_scores(
     return LayerScores(maps, found, rounds, taken)
 
 
-# %% ../nbs/25_views.ipynb #4e070d5a
+# %% ../nbs/25_views.ipynb #3312dbfb
 @patch
 def show(self: LayerScores) -> Figure:
     "A cell a pair of layers with its scores; frames show the search."
-    import seaborn as sns
-
     rows, columns = self.maps.source_layers, self.maps.target_layers
     said = [
         ["\n".join(f"{k} {x[s, u]:.2f}" for k, x in self.scores.items() if (s, u) in x) for u in columns]
@@ -866,20 +846,17 @@ def show(self: LayerScores) -> Figure:
     how = "R2: of the map. AUC: of the carried direction on the target's texts. Gain: of the margin, in nats."
     size = 1.6 + 0.85 * len(columns), 1.5 + (0.2 + 0.16 * len(self.scores)) * len(rows)
     with canvas(*size, how) as (fig, ax):
-        look = dict(fmt="", annot_kws={"size": 7}, cmap="cividis", cbar_kws={"label": "held-out R2"})
-        sns.heatmap(
-            self.maps.r2, annot=np.array(said), xticklabels=columns, yticklabels=rows, ax=ax, vmin=0, **look
-        )
+        look = dict(annot=np.array(said), fmt="", annot_kws={"size": 7})
+        numbered(ax, self.maps.r2, rows, columns, "held-out R2", 0, None, **look)
         for (s, u), k in self.rounds.items():
             at, width = (columns.index(u) + 0.04, rows.index(s) + 0.04), 4.5 if (s, u) == self.taken else k
             ax.add_patch(plt.Rectangle(at, 0.92, 0.92, fill=False, lw=width, color="#d55e00"))
         ax.set(xlabel=f"layer of {self.maps.target.name}", ylabel=f"layer of {self.maps.source.name}")
         ax.set_title("Scores by layer pair (frames: how far the search took it)")
-        ax.tick_params("y", rotation=0)
     return fig
 
 
-# %% ../nbs/25_views.ipynb #0d1f4690
+# %% ../nbs/25_views.ipynb #46080b55
 @dataclass(frozen=True, repr=False)
 class Compared(_View):
     "Cosines of concepts with each other before and after a map."
@@ -893,21 +870,17 @@ class Compared(_View):
     @property
     def table(self) -> pd.DataFrame:
         "A row a pair of concepts."
-        at = [*zip(*np.triu_indices(len(self.names), 1), strict=True)]
-        rows = [[self.names[i], self.names[j], self.before[i, j], self.after[i, j]] for i, j in at]
-        return pd.DataFrame(rows, columns=["one", "other", "before", "after"])
+        at, names = np.triu_indices(len(self.names), 1), np.array(self.names)
+        one, other = names[[*at]]
+        return pd.DataFrame(dict(one=one, other=other, before=self.before[at], after=self.after[at]))
 
     def show(self) -> Figure:
         "Both as one matrix."
-        import seaborn as sns
-
         z = np.tril(self.before, -1) + np.triu(self.after, 1) + np.eye(len(self.names))
         size = 1.9 + 0.62 * len(self.names)
         with canvas(size + 0.6, size - 0.3) as (fig, ax):
-            look = dict(annot=True, fmt=".2f", annot_kws={"size": 8}, cmap="PuOr_r", vmin=-1, vmax=1)
-            sns.heatmap(z, xticklabels=self.names, yticklabels=self.names, ax=ax, **look)
+            numbered(ax, z, self.names, self.names, "", -1, 1, cmap="PuOr_r")
             ax.set_title("Cosines: before the map below, after it above")
-            ax.tick_params("y", rotation=0)
             plt.setp(ax.get_xticklabels(), rotation=40, ha="right")
         return fig
 
@@ -944,7 +917,7 @@ class Together(_View):
         return pd.DataFrame([*rows, ["damage (KL)", *self.kl, np.nan]], columns=columns)
 
 
-# %% ../nbs/25_views.ipynb #95e760ee
+# %% ../nbs/25_views.ipynb #4d2f6672
 def together(
     one: Transplant,
     other: Transplant,  # at the same layers
@@ -955,9 +928,11 @@ def together(
     if here != there:
         raise ValueError(f"{other} stands at layer {there}, {one} at layer {here}.")
     sums = [a.vector() + b.vector() for a, b in zip(one.places, other.places, strict=True)]  # of (d,)
-    some = zip(one.places, sums, strict=True)
-    both = joined([replace(t, name="both", direction=v, norm=v.norm().item(), dose=1.0) for t, v in some])
-    bench, three = Bench(one.model, one.layer), [one, other, both]
+    both = [
+        replace(t, name="both", direction=v, norm=v.norm().item(), dose=1.0)
+        for t, v in zip(one.places, sums, strict=True)
+    ]
+    bench, three = Bench(one.model, one.layer), [one, other, joined(both)]
     found = {}
     for task in tasks:
         base, *moved = bench.with_task(task).ask([None, *three])
