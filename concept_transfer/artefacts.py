@@ -399,7 +399,7 @@ def _check_shapes(x):
             continue
         letters, _, below = spec.partition("<")
         names, shape = letters.split(), tuple(np.shape(v))
-        want = [sizes.setdefault(*d) for d in zip(names, shape, strict=True)]
+        want = [sizes.setdefault(*d) for d in zip(names, shape, strict=False)]
         if len(names) != len(shape) or want != [*shape]:
             raise ValueError(f"{k!r} has the shape {shape}, where ({', '.join(names)}) is {tuple(want)}.")
         if (most := [sizes[b] for b in below.split() if b in sizes]) and not np.less(v, most).all():

@@ -367,7 +367,7 @@ def _repr_html_(self: ContrastPairs):
         "read as": self.template,
         "hash": self.hash,
     }
-    rows = [[shorten(t, 160) for t in row] for row in zip(self.positive[:3], self.negative, strict=True)]
+    rows = [[shorten(t, 160) for t in row] for row in zip(self.positive[:3], self.negative, strict=False)]
     return card(f"Contrast pairs {self.name}", facts, table(["positive", "negative"], rows))
 
 
@@ -448,7 +448,7 @@ def split_words(text: str) -> list[str]:
 @lru_cache(2**15)
 def _trigrams(text):
     words = split_words(text)
-    return {*zip(words, words[1:], words[2:], strict=True)} or {tuple(words)}
+    return {*zip(words, words[1:], words[2:], strict=False)} or {tuple(words)}
 
 
 def overlap(a: str, b: str) -> float:

@@ -437,7 +437,7 @@ language = Scorer(
 def _distinct(text, n=2):
     "1 where a text is too short to have n-grams."
     words = split_words(text)
-    grams = [*zip(*(words[i:] for i in range(n)), strict=True)]
+    grams = [*zip(*(words[i:] for i in range(n)), strict=False)]
     return len({*grams}) / len(grams) if grams else 1.0
 
 

@@ -533,7 +533,7 @@ def _reader(model, layer, unit):
         ends = [0, *(spans[i][1] for i in at)]
         along = (rows_of(model, [ids], [at], [layer])[:, 0] @ unit - usual.mean()) / usual.std()  # (t,)
         along[: at[:1] == [0]] = torch.nan  # no reading: a first token is an attention sink
-        return [(text[a:b], x) for a, b, x in zip(ends, ends[1:], along.tolist(), strict=True)]
+        return [(text[a:b], x) for a, b, x in zip(ends, ends[1:], along.tolist(), strict=False)]
 
     return read
 
