@@ -25,14 +25,13 @@ from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Annotated
 
 import numpy as np
 import pandas as pd
 from fastcore.basics import patch
 from markupsafe import Markup
 from nnsight import TransformersModel
-from pydantic import Field, NonNegativeInt, PositiveInt
+from pydantic import NonNegativeInt, PositiveInt
 
 from concept_transfer.arms import (
     ARMS,
@@ -570,7 +569,7 @@ def evaluate(
     task: ChoiceTask,
     neutral: Corpus | None = None,  # default: the built-in neutral corpus
     arms: dict[str, Arm] | None = None,  # default: `ARMS`; {**ARMS, "mine": Arm(...)} adds one
-    experiments: Annotated[Sequence[str], Field(min_length=1)] = tuple(EXPERIMENTS),
+    experiments: Sequence[str] = tuple(EXPERIMENTS),
     settings: Settings = Settings(),  # noqa: B008
     path: str | Path | None = None,  # file that keeps what is done; a rerun goes on from there
     # what arms need: pairs=, other=, examples= (a task), source= (a model), map= (or a list, for several

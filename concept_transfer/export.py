@@ -241,7 +241,7 @@ def _read_gguf(path):
     "Raises ValueError, naming the file, for what is no GGUF file."
     try:
         return gguf.GGUFReader(path)
-    except (ValueError, LookupError, OSError) as e:
+    except (ValueError, LookupError) as e:
         raise ValueError(f"{path} cannot be read as a GGUF file ({e}).") from None
 
 

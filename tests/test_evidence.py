@@ -855,8 +855,6 @@ def test_settings_arms_and_experiments_are_honoured_or_refused(pair, task):
             Settings(damage=damage)
     with pytest.raises(ValueError, match="'base' is needed"):
         evaluate(t, task, arms={})
-    with pytest.raises(ValueError, match="experiments"):
-        evaluate(t, task, experiments=[])
 
 
 def test_entries_show_name_and_words():

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+import concept_transfer.play  # noqa: F401  it takes names of rooms that are patched here
 from concept_transfer import cli, evidence, plots, report, steering, suites, views
 from concept_transfer.arms import ARMS
 from concept_transfer.cards import TEMPLATES
