@@ -86,6 +86,11 @@ class _PairSums:
 
 
 # %% ../nbs/13_moments.ipynb #18354f7f
+def _all_or(on):  # (r,) of bool
+    "What to index rows with; where all are on, nothing is copied."
+    return slice(None) if on.all() else on
+
+
 def _shifted(sums, X, Y, fold, weight):  # (r, L1, d1), (r, L2, d2), (r,), (r,)
     """Rows that have a weight, shifted, with their folds and weights; the means of the first ones become the
     shift where none was given. Raises ValueError for weights that are none."""
@@ -93,7 +98,7 @@ def _shifted(sums, X, Y, fold, weight):  # (r, L1, d1), (r, L2, d2), (r,), (r,)
         raise ValueError("weights must be finite and not negative, folds from 0 on, one for each row.")
     if sums.shift_x is None:
         sums.shift_x, sums.shift_y = X.mean(0).double(), Y.mean(0).double()
-    on = weight > 0
+    on = _all_or(weight > 0)
     return X[on] - sums.shift_x.to(X), Y[on] - sums.shift_y.to(Y), fold[on], weight[on]
 
 
@@ -112,17 +117,20 @@ def add(self: _PairSums, X, Y, fold, weight):  # (r, L1, d1), (r, L2, d2), (r,),
     "Add paired rows, at least one. Raises ValueError as `_shifted` does."
     X, Y, fold, weight = _shifted(self, X, Y, fold, weight)
     for k in fold.unique().tolist():
-        on = fold == k
+        on = _all_or(fold == k)
         w, A, F = weight[on, None, None], X[on], Y[on]  # (r', 1, 1), (r', L1, d1), (r', L2, d2)
         B, G = A * w, F * w
         self.n[k] += w.double().sum()
         self.x[k] += B.sum(0)
         self.y[k] += G.sum(0)
-        self.xy[k] += torch.einsum("rla,rmb->lamb", B, F)
+        for total, b in zip(self.xy[k], B.unbind(1), strict=True):  # by layer, as the whole is large
+            total += torch.einsum("ra,rmb->amb", b, F)
         self.yy[k] += torch.einsum("rmb,rmc->mbc", G, F) if self.products else (G * F).sum(0)
     near, far = _dealt(fold)  # (c,)
     self.n_shuffled += len(near)
-    self.shuffled += torch.einsum("rla,rmb->lamb", X[near], Y[far])
+    X, F = X[near], Y[far]  # (c, L1, d1), (c, L2, d2)
+    for total, a in zip(self.shuffled, X.unbind(1), strict=True):
+        total += torch.einsum("ra,rmb->amb", a, F)
 
 
 # %% ../nbs/13_moments.ipynb #4b3ffb13
@@ -249,9 +257,10 @@ def zeros(
 def _add_source(self: Moments, X, fold, weight):  # (r, L1, d1), (r,), (r,)
     "Add source rows to their products with themselves."
     for k in fold.unique().tolist():
-        on = fold == k
+        on = _all_or(fold == k)
         A = X[on] - self.shift_x.to(X)  # (r', L1, d1)
-        self.xx[k] += torch.einsum("rla,rlb->lab", A * weight[on, None, None], A)
+        for total, a in zip(self.xx[k], A.unbind(1), strict=True):
+            total += (a * weight[on, None]).T @ a
 
 
 @patch
