@@ -378,8 +378,7 @@ def _check_values(x):
             continue
         if not isinstance(v, Tensor) or v.dtype not in dtypes:
             raise ValueError(f"{k!r}: a tensor of {dtypes[0]} is needed, found {getattr(v, 'dtype', v)}.")
-        finite = v.sum().isfinite()  # quick, and only so if all are
-        if not finite and not (v.isfinite() if k not in x.endless else ~v.isnan()).all():
+        if not (v.sum().isfinite() or (v.isfinite() if k not in x.endless else ~v.isnan()).all()):
             raise ValueError(f"{k!r}: holds numbers that are not finite.")
         if "direction" in k and not v.any(-1).all():
             raise ValueError(f"{k!r}: a direction of zeros points nowhere.")

@@ -273,7 +273,7 @@ def test_items_that_chose_the_layers_are_noticed_again(pair, task):
     with pytest.warns(UserWarning, match="8 of these items"):
         e = evaluate(found, task, NEUTRAL, experiments=EQUAL, settings=Settings(random=0))
     assert e.provenance.notes["texts_read"] == found.notes["texts_read"]
-    with pytest.raises(ValueError, match="positive KL"):
+    with pytest.raises(ValueError, match="greater than 0"):
         asked(pair, task, damage=0.0)
     with pytest.raises(ValueError, match="'random': .* greater than or equal to 0"):
         Settings(random=-1)
