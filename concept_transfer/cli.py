@@ -1054,10 +1054,11 @@ def _flow(folder, models, pairs, texts, items, settings, most, other=None):
     e = keep("evidence.json", judge, Evidence.load, test.hash, other and other.hash, str(settings))
     _say("6/6  report")
     looks = _looks(t, test, e, neutral, concept, source, pairs)
-    looks["pictures"] |= _beside(t, test, concept, source, _own(maps, t))
     looks["pictures"]["Where the concept is found"] = plot_separation(concept)
     if pairs.name in PAIRS:
         looks["pictures"]["Texts it tells apart"] = separation(t, load_pairs(pairs.name, "test")).show()
+    else:
+        looks["pictures"] |= _beside(t, test, concept, source, _own(maps, t))
     looks["pictures"]["Where it can be carried"] = layer_scores(maps, concept, t, pairs).show()
     facts, text = _reported(e, folder, looks)
     return facts | dict(seconds=round(time.time() - start)), text
