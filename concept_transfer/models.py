@@ -177,10 +177,11 @@ def twin(
     model: TransformersModel,  # of a family with a twin: Llama, Mistral, Qwen2, GPT-2, GPT-NeoX or OPT
     widen: int = 0,  # how many dimensions to add (RMSNorm families)
     seed: int = 0,
+    turn: float = 1.0,  # how far, with widen=0: 0 is the same basis, 1 a random one
 ) -> tuple[TransformersModel, torch.Tensor]:  # the twin, and Q (d, d + widen): twin state = state @ Q
     "The same function in another basis: the ground truth for maps. Raises ValueError where there is none."
     name = model_info(model).name
-    module, Q = twin_module(model._module, widen, seed)
+    module, Q = twin_module(model._module, widen, seed, turn)
     return wrap(module, copy.deepcopy(model.tokenizer), f"{name}-twin-{seed}"), Q
 
 

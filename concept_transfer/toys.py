@@ -9,6 +9,7 @@ __all__ = [
     "tiny_tokenizer",
     "tiny_module",
     "random_rotation",
+    "part_of_rotation",
     "twin_module",
     "planted_module",
 ]
@@ -19,7 +20,9 @@ from difflib import get_close_matches
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
+from scipy.linalg import schur
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch.nn.functional import normalize
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
@@ -117,6 +120,15 @@ def random_rotation(
     return Q - 2 * torch.outer(Q @ mirror, mirror)  # (d, d)
 
 
+# %% ../nbs/05_toys.ipynb #c383beec
+def part_of_rotation(Q: torch.Tensor, turn: float) -> torch.Tensor:  # (d, d) float64, 0 to 1 -> (d, d)
+    "The same rotation with each of its angles smaller; what it mirrors stays where it is."
+    T, Z = schur(Q.numpy(), output="complex")  # Q = Z T Z*, and T is diagonal
+    angles = np.angle(np.diag(T))  # (d,)
+    angles[np.abs(angles) > np.pi - 1e-9] = 0
+    return torch.from_numpy(((Z * np.exp(1j * turn * angles)) @ Z.conj().T).real)
+
+
 # %% ../nbs/05_toys.ipynb #7035e174
 def _turn_readers(norm, readers, Q):
     "Fold a norm's gain into what reads it, in the new basis (d, d'); the new gain is sqrt(d / d')."
@@ -147,6 +159,7 @@ def twin_module(
     module: "PreTrainedModel",  # of a family in LAYOUTS
     widen: int = 0,  # how many dimensions to add (RMSNorm families)
     seed: int = 0,
+    turn: float = 1.0,  # how far, with widen=0: 0 is the same basis, 1 a random one
 ) -> tuple["PreTrainedModel", torch.Tensor]:  # the twin, and Q (d, d + widen) float32: twin state = state @ Q
     "The same function in another basis, the ground truth for maps. Raises ValueError where there is none."
     family, d = module.config.model_type, module.config.hidden_size
@@ -160,7 +173,11 @@ def twin_module(
         raise ValueError(f"widen={widen}: a twin has as many dimensions, or more.")
     if layout["layernorm"] and widen:
         raise ValueError(f"a {family} model ties its width to its heads; twin it with widen=0.")
+    if not 0 <= turn <= 1 or (widen and turn < 1):
+        raise ValueError(f"turn={turn}: a part of the way, 0 to 1; a widened twin goes all of it.")
     Q = random_rotation(d, d + widen, seed, layout["layernorm"])
+    if turn < 1:
+        Q = part_of_rotation(Q, turn)
     module = copy.deepcopy(module).double()
     head, part = module.get_output_embeddings(), module.get_submodule
     head.weight = copy.deepcopy(head.weight)  # no longer tied to the embedding

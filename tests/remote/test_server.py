@@ -446,8 +446,9 @@ def test_no_fault_loses_what_is_finished(server, whole, distant, name, what, tmp
         with pytest.raises(error):
             timed(40, lambda: stage(what, source, load(server, "gpt2", bad), tmp_path / "kept"))
         right()
-    patient(lambda: slow(distant, 0))
-    far_ = load(server, "gpt2", Remote(total=60, **LIMITS))
+    for model in (distant, source):  # a server that was restarted hosts one after the other
+        patient(lambda model=model: slow(model, 0), seconds=300)
+    far_ = load(server, "gpt2", Remote(total=180, **LIMITS))
     server.api.reset_counts()
     close(stage(what, source, far_, tmp_path / "kept"), want)
     assert server.api.paths["/request"][0] <= requests - 2
