@@ -537,7 +537,8 @@ def __str__(self: Sampled) -> str:
     arms = [f"{k} {x:+.3f} {_shown(self.gain_ci[k])}" for k, x in self.gain.items() if k != "base"]
     told = "agreement with labels not known"
     if self.labelled:
-        told = f"right on {self.right:.0%} {_shown(self.right_ci)} of {self.labelled}, by chance {self.chance:.0%}"
+        right = f"{self.right:.0%} {_shown(self.right_ci)}"
+        told = f"right on {right} of {self.labelled}, by chance {self.chance:.0%}"
     return f"{self.task}, {self.n} sampled texts, gain over base: {', '.join(arms)} (judge: {told})"
 
 
