@@ -563,7 +563,7 @@ def _repr_html_(self: Evidence) -> Markup:
         arm = ARMS.get(name) or replace(ARMS["base"], words=name)
         rows.append([arm.words, bar(a.choice_rate, a.ci, arm.colour) if a.ci else a.reason, *shown.loc[name]])
     facts = {"task": f"{of.task}, {of.n} items", "layers": of.layers, "tests": "; ".join(self.effect.lines)}
-    facts["sampled text"] = str(self.text or self.untold)
+    facts["sampled text"] = str(self.text or self.untold) or None
     columns = ["arm", "from 0 to 1", "chosen", "logit shift", "KL, nats", *further.values()]
     return card(f"Evidence for {of.transplant}", facts, html_table(columns, rows))
 

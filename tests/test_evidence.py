@@ -888,7 +888,9 @@ def judge(right, score=len):
 
 def texts_of(pair, few, path=None, experiments=("equal_damage", "text"), scorer=len, **settings):
     task = generation_task("free", BEGUN, scorer)
-    return asked(pair, few, path, experiments, **({"random": 0, "text": task} | settings))
+    some = {k: ARMS[k] for k in ("base", "transplanted", *PUSHES, "random", "prompt")}
+    chosen = Settings(**({"damage": 0.5, "bootstrap": 500, "random": 0, "text": task} | settings))
+    return evaluate(pair[2], few, NEUTRAL, some, experiments, chosen, path)
 
 
 def test_all_arms_go_on_from_the_same_beginnings_with_the_same_seed(pair, two_words):
@@ -909,7 +911,7 @@ def test_all_arms_go_on_from_the_same_beginnings_with_the_same_seed(pair, two_wo
 
 
 def test_text_changes_no_other_number_and_is_kept(pair, few, tmp_path, monkeypatch):
-    plain = asked(pair, few, tmp_path / "arms", EQUAL, random=2)
+    plain = texts_of(pair, few, tmp_path / "arms", EQUAL, random=2)
     e = texts_of(pair, few, tmp_path / "arms", random=2)
     assert [r for r in e.runs if r.experiment != "text"] == plain.runs and plain.text is None
     assert (e.table[e.table.experiment == "text"].groupby("arm").size() == len(BEGUN)).all()
@@ -953,7 +955,12 @@ def test_text_follows_where_the_gain_is_clear_and_the_judge_can_tell(plain):
     gains = np.linspace(0, 0.2, 24)
     assert told(plain, gains).text.follows and not told(plain, -gains).text.follows
     assert not told(plain, gains, right=12).text.follows  # of 20, where guessing gives 10
-    assert told(plain, gains).text.right == 0.9 and told(plain, gains).meaning.endswith("text follows")
+    assert told(plain, gains).text.right == 0.9
+    big, word = dict(task=2, readout=2), dict(task=2, readout=0)
+    e = planted(plain, np.random.default_rng(0), big, word, 0.3)
+    for sign, said in (1, "text follows"), (-1, "text is not seen to follow"):
+        both = replace(e, runs=e.runs + told(plain, sign * gains).runs)
+        assert both.data["verdict"] == {"kind": "concept", "text": f"It is a concept; sampled {said}"}
 
 
 def test_text_without_a_gain_rarely_follows(plain):
