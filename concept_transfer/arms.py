@@ -641,6 +641,7 @@ def text_of(task: ChoiceTask) -> GenerationTask | None:
     return load_task(name, "tune") if name in TASKS else None
 
 
+# %% ../nbs/17_arms.ipynb #00b7303f
 def _agreement(task):
     "Whether the judge of a task was right on each labelled text, and the chance of that; none where unknown."
     judge = task.items[0].scorer
@@ -650,6 +651,7 @@ def _agreement(task):
     return [Run("base", "text", task="labelled", answers=said, groups=groups)] if said else []
 
 
+# %% ../nbs/17_arms.ipynb #7d7feb4d
 def _sampled(trial, task, arm, draw, dose):
     "What an arm writes, and its scores."
     with seeded(trial.settings.seed):

@@ -369,6 +369,7 @@ def _beside(scores, groups, draws, seed):
     return found, boot
 
 
+# %% ../nbs/18_evidence.ipynb #14a1287a
 @dataclass(frozen=True)
 class Sampled:
     "What a judge says of sampled text, by arm."
@@ -457,6 +458,7 @@ def finding(self: Evidence) -> str | None:
     return "word" if max(arms[k].logit_shift for k in words) >= mine.logit_shift_ci[0] else None
 
 
+# %% ../nbs/18_evidence.ipynb #70bdd69b
 @patch(as_prop=True)
 def meaning(self: Evidence) -> str:
     "The finding in words, and whether sampled text follows."
@@ -532,6 +534,7 @@ def _shown(x):
     return "-" if pd.isna(x) else f"{x:.3f}"
 
 
+# %% ../nbs/18_evidence.ipynb #90b9f34e
 @patch
 def __str__(self: Sampled) -> str:
     arms = [f"{k} {x:+.3f} {_shown(self.gain_ci[k])}" for k, x in self.gain.items() if k != "base"]

@@ -57,6 +57,7 @@ def _prompted(e):
     return f" A prompt reaches {arm.choice_rate:.0%} at a damage of {arm.kl:.2f}."
 
 
+# %% ../nbs/26_report.ipynb #92d7fd21
 def _told(e):
     "What sampled text shows."
     x = e.text
@@ -72,6 +73,7 @@ def _told(e):
     return f" In {x.n} sampled texts ({x.task}) {moved}; {told}."
 
 
+# %% ../nbs/26_report.ipynb #254023e8
 def verdict(e: Evidence) -> str:
     "What was found, with its interval: a concept, a word or nothing; or why that cannot be said."
     gain, ci = e.effect.gain, e.effect.gain_ci

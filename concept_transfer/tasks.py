@@ -256,6 +256,7 @@ def _in_a_word(concept, split):
     return choice_task(prompts, (w["word"], w["opposite"]), w["word"], f"words/{concept}", asked)
 
 
+# %% ../nbs/02_tasks.ipynb #9393ed95
 def _unsaid(concept, split):
     "A behaviour without items in whose answers a word for it stands, its opposite, or a longer one."
     (w,) = [r for r in builtin_rows("words") if r["concept"] == concept]
@@ -603,6 +604,7 @@ class Judge(Scorer):
         return min(x, 0.0) if not split_words(text) or repetition(text, n=3) > 0.2 else x
 
 
+# %% ../nbs/02_tasks.ipynb #a9780c3a
 def _classifier(texts, labels):
     "A classifier by words and runs of letters."
     from sklearn.feature_extraction.text import TfidfVectorizer
@@ -625,6 +627,7 @@ _STEMS = re.compile(
 )
 
 
+# %% ../nbs/02_tasks.ipynb #cadf83ae
 def _masked(text):
     "A text without the names of emotions, and words of their stems."
     return " ".join(_STEMS.sub(" ", text).split())
@@ -641,6 +644,7 @@ def _emotions_told():
     return found, (found.predict(new) == labels).tolist()
 
 
+# %% ../nbs/02_tasks.ipynb #387a1455
 def _felt(emotion, text):
     found, _ = _emotions_told()
     return found.predict_proba([_masked(text)])[0, list(found.classes_).index(emotion)]
@@ -662,11 +666,13 @@ _INFORMAL = re.compile(
 )
 
 
+# %% ../nbs/02_tasks.ipynb #079c5618
 def _formal(text):
     words = split_words(text) or [""]
     return np.mean([len(w) for w in words]) - 10 * len(_INFORMAL.findall(text)) / len(words)
 
 
+# %% ../nbs/02_tasks.ipynb #84d07a0b
 def _brief(text):
     first, *_ = re.split(r"(?<=[.!?])\s|\n", text.strip())
     return -np.log(max(len(split_words(first)), 1))
@@ -682,6 +688,7 @@ def _twins(concept, *splits):
             yield [x[begun:].strip() for x in both]
 
 
+# %% ../nbs/02_tasks.ipynb #1f6a083b
 @cache
 def _refusals():
     both = [*_twins("refusal", "fit")]
@@ -698,6 +705,7 @@ _COUNTED: dict[str, tuple[str, Callable]] = {
 }
 
 
+# %% ../nbs/02_tasks.ipynb #1811f493
 @cache
 def _on_twins(concept):  # -> (pairs, 2)
     "Scores of hand-written texts with the concept, and without."
