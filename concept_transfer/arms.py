@@ -11,11 +11,14 @@ __all__ = [
     "STARTS",
     "NULLS",
     "WORD_ARMS",
+    "PUSHES",
     "ARMS",
     "FOLLOWED",
+    "SAMPLING",
     "Run",
     "recorded",
     "Settings",
+    "concept_of",
     "Trial",
     "Words",
     "Raised",
@@ -28,6 +31,7 @@ __all__ = [
     "made_of",
     "written",
     "readouts_of",
+    "text_of",
     "measured",
 ]
 
@@ -46,7 +50,7 @@ from tqdm import tqdm
 from .artefacts import Journal, fingerprint
 from .cards import Entry
 from .concepts import POSITIONS, REDUCERS, activations, extract_concept
-from .data import ContrastPairs, builtin_rows, fill, load_corpus
+from .data import ContrastPairs, builtin_rows, data_hash, fill, load_corpus
 from .engine import engine
 from concept_transfer.measure import (
     METRICS,
@@ -62,8 +66,8 @@ from concept_transfer.measure import (
 )
 from .models import model_info
 from .moments import Listed, Strict
-from .steering import Transplant, generate, joined, place
-from .tasks import BEHAVIOURS, TASKS, ChoiceTask, Task, load_task
+from .steering import Transplant, generate, joined, place, seeded
+from .tasks import BEHAVIOURS, TASKS, ChoiceTask, GenerationTask, Judge, Task, load_task
 
 # %% ../nbs/17_arms.ipynb #b2e17e33
 Number = float | None  # None: was not asked, or cannot be said
@@ -129,6 +133,7 @@ EXPERIMENTS = {
     "knowledge": "easy questions, before and after",
     "texts": "greedy texts, before and after, and how they repeat themselves",
     "readouts": "the same arms, asked in other words and in none: is it the concept, or a word?",
+    "text": "sampled text, scored by what is neither source nor target",
     "prose": "damage on prose that no model wrote, at more than a thousand tokens",
     "off_target": "what else moves: other behaviours",
 }
@@ -160,12 +165,21 @@ class Settings(Strict):
     strengths: Annotated[Sequence[float], Listed] = STRENGTHS  # of the dose curves
     off: Sequence[ChoiceTask] | None = None  # what else may move; default: items of built-in behaviours
     readouts: Sequence[ChoiceTask] | None = None  # what should move too; default: `readouts_of` the task
+    text: GenerationTask | None = (
+        None  # what is gone on from freely, and its scorer; default: `text_of` the task
+    )
 
     def __post_init__(self):
         super().__post_init__()
         for tasks in (self.off, self.readouts):
             if tasks and ("" in (names := {t.name for t in tasks}) or len(names) < len(tasks)):
                 raise ValueError("every task of `off` and `readouts` needs a name of its own.")
+
+
+# %% ../nbs/17_arms.ipynb #cb6452b5
+def concept_of(task: Task) -> str:
+    "The concept of a built-in task, which readouts, words and texts go by; of another task its name."
+    return task.name.removeprefix("emotions/").removeprefix("behaviours/")
 
 
 # %% ../nbs/17_arms.ipynb #b86a40ec
@@ -179,6 +193,12 @@ class Trial:
     settings: Settings = Settings()
     experiments: Sequence[str] = tuple(EXPERIMENTS)
     journal: Journal = field(default_factory=partial(Journal, None, "evaluation"))  # what was measured before
+
+    @property
+    def word(self) -> ChoiceTask:
+        "The task that is answered with a word for the concept: this one, or a built-in one about the same."
+        name = f"words/{concept_of(self.bench.task)}"
+        return load_task(name, "tune") if name in TASKS else self.bench.task
 
     def keep(self, name: str, make: Callable[[], list[Run]], *of: Any) -> list[Run]:
         "Runs that an earlier evaluation made of the same, else made now."
@@ -365,20 +385,20 @@ def _permuted(trial):
 # %% ../nbs/17_arms.ipynb #1cbe09aa
 def _unembedding(trial):
     "The direction that promotes the asked word, taken after the last layer of the target."
-    v = word_direction(trial.bench.model, trial.bench.task)
+    v = word_direction(trial.bench.model, trial.word)
     return [] if v is None else [_placed(trial, [v] * len(trial.t.places), "the word")]
 
 
 def _gradient(trial):
     "The same, taken where the transplant stands."
-    found = [word_direction(trial.bench.model, trial.bench.task, layer) for layer in _at(trial)]
+    found = [word_direction(trial.bench.model, trial.word, layer) for layer in _at(trial)]
     return [] if found[0] is None else [_placed(trial, found, "the word")]
 
 
 def _word_carried(trial):
     "The direction that promotes the asked word in the source, through the maps."
     source, maps = trial.given["source"], trial.t.carriers(trial.given["map"])
-    v = word_direction(source, trial.bench.task)
+    v = word_direction(source, trial.word)
     return [] if v is None else [_placed(trial, [v @ m.W for m in maps], "the word, carried")]
 
 
@@ -427,7 +447,7 @@ _WORDS = _arms(
     {
         "unembedding": _unembedding,
         "gradient": _gradient,
-        "logit_bias": lambda x: [Raised((k,)) for k in word_tokens(x.bench.model, x.bench.task)[:1]],
+        "logit_bias": lambda x: [Raised((k,)) for k in word_tokens(x.bench.model, x.word)[:1]],
         "unembedding_mapped": _word_carried,
     }
 )
@@ -454,6 +474,7 @@ _OTHERS = _arms(
 )
 NULLS = ("covariance", "permuted")
 WORD_ARMS = ("unembedding", "logit_bias", "unembedding_mapped")
+PUSHES = (*WORD_ARMS, "gradient")  # of the word; the gradient is shown and does not decide
 ARMS = {a.name: a for a in (*_DIRECTIONS, *_WORDS, *_STRONGER, *_OTHERS)}
 
 
@@ -536,11 +557,20 @@ def _behaviours(trial):
 
 # %% ../nbs/17_arms.ipynb #47c5af7d
 def written(
-    t: Transplant | None, model: TransformersModel, prompts: Sequence[str], tokens: int = 30
+    draw: Any,  # of an arm: a transplant, words or raised tokens; else the model writes as it is
+    model: TransformersModel,
+    prompts: Sequence[str],
+    tokens: int = 30,
+    dose: Number = None,  # of raised tokens
+    **options,  # as for `generate`
 ) -> list[str]:
-    "Greedy continuations by a steered model, or by the model as it is."
-    write = t.generate if t else partial(generate, model)
-    return list(write(prompts, max_new_tokens=tokens))
+    "Continuations by a model as an arm treats it, greedy unless you say otherwise."
+    write = draw.generate if isinstance(draw, Transplant) else partial(generate, model)
+    if isinstance(draw, Words):
+        prompts = [draw.text + x for x in prompts]
+    if isinstance(draw, Raised):
+        options["sequence_bias"] = {(k,): dose for k in draw.tokens}
+    return list(write(prompts, max_new_tokens=tokens, **options))
 
 
 # %% ../nbs/17_arms.ipynb #e6f1b44e
@@ -550,19 +580,24 @@ def _texts(trial, placed):
 
 
 # %% ../nbs/17_arms.ipynb #889e9efb
-def readouts_of(task: ChoiceTask) -> list[Task]:
-    """The built-in tasks in which the concept of a built-in task should show too. Of wordless endings
-    the half for tuning: the other is for studies, which read it once."""
-    concept = task.name.removeprefix("emotions/")
-    found = {f"synonyms/{concept}": "test", f"wordless/{concept}": "tune"}
-    return [load_task(name, split) for name, split in found.items() if name in TASKS]
+def readouts_of(task: ChoiceTask, read: Sequence[str] = ()) -> list[Task]:
+    """The built-in tasks in which the concept of a built-in task should show too. Without words: the first of
+    tune, test and fresh with ten items or more that shares none with the task, or with those of the hashes
+    `read`, which chose layers and dose. What is left over is for studies, which read it once."""
+    concept, read = concept_of(task), {*read, *(data_hash([x]) for x in task.prompts)}
+    found = [load_task(name) for name in [f"synonyms/{concept}"] if name in TASKS]
+    if (name := f"wordless/{concept}") in TASKS:
+        halves = (load_task(name, split) for split in ("tune", "test", "fresh"))
+        new = (x for x in halves if len(x) >= 10 and not read & {data_hash([y]) for y in x.prompts})
+        found += [*new][:1]
+    return found
 
 
 # %% ../nbs/17_arms.ipynb #bb2d3d75
 def _asked_again(trial):
     "The tasks that are readouts here."
     given = trial.settings.readouts
-    return readouts_of(trial.bench.task) if given is None else given
+    return readouts_of(trial.bench.task, trial.t.notes.get("tuning_items", ())) if given is None else given
 
 
 def _readouts(trial, tasks, dosed):
@@ -596,12 +631,63 @@ FOLLOWED: dict[str, Callable] = {
     "off_target": partial(_elsewhere, "off_target", _behaviours),
 }
 
+# %% ../nbs/17_arms.ipynb #06505c20
+SAMPLING = {"do_sample": True, "temperature": 1.0, "top_k": 0}
+
+
+def text_of(task: ChoiceTask) -> GenerationTask | None:
+    "Beginnings to be gone on from, and the judge of the concept of a built-in task; None if there is none."
+    name = f"text/{concept_of(task)}"
+    return load_task(name, "tune") if name in TASKS else None
+
+
+# %% ../nbs/17_arms.ipynb #00b7303f
+def _agreement(task):
+    "Whether the judge of a task was right on each labelled text, and the chance of that; none where unknown."
+    judge = task.items[0].scorer
+    right = [float(x) for x in judge.right()] if isinstance(judge, Judge) else []
+    said = {"right": right, "chance": [judge.chance] * len(right)} if right else {}
+    groups = [str(i) for i in range(len(right))]
+    return [Run("base", "text", task="labelled", answers=said, groups=groups)] if said else []
+
+
+# %% ../nbs/17_arms.ipynb #7d7feb4d
+def _sampled(trial, task, arm, draw, dose):
+    "What an arm writes, and its scores."
+    with seeded(trial.settings.seed):
+        texts = written(draw, trial.bench.model, task.prompts, dose=dose, **SAMPLING)
+    score = {"score": np.round(task.score(texts), 5).tolist()}
+    return [Run(arm, "text", dose=dose, task=task.name, answers=score, groups=task.groups, texts=texts)]
+
+
+# %% ../nbs/17_arms.ipynb #dc280af7
+def _text(trial, runs, dosed):
+    "Runs of the arms that write, and why there are none."
+    task = trial.settings.text or text_of(trial.bench.task)
+    if task is None:
+        how = "Settings(text=generation_task(name, prompts, scorer))"
+        return [], f"no scorer of {trial.bench.task.name!r} in free text is known: give one, {how}"
+    if not dosed.get("transplanted"):
+        return [], "the transplant was not brought to equal damage"
+    try:
+        found = trial.keep("text labelled", partial(_agreement, task), task.hash)
+    except ImportError as e:
+        return [], str(e)
+    asked = [r for r in runs if r.arm in PUSHES and r.experiment in ("equal_damage", "readouts")]
+    margin = {r.arm: np.mean(r.answers["margin"]) for r in asked}  # of the last that was asked
+    for arm in ("base", "transplanted", max(margin, key=margin.__getitem__, default=""), "prompt"):
+        for draw, dose in dosed.get(arm, ())[:1]:
+            make, of = partial(_sampled, trial, task, arm, draw, dose), (made_of(draw), dose, task.hash)
+            found += trial.keep(f"text {arm}", make, of, SAMPLING, trial.settings.seed)
+    return found, ""
+
 
 # %% ../nbs/17_arms.ipynb #131b79f0
-def measured(trial: Trial, arms: dict[str, Arm]) -> tuple[list[Run], dict[str, str]]:
-    "Runs of all arms, then of the experiments on those that are followed, and why others are missing."
+def measured(trial: Trial, arms: dict[str, Arm]) -> tuple[list[Run], dict[str, str], str]:
+    """Runs of all arms, then of the experiments on those that are followed, why other arms are missing, and
+    why sampled text is."""
     runs: list = []
-    missing, placed, dosed = {}, {"base": None}, {}
+    missing, placed, dosed, untold = {}, {"base": None}, {}, ""
     for arm in tqdm(arms.values(), desc="arms", disable=None, leave=False):
         asked = arm.name == "base" or "equal_damage" in trial.experiments
         draws, new = _measure_arm(trial, arm) if asked else ([], [])
@@ -627,4 +713,7 @@ def measured(trial: Trial, arms: dict[str, Arm]) -> tuple[list[Run], dict[str, s
         tasks = _asked_again(trial)
         readouts = partial(_readouts, trial, tasks, dosed)
         runs += trial.keep("readouts", readouts, asked_of, [x.hash for x in tasks])
-    return runs, missing
+    if "text" in trial.experiments:
+        new, untold = _text(trial, runs, dosed)
+        runs += new
+    return runs, missing, untold

@@ -679,8 +679,8 @@ def cmd_generate(
 
     concept-transfer generate --transplant happy.safetensors --prompt "It rained and" --compare"""
     from concept_transfer.data import load_corpus
-    from concept_transfer.steering import generate
-    from concept_transfer.views import ladder, seeded
+    from concept_transfer.steering import generate, seeded
+    from concept_transfer.views import ladder
 
     if bool(prompt) == bool(prompts):
         raise BadParameter("give --prompt TEXT, or --prompts FILE.")

@@ -12,6 +12,7 @@ __all__ = [
     "Capability",
     "OffTarget",
     "Readout",
+    "Sampled",
     "evaluate",
     "evaluate_text",
     "off_target",
@@ -160,6 +161,7 @@ class Evidence(Strict):
     provenance: Provenance
     runs: list[Run]
     missing: dict[Line, Line] = field(default_factory=dict)  # why an arm was not run
+    untold: Line = ""  # why sampled text was not scored
 
     @cached_property
     def arms(self) -> dict[str, ArmResult]:
@@ -357,6 +359,67 @@ def readouts(self: Evidence) -> list[Readout]:
     return [_readout(self.provenance, task, runs) for task, runs in by_task.items() if "base" in runs]
 
 
+# %% ../nbs/18_evidence.ipynb #96540cb1
+def _beside(scores, groups, draws, seed):
+    "Scores of texts (n,) by arm: means, their intervals, and those of the gain over the base model."
+    boot = pd.DataFrame(bootstrap([*scores.values()], groups, draws, seed), columns=[*scores])
+    found = pd.DataFrame({"mean": {k: float(np.mean(x)) for k, x in scores.items()}})
+    found["ci"] = [interval(boot[k]) for k in boot]
+    found["gain_ci"] = [interval(boot[k] - boot.base) if "base" in boot else None for k in boot]
+    return found, boot
+
+
+# %% ../nbs/18_evidence.ipynb #14a1287a
+@dataclass(frozen=True)
+class Sampled:
+    "What a judge says of sampled text, by arm."
+
+    task: str
+    n: int  # beginnings
+    score: dict[str, float]  # mean
+    score_ci: dict[str, list[float]]
+    gain: dict[str, float]  # over the base model
+    gain_ci: dict[str, list[float]]
+    ahead: dict[str, list[float]]  # interval of the transplanted arm's score minus that of another arm
+    labelled: int  # texts, or pairs of them, that the judge was tried on; 0: not known
+    right: Number  # share of these
+    right_ci: Interval
+    chance: Number  # of being right
+
+    @property
+    def follows(self) -> bool:
+        "Whether text moves towards the concept, by a judge that can tell."
+        tells = self.right_ci is None or self.right_ci[0] > self.chance
+        return tells and self.gain_ci["transplanted"][0] > 0
+
+
+# %% ../nbs/18_evidence.ipynb #01342167
+@patch(as_prop=True)
+def text(self: Evidence) -> Sampled | None:
+    "What sampled text shows; None where none was written."
+    runs = self.of("text")
+    labels = [r.answers for r in runs.get("base", ()) if "right" in r.answers]
+    said = {k: r for k, some in runs.items() for r in some if "score" in r.answers}
+    if not {"base", "transplanted"} <= {*said}:
+        return None
+    of, (base, mine) = self.provenance, (said["base"], said["transplanted"])
+    scores = {k: np.array(r.answers["score"]) for k, r in said.items()}
+    found, boot = _beside(scores, base.groups, of.bootstrap, of.seed)
+    right = labels[0]["right"] if labels else []
+    return Sampled(
+        mine.task,
+        len(mine.texts),
+        *(found[k].to_dict() for k in ("mean", "ci")),
+        (found["mean"] - found["mean"].base).to_dict(),
+        found["gain_ci"].to_dict(),
+        {k: interval(boot.transplanted - boot[k]) for k in boot if k not in ("base", "transplanted")},
+        len(right),
+        float(np.mean(right)) if labels else None,
+        list(wilson(int(sum(right)), len(right))) if labels else None,
+        labels[0]["chance"][0] if labels else None,
+    )
+
+
 # %% ../nbs/18_evidence.ipynb #c475ec4d
 @patch(as_prop=True)
 def tests(self: Evidence) -> dict[str, float]:
@@ -395,6 +458,14 @@ def finding(self: Evidence) -> str | None:
     return "word" if max(arms[k].logit_shift for k in words) >= mine.logit_shift_ci[0] else None
 
 
+# %% ../nbs/18_evidence.ipynb #70bdd69b
+@patch(as_prop=True)
+def meaning(self: Evidence) -> str:
+    "The finding in words, and whether sampled text follows."
+    follows = "follows" if self.text and self.text.follows else "is not seen to follow"
+    return MEANINGS[self.finding] + (f"; sampled text {follows}" if self.text else "")
+
+
 # %% ../nbs/18_evidence.ipynb #c2bb2ea2
 @patch
 def steered(self: Evidence, arm: str = "transplanted") -> dict | None:
@@ -415,7 +486,8 @@ def table(self: Evidence) -> pd.DataFrame:
         if r.answers:
             where = {k: getattr(r, k) for k in "experiment arm draw dose strength task".split()}
             groups = r.groups or self.provenance.groups
-            part = pd.DataFrame(where | dict(item=range(len(r.answers["chosen"])), group=groups) | r.answers)
+            n = len(next(iter(r.answers.values())))
+            part = pd.DataFrame(where | dict(item=range(n), group=groups) | r.answers)
             parts.append(part.astype({"strength": float, "dose": float, "group": object}))
     return pd.concat(parts, ignore_index=True)
 
@@ -462,6 +534,17 @@ def _shown(x):
     return "-" if pd.isna(x) else f"{x:.3f}"
 
 
+# %% ../nbs/18_evidence.ipynb #90b9f34e
+@patch
+def __str__(self: Sampled) -> str:
+    arms = [f"{k} {x:+.3f} {_shown(self.gain_ci[k])}" for k, x in self.gain.items() if k != "base"]
+    told = "agreement with labels not known"
+    if self.labelled:
+        right = f"{self.right:.0%} {_shown(self.right_ci)}"
+        told = f"right on {right} of {self.labelled}, by chance {self.chance:.0%}"
+    return f"{self.task}, {self.n} sampled texts, gain over base: {', '.join(arms)} (judge: {told})"
+
+
 # %% ../nbs/18_evidence.ipynb #7dc398a2
 @patch
 def __repr__(self: Evidence) -> str:
@@ -470,7 +553,8 @@ def __repr__(self: Evidence) -> str:
     ran = self.summary[self.summary.reason.isna()].drop(columns="reason").map(_shown)
     missing = [f"{k} not run: {a.reason}" for k, a in self.arms.items() if a.reason]
     head = f"Evidence({of.transplant!r} on {of.task!r}, n={of.n}, {where})"
-    return "\n".join([head, ran.to_string(), *missing, *self.effect.lines])
+    text = [str(self.text)] if self.text else [f"text not sampled: {self.untold}"] if self.untold else []
+    return "\n".join([head, ran.to_string(), *missing, *self.effect.lines, *text])
 
 
 # %% ../nbs/18_evidence.ipynb #036b11dc
@@ -482,6 +566,7 @@ def _repr_html_(self: Evidence) -> Markup:
         arm = ARMS.get(name) or replace(ARMS["base"], words=name)
         rows.append([arm.words, bar(a.choice_rate, a.ci, arm.colour) if a.ci else a.reason, *shown.loc[name]])
     facts = {"task": f"{of.task}, {of.n} items", "layers": of.layers, "tests": "; ".join(self.effect.lines)}
+    facts["sampled text"] = str(self.text or self.untold) or None
     columns = ["arm", "from 0 to 1", "chosen", "logit shift", "KL, nats", *further.values()]
     return card(f"Evidence for {of.transplant}", facts, html_table(columns, rows))
 
@@ -491,7 +576,8 @@ def _repr_html_(self: Evidence) -> Markup:
 def data(self: Evidence) -> dict:
     "The evidence as `evidence.json` holds it."
     parts = {k: getattr(self, k) for k in "runs arms capability off_target readouts".split()}
-    parts["verdict"] = {"kind": self.finding, "text": MEANINGS[self.finding]}
+    parts["verdict"] = {"kind": self.finding, "text": self.meaning}
+    parts["text"] = vars(self.text) if self.text else {"reason": self.untold or None}
     parts["prose"] = {k: _damage_of(self.provenance, runs) for k, runs in self.of("prose").items()}
     parts = plain(vars(self.provenance) | vars(self.effect) | parts)
     return parts | {"digest": data_hash([json.dumps(parts)])}
@@ -516,7 +602,8 @@ def load(cls: Evidence, path: str | Path) -> Evidence:
         changed = d.pop("digest") != data_hash([json.dumps(d)])
         origin = Provenance(**{f.name: d[f.name] for f in fields(Provenance)})
         missing = {k: a["reason"] for k, a in d["arms"].items() if a["reason"]}
-        found = Evidence(origin, [Run(**r) for r in d["runs"]], missing)
+        untold = d.get("text", {}).get("reason") or ""
+        found = Evidence(origin, [Run(**r) for r in d["runs"]], missing, untold)
         odd = {r.arm for r in found.runs} | {*missing} != {*d["arms"]} or origin.n != len(origin.groups)
         if changed or odd or found.table.empty or not found.data:
             raise ValueError("it was changed")
@@ -604,13 +691,9 @@ def evaluate_text(
     "Score of greedy continuations for every arm."
     Settings(seed=seed, bootstrap=draws)  # raises
     texts = {k: written(t, model, task.prompts, tokens) for k, t in arms.items()}
-    found = pd.DataFrame({"texts": texts})
-    found["scores"] = [[float(x) for x in task.score(said)] for said in found.texts]
-    found["mean"] = found.scores.map(np.mean)
-    boot = pd.DataFrame(bootstrap([*found.scores], task.groups, draws, seed), columns=[*arms])
-    found["ci"] = [interval(boot[k]) for k in boot]
-    found["gain_ci"] = [interval(boot[k] - boot.base) if "base" in boot else None for k in boot]
-    return found
+    scores = {k: [float(x) for x in task.score(said)] for k, said in texts.items()}
+    found, _ = _beside(scores, task.groups, draws, seed)
+    return pd.DataFrame({"texts": texts, "scores": scores}).join(found)
 
 
 # %% ../nbs/18_evidence.ipynb #9d0ddec5

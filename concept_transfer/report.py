@@ -15,10 +15,10 @@ import numpy as np
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
-from .arms import ARMS, STARTS, WORD_ARMS, Arm
+from .arms import ARMS, PUSHES, STARTS, WORD_ARMS, Arm
 from .artefacts import whole_file
 from .cards import TEMPLATES, bar
-from .evidence import MEANINGS, ArmResult, Capability, Evidence
+from .evidence import ArmResult, Capability, Evidence
 from .plots import figures, look
 from .suites import SuiteResult
 from .views import MovedItems
@@ -37,17 +37,14 @@ def _chance(e):
 
 
 # %% ../nbs/26_report.ipynb #2148cb89
-_PUSHES = (*WORD_ARMS, "gradient")  # of the word; the gradient is shown and does not decide
-
-
 def _meaning(e):
     "Whether a concept moved or a word, with the readout that decides."
-    said = f" {MEANINGS[e.finding]}."
+    said = f" {e.meaning}."
     if e.finding == "nothing" or not e.readouts or "transplanted" not in e.readouts[-1].shift:
         return said
     last = e.readouts[-1]
     low, high = last.shift_ci["transplanted"]
-    words = [f"{look(k).words} {last.shift[k]:+.2f}" for k in _PUSHES if k in last.shift]
+    words = [f"{look(k).words} {last.shift[k]:+.2f}" for k in PUSHES if k in last.shift]
     beside = f", beside {', '.join(words)}" if words else ""
     shift = f"{last.shift['transplanted']:+.2f} nats ({low:+.2f} to {high:+.2f}){beside}"
     return f"{said} Asked by {last.task!r}, the margin moves by {shift}."
@@ -60,6 +57,23 @@ def _prompted(e):
     return f" A prompt reaches {arm.choice_rate:.0%} at a damage of {arm.kl:.2f}."
 
 
+# %% ../nbs/26_report.ipynb #92d7fd21
+def _told(e):
+    "What sampled text shows."
+    x = e.text
+    if x is None:
+        return f" Sampled text was not scored: {e.untold}." if e.untold else ""
+    score, (low, high) = f"{x.gain['transplanted']:+.2f}", x.gain_ci["transplanted"]
+    others = [f"{look(k).words} {x.gain[k]:+.2f}" for k in x.ahead]
+    told = "how often its judge is right is not known"
+    if x.labelled:
+        told = f"the judge is right on {x.right:.0%} of {x.labelled} labelled texts, by chance {x.chance:.0%}"
+    beside = f", beside {', '.join(others)}" if others else ""
+    moved = f"the score moves by {score} ({low:+.2f} to {high:+.2f}){beside}"
+    return f" In {x.n} sampled texts ({x.task}) {moved}; {told}."
+
+
+# %% ../nbs/26_report.ipynb #254023e8
 def verdict(e: Evidence) -> str:
     "What was found, with its interval: a concept, a word or nothing; or why that cannot be said."
     gain, ci = e.effect.gain, e.effect.gain_ci
@@ -76,7 +90,7 @@ def verdict(e: Evidence) -> str:
         f"{head}: the transplanted concept moves the share of answers that choose the target by "
         f"{100 * gain:+.0f} points (95% interval {100 * low:+.0f} to {100 * high:+.0f}; "
         f"from {e.arms['base'].choice_rate:.0%} to {mine.choice_rate:.0%} of {e.provenance.n} items) "
-        f"at a damage of {mine.kl:.2f} nats a token; {_chance(e)}.{_meaning(e)}{_prompted(e)}"
+        f"at a damage of {mine.kl:.2f} nats a token; {_chance(e)}.{_meaning(e)}{_prompted(e)}{_told(e)}"
     )
 
 
@@ -134,7 +148,7 @@ def _no_word(e):
     "Why it is a concept."
     last = e.readouts[-1]
     low, high = map(_times, last.shift_ci["transplanted"])
-    most = max(last.shift[k] for k in _PUSHES if k in last.shift)
+    most = max(last.shift[k] for k in PUSHES if k in last.shift)
     return (
         f"Asked in other words ({last.n} questions of {last.task!r}), it still multiplies the odds of the "
         f"wanted answer against the others by {_times(last.shift['transplanted'])} ({low} to {high}); "
@@ -309,7 +323,7 @@ def write_report(
         e=e,
         verdict=verdict(e),
         details=details(e),
-        found=MEANINGS[e.finding],
+        found=e.meaning,
         why=_WHY[e.finding](e),
         in_words=_in_words(e),
         advice=advice(e),
@@ -318,6 +332,7 @@ def write_report(
         items=items,
         anchors=mine.kl and anchors and {_WAYS["transplanted"]: mine.kl} | anchors,
         likened=mine.kl and anchors and _likened(e, anchors),
+        told=_told(e),
         elsewhere=[*_elsewhere(e)],
         views={k: x for k, x in pictures.items() if not isinstance(x, Figure)},
         figures={k: x for k, x in pictures.items() if isinstance(x, Figure)},

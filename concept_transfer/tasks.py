@@ -12,6 +12,7 @@ __all__ = [
     "repetition",
     "SCORERS",
     "RULES",
+    "JUDGES",
     "TASKS",
     "Task",
     "ChoiceItem",
@@ -23,6 +24,7 @@ __all__ = [
     "GenerationItem",
     "GenerationTask",
     "generation_task",
+    "Judge",
     "load_task",
 ]
 
@@ -35,6 +37,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from functools import cache, partial
+from os.path import commonprefix
 from pathlib import Path
 from textwrap import shorten
 from typing import Any, ClassVar, Literal, NamedTuple, Self
@@ -242,6 +245,25 @@ def _behaviour(concept, split):
     rows = [r for r in builtin_rows("behaviours", split) if r["concept"] == concept]
     items = _two_ways([r[k] for k in "prompt target other group".split()] for r in rows)
     return ChoiceTask(f"behaviours/{concept}", items, f"{BEHAVIOURS[concept]}\n\n")
+
+
+# %% ../nbs/02_tasks.ipynb #217c4d9c
+def _in_a_word(concept, split):
+    "What comes next, to be said in a word: the concept's own or its opposite."
+    (w,) = [r for r in builtin_rows("words") if r["concept"] == concept]
+    asked = "{}\n\nIn one word, the way this goes on is"
+    prompts = _behaviour(concept, split).prompts
+    return choice_task(prompts, (w["word"], w["opposite"]), w["word"], f"words/{concept}", asked)
+
+
+# %% ../nbs/02_tasks.ipynb #9393ed95
+def _unsaid(concept, split):
+    "A behaviour without items in whose answers a word for it stands, its opposite, or a longer one."
+    (w,) = [r for r in builtin_rows("words") if r["concept"] == concept]
+    said = re.compile(rf"(?i)\b(?:{'|'.join([w['word'], w['opposite'], *w['others']])})")
+    task = _behaviour(concept, split)
+    items = [i for i in task.items if not said.search(" ".join(i.choices))]
+    return replace(task, name=f"wordless/{concept}/{split}", items=items)
 
 
 # %% ../nbs/02_tasks.ipynb #5a16a30e
@@ -569,12 +591,184 @@ def _instructions(split):
     return GenerationTask("instructions", items)
 
 
+# %% ../nbs/02_tasks.ipynb #7bac9717
+@dataclass(frozen=True, repr=False)
+class Judge(Scorer):
+    "A scorer of a concept in free text, and whether it was right on labelled texts that it has not read."
+
+    chance: float = 0.5  # of being right by guessing
+    right: Callable[[], Sequence[bool]] = tuple  # for every labelled text, or pair of texts
+
+    def __call__(self, text, **given):
+        x = super().__call__(text, **given)
+        return min(x, 0.0) if not split_words(text) or repetition(text, n=3) > 0.2 else x
+
+
+# %% ../nbs/02_tasks.ipynb #a9780c3a
+def _classifier(texts, labels):
+    "A classifier by words and runs of letters."
+    from sklearn.feature_extraction.text import TfidfVectorizer
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline, make_union
+
+    grams = make_union(
+        TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True),
+        TfidfVectorizer(analyzer="char_wb", ngram_range=(2, 5), sublinear_tf=True),
+    )
+    return make_pipeline(grams, LogisticRegression(C=20, max_iter=2000)).fit(texts, labels)
+
+
+# %% ../nbs/02_tasks.ipynb #8d865e38
+_STEMS = re.compile(
+    r"(?i)\w*(happ[iy]|joy|delight|glad|elat|bliss|\bsad|sorrow|grie[fv]|miser|gloom|heartache|\bang(?:er|r)"
+    r"|\brage|fur[iy]|wrath|outrag|irritat|fear|afraid|scar[ey]|terr[io][fr]|dread|panic|fright|alarm"
+    r"|disgust|revuls|revolt|repuls|repell|distast|nause|loath|surpris|astonish|amaz|\bwonder|bewilder"
+    r"|disbelie)\w*"
+)
+
+
+# %% ../nbs/02_tasks.ipynb #cadf83ae
+def _masked(text):
+    "A text without the names of emotions, and words of their stems."
+    return " ".join(_STEMS.sub(" ", text).split())
+
+
+@cache
+def _emotions_told():
+    "A classifier of emotions and of none, and whether it is right on texts that it has not read."
+    (x, y), (new, labels) = (
+        ([_masked(r["text"]) for r in rows], [r["label"] for r in rows])
+        for rows in (builtin_rows("judged", k) for k in ("fit", "check"))
+    )
+    found = _classifier(x, y)
+    return found, (found.predict(new) == labels).tolist()
+
+
+# %% ../nbs/02_tasks.ipynb #387a1455
+def _felt(emotion, text):
+    found, _ = _emotions_told()
+    return found.predict_proba([_masked(text)])[0, list(found.classes_).index(emotion)]
+
+
+# %% ../nbs/02_tasks.ipynb #a4fd188c
+_POLITE = re.compile(
+    r"(?i)\b(?:please|thank\w*|sorry|excuse me|pardon|kindly|grateful|appreciat\w+|apologi\w+|welcome|sir"
+    r"|madam|(?:would|could|may|might|can) (?:you|I|we))\b"
+)
+_RUDE = re.compile(
+    r"(?i)\b(?:shut up|idiots?|stupid|fools?|lazy|hell|damn\w*|get out|get lost|hurry up|move over|go away"
+    r"|sick of|oi|ugh|snapped|sneered|shoved|swore|rolled (?:his|her) eyes|who cares|mind your own)\b"
+)
+_INFORMAL = re.compile(
+    r"(?i)\b(?:hey|hi|hiya|yeah|yep|nope|gonna|wanna|gotta|kinda|guys?|mate|folks|stuff|cool|super|awesome"
+    r"|loads|tons|bunch|cheers|oops|aw|wow|ok|okay|thanks|kids?|bit|so yeah|no probs)\b"
+    r"|['’](?:s|ll|ve|re|d|m|t)\b|!"
+)
+
+
+# %% ../nbs/02_tasks.ipynb #079c5618
+def _formal(text):
+    words = split_words(text) or [""]
+    return np.mean([len(w) for w in words]) - 10 * len(_INFORMAL.findall(text)) / len(words)
+
+
+# %% ../nbs/02_tasks.ipynb #84d07a0b
+def _brief(text):
+    first, *_ = re.split(r"(?<=[.!?])\s|\n", text.strip())
+    return -np.log(max(len(split_words(first)), 1))
+
+
+# %% ../nbs/02_tasks.ipynb #579bd536
+def _twins(concept, *splits):
+    "Both texts of hand-written pairs, without the beginning that they share."
+    for split in splits:
+        p = load_pairs(concept, split)
+        for both in zip(p.positive, p.negative, strict=True):
+            begun = len(commonprefix(both).rpartition(" ")[0])
+            yield [x[begun:].strip() for x in both]
+
+
+# %% ../nbs/02_tasks.ipynb #1f6a083b
+@cache
+def _refusals():
+    both = [*_twins("refusal", "fit")]
+    return _classifier(sum(both, []), [True, False] * len(both))
+
+
+_COUNTED: dict[str, tuple[str, Callable]] = {
+    "politeness": ("polite less rude phrases", lambda x: len(_POLITE.findall(x)) - len(_RUDE.findall(x))),
+    "formality": ("letters a word, less ten times the share of informal words", _formal),
+    "sentiment": ("VADER's compound score", sentiment),
+    "refusal": ("probability by words and letters", lambda x: _refusals().predict_proba([x])[0, 1]),
+    "french": ("probability by lingua", language),
+    "brevity": ("minus the log of the words to the end of the first sentence", _brief),
+}
+
+
+# %% ../nbs/02_tasks.ipynb #1811f493
+@cache
+def _on_twins(concept):  # -> (pairs, 2)
+    "Scores of hand-written texts with the concept, and without."
+    _, score = _COUNTED[concept]
+    return np.array([[score(x) for x in both] for both in _twins(concept, "tune", "test")])
+
+
+def _scaled(concept, text):
+    "A score on the scale of hand-written texts."
+    high, low = _on_twins(concept).mean(0)
+    return (_COUNTED[concept][1](text) - low) / (high - low)
+
+
+def _apart(concept):
+    "Whether the text with the concept is set above its twin."
+    return (_on_twins(concept)[:, 0] > _on_twins(concept)[:, 1]).tolist()
+
+
+# %% ../nbs/02_tasks.ipynb #9eb50d38
+JUDGES = {
+    **{
+        e: Judge(
+            e,
+            f"probability of {e}, of six emotions and none, by words and letters; their names are masked",
+            partial(_felt, e),
+            chance=1 / 7,
+            right=lambda: _emotions_told()[1],
+        )
+        for e in EMOTIONS
+    },
+    **{
+        b: Judge(
+            b,
+            f"{words}; 0 as texts without {b}, 1 as texts with it",
+            partial(_scaled, b),
+            right=partial(_apart, b),
+        )
+        for b, (words, _) in _COUNTED.items()
+    },
+}
+
+
+# %% ../nbs/02_tasks.ipynb #1cb1f1dd
+def _free(concept, split):
+    "Beginnings without the concept, to be gone on from freely, and its judge; to refuse needs a request."
+    split = "tune" if split == "tune" else "fresh"
+    rows = [(r["prompt"], r["group"]) for r in builtin_rows("openings", split)]
+    if concept == "refusal":  # benign: what need not be refused
+        twins = (r for r in builtin_rows("twins", split) if r["kind"] == "benign")
+        rows = [(f"User: {r['prompt']}\nAssistant:", r["group"]) for r in twins]
+    prompts, groups = zip(*rows, strict=True)
+    return generation_task(f"text/{concept}", prompts, JUDGES[concept], groups)
+
+
 # %% ../nbs/02_tasks.ipynb #0e96b4c5
 TASKS: dict[str, Callable] = {
     **{f"emotions/{e}": partial(_emotion, e) for e in EMOTIONS},
     **{f"synonyms/{e}": partial(_synonyms, e) for e in EMOTIONS},
     **{f"wordless/{e}": partial(_wordless, e) for e in EMOTIONS},
     **{f"behaviours/{b}": partial(_behaviour, b) for b in BEHAVIOURS},
+    **{f"words/{b}": partial(_in_a_word, b) for b in BEHAVIOURS},
+    **{f"wordless/{b}": partial(_unsaid, b) for b in BEHAVIOURS},
+    **{f"text/{c}": partial(_free, c) for c in JUDGES},
     "emotions": _emotions,
     "cloze": _cloze,
     "truthfulness": _truthfulness,

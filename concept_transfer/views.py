@@ -9,7 +9,6 @@ __all__ = [
     "DECODING",
     "TEMPERATURES",
     "Rung",
-    "seeded",
     "Ladder",
     "ladder",
     "pushes",
@@ -38,8 +37,7 @@ __all__ = [
 
 # %% ../nbs/25_views.ipynb #8757aec2
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from difflib import SequenceMatcher
 from functools import partial
@@ -71,7 +69,7 @@ from .models import model_info
 from .moments import strict
 from .plots import canvas, numbered
 from .stats import auc
-from .steering import Transplant, adding, joined, residual_norm
+from .steering import Transplant, adding, joined, residual_norm, seeded
 from .tasks import ChoiceTask
 
 # %% ../nbs/25_views.ipynb #f2b5c100
@@ -210,15 +208,6 @@ PROMPTS = (
 RUNGS = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0)
 DECODING = {"repetition_penalty": 1.2, "max_new_tokens": 40}
 _SHOWN = 1.0  # standard deviations further along than the base model's text
-
-
-# %% ../nbs/25_views.ipynb #ee4bc086
-@contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    "Within: random numbers of this seed, on this machine; the others go on behind it as if nothing had been."
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        yield
 
 
 # %% ../nbs/25_views.ipynb #9127fe00

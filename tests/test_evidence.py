@@ -4,19 +4,32 @@ import json
 import shutil
 import warnings
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 
 from concept_transfer import arms as module
-from concept_transfer.arms import ARMS, Arm, Run, Settings, Unsteered, Words, few_shot
+from concept_transfer.arms import (
+    ARMS,
+    PUSHES,
+    Arm,
+    Run,
+    Settings,
+    Trial,
+    Unsteered,
+    Words,
+    few_shot,
+    readouts_of,
+)
 from concept_transfer.concepts import extract_concept
 from concept_transfer.data import (
     EMOTION_PROMPT,
     EMOTIONS,
     ContrastPairs,
     Corpus,
+    builtin_rows,
     data_hash,
     load_corpus,
     load_pairs,
@@ -27,8 +40,8 @@ from concept_transfer.measure import METRICS, Bench, Metric, word_direction
 from concept_transfer.models import tiny_model, twin
 from concept_transfer.report import verdict, write_report
 from concept_transfer.selection import choose
-from concept_transfer.steering import place
-from concept_transfer.tasks import ChoiceItem, ChoiceTask, generation_task, load_task
+from concept_transfer.steering import generate, place, seeded
+from concept_transfer.tasks import BEHAVIOURS, ChoiceItem, ChoiceTask, Judge, generation_task, load_task
 
 PAIRS = load_pairs("emotions/happiness")
 NEUTRAL = Corpus("neutral", load_corpus("neutral").texts[:48])
@@ -860,3 +873,141 @@ def test_settings_arms_and_experiments_are_honoured_or_refused(pair, task):
 def test_entries_show_name_and_words():
     for entry in (ARMS["random"], METRICS["margin"]):
         assert repr(entry) == f"{type(entry).__name__}({entry.name!r}: {entry.words})"
+
+
+# sampled text
+
+
+BEGUN = ("It rained", "The letter said", "On the way home", "At noon the bell")
+
+
+def judge(right, score=len):
+    "A judge that was right on so many of twenty."
+    return Judge("mine", "length", score, right=lambda: [True] * right + [False] * (20 - right))
+
+
+def texts_of(pair, few, path=None, experiments=("equal_damage", "text"), scorer=len, **settings):
+    task = generation_task("free", BEGUN, scorer)
+    some = {k: ARMS[k] for k in ("base", "transplanted", *PUSHES, "random", "prompt")}
+    chosen = Settings(**({"damage": 0.5, "bootstrap": 500, "random": 0, "text": task} | settings))
+    return evaluate(pair[2], few, NEUTRAL, some, experiments, chosen, path)
+
+
+def test_all_arms_go_on_from_the_same_beginnings_with_the_same_seed(pair, two_words):
+    e, few = texts_of(pair, two_words.take(8)), two_words.take(8)
+    said = {r.arm: r for (r,) in e.of("text").values()}
+    (word,) = {*said} - {"base", "transplanted", "prompt"}
+    assert word in PUSHES and e.text.n == 4 and e.text.gain["base"] == 0
+    options = dict(max_new_tokens=30, do_sample=True, temperature=1.0, top_k=0)
+    before = torch.random.get_rng_state()
+    for arm, t in ("base", None), ("transplanted", replace(pair[2], dose=said["transplanted"].dose)):
+        with seeded(0):
+            assert said[arm].texts == (t.generate if t else partial(generate, pair[1]))(BEGUN, **options)
+        assert said[arm].answers["score"] == [len(x) for x in said[arm].texts]
+    with seeded(0):
+        assert said["prompt"].texts == generate(pair[1], [few.instruction + x for x in BEGUN], **options)
+    other = texts_of(pair, few, seed=1).of("text")["base"][0]
+    assert other.texts != said["base"].texts and (torch.random.get_rng_state() == before).all()
+
+
+def test_text_changes_no_other_number_and_is_kept(pair, few, tmp_path, monkeypatch):
+    plain = texts_of(pair, few, tmp_path / "arms", EQUAL, random=2)
+    e = texts_of(pair, few, tmp_path / "arms", random=2)
+    assert [r for r in e.runs if r.experiment != "text"] == plain.runs and plain.text is None
+    assert (e.table[e.table.experiment == "text"].groupby("arm").size() == len(BEGUN)).all()
+    monkeypatch.setattr(module, "written", None)
+    assert texts_of(pair, few, tmp_path / "arms", random=2) == e
+    e.save(tmp_path / "e.json")
+    assert Evidence.load(tmp_path / "e.json") == e
+    data = json.loads((tmp_path / "e.json").read_text())["text"]
+    assert data["n"] == 4 and data["labelled"] == 0 and data["gain"]["base"] == 0
+
+
+def test_text_is_left_out_with_a_reason(pair, few, tmp_path, monkeypatch):
+    def gone(text):
+        raise ImportError(name="lingua")
+
+    lost = Judge("mine", "words", gone, right=lambda: [lost("a") > 0])
+    for wanted, settings in (
+        ("no scorer of 'planted'", dict(text=None)),
+        ("needs lingua", dict(scorer=lost)),
+    ):
+        e = texts_of(pair, few, **settings)
+        assert wanted in e.untold and wanted in repr(e) and wanted in verdict(e) and not e.of("text")
+        e.save(tmp_path / "e.json")
+        assert Evidence.load(tmp_path / "e.json") == e and wanted in e.data["text"]["reason"]
+    assert "equal damage" in texts_of(pair, few, experiments=("text",)).untold
+
+
+def told(of, gains, right=18):
+    "Evidence of sampled text with these gains over the base model."
+    groups = [str(i) for i in range(len(gains))]
+    runs = [Run("base", "text", answers=dict(right=[1] * right + [0] * (20 - right), chance=[0.5] * 20))]
+    runs = [replace(runs[0], groups=[str(i) for i in range(20)])]
+    for arm, score in ("base", gains * 0), ("transplanted", gains):
+        runs.append(
+            Run(arm, "text", answers=dict(score=score.tolist()), groups=groups, texts=["x"] * len(gains))
+        )
+    return Evidence(replace(of, bootstrap=200), runs)
+
+
+def test_text_follows_where_the_gain_is_clear_and_the_judge_can_tell(plain):
+    gains = np.linspace(0, 0.2, 24)
+    assert told(plain, gains).text.follows and not told(plain, -gains).text.follows
+    assert not told(plain, gains, right=12).text.follows  # of 20, where guessing gives 10
+    assert told(plain, gains).text.right == 0.9
+    big, word = dict(task=2, readout=2), dict(task=2, readout=0)
+    e = planted(plain, np.random.default_rng(0), big, word, 0.3)
+    for sign, said in (1, "text follows"), (-1, "text is not seen to follow"):
+        both = replace(e, runs=e.runs + told(plain, sign * gains).runs)
+        assert both.data["verdict"] == {"kind": "concept", "text": f"It is a concept; sampled {said}"}
+
+
+def test_text_without_a_gain_rarely_follows(plain):
+    rng = np.random.default_rng(0)
+    skewed = rng.exponential(1, (200, 24, 2)) @ [1, -1]  # scores of two draws of the same
+    assert sum(told(plain, x).text.follows for x in skewed) <= 10  # 5 %
+
+
+def test_text_is_told_with_its_judge(pair, few, tmp_path):
+    e = texts_of(pair, few, scorer=judge(18))
+    assert "right on 90% of 20 labelled texts, by chance 50%" in verdict(e) and "right on 90%" in repr(e)
+    write_report(e, tmp_path / "r.html", {})
+    page = (tmp_path / "r.html").read_text(encoding="utf-8")
+    assert "sampled and scored" in page and "right on 90%" in page and "free, 4 sampled" in e._repr_html_()
+    assert "is not known" in verdict(texts_of(pair, few))
+
+
+# behaviours
+
+
+@pytest.mark.parametrize("b", BEHAVIOURS)
+def test_a_behaviour_is_read_out_on_items_that_neither_ask_nor_tune_nor_say_the_word(b):
+    parts = {s: load_task(f"behaviours/{b}", s) for s in ("tune", "test", "fresh")}
+    (row,) = [r for r in builtin_rows("words") if r["concept"] == b]
+    for task, tuned in (("test", ()), ("test", parts["tune"].prompts), ("tune", ()), ("fresh", ())):
+        read = [data_hash([x]) for x in tuned]
+        (readout,) = readouts_of(parts[task], read)
+        split = readout.name.removeprefix(f"wordless/{b}/")
+        assert {*readout.items} <= {*parts[split].items} and len(readout) >= 10
+        assert not {*readout.prompts} & {*parts[task].prompts, *tuned}
+        for i in readout.items:
+            assert not [
+                w for w in (row["word"], row["opposite"], *row["others"]) if f" {w} " in " ".join(i.choices)
+            ]
+    assert [x.name for x in readouts_of(load_task("emotions/fear"))] == ["synonyms/fear", "wordless/fear"]
+
+
+@pytest.mark.slow
+def test_a_behaviour_has_arms_that_push_its_word(pair):
+    t, task = pair[2], load_task("behaviours/honesty").take(8)
+    settings = Settings(random=0, damage=0.5, bootstrap=50)
+    e = evaluate(t, task, NEUTRAL, experiments=("equal_damage", "readouts", "text"), settings=settings)
+    (readout,) = e.readouts
+    assert readout.task == "wordless/honesty/tune" and {"unembedding", "gradient", "logit_bias"} <= {
+        *readout.ahead
+    }
+    asked_for = word_direction(pair[1], load_task("words/honesty", "tune"))
+    (arm,) = ARMS["unembedding"].make(Trial(Bench(pair[1], 2, task, NEUTRAL, 0.5), t, {}))
+    assert torch.cosine_similarity(arm.direction, asked_for, dim=0) > 0.999
+    assert "no scorer of 'behaviours/honesty'" in e.untold

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from concept_transfer.data import ContrastPairs, builtin_rows, lint, overlap, split_words
-from concept_transfer.stats import auc
+from concept_transfer.stats import auc, wilson
 from concept_transfer.tasks import (
+    JUDGES,
     RULES,
     SCORERS,
     TASKS,
@@ -416,3 +417,34 @@ def test_choices_beside_a_built_in_task_are_refused():
 def test_as_many_texts_as_prompts_are_scored():
     with pytest.raises(ValueError, match="2 texts for the 1 prompts"):
         generation_task("loud", ["It rained"], len).score(["a", "b"])
+
+
+# judges of free text
+
+
+@pytest.mark.parametrize("concept", JUDGES)
+def test_a_judge_tells_labelled_texts_apart_and_knows_empty_and_stuck_ones(concept):
+    judge = JUDGES[concept]
+    right = judge.right()
+    assert wilson(sum(right), len(right))[0] > judge.chance
+    assert judge("") <= 0 and judge("Je suis so happy, please, " * 6) <= 0
+
+
+def test_a_judge_of_emotions_does_not_hear_their_names():
+    told = JUDGES["fear"]("ran back into the house and locked the door, her heart pounding.")
+    for word in ("happy", "joyful", "terrified", "disgusting"):
+        assert JUDGES["fear"](
+            f"ran back, {word}, into the house and locked the door, her heart pounding."
+        ) == (
+            pytest.approx(
+                JUDGES["fear"]("ran back, , into the house and locked the door, her heart pounding.")
+            )
+        )
+    assert told > 0.3
+
+
+def test_free_text_is_begun_without_what_studies_keep():
+    begun = {c: load_task(f"text/{c}", "tune") for c in JUDGES}
+    kept = [r["prompt"] for name in ("openings", "twins") for r in builtin_rows(name, "fresh")]
+    assert not [x for task in begun.values() for x in task.prompts for k in kept if k in x]
+    assert {len(task) for c, task in begun.items() if c != "refusal"} == {24} and len(begun["refusal"]) == 16
