@@ -61,7 +61,7 @@ from concept_transfer.measure import (
     word_tokens,
 )
 from .models import model_info
-from .moments import Listed, Strict
+from .moments import Listed, Strict, strict
 from .steering import Transplant, generate, joined, place
 from .tasks import BEHAVIOURS, TASKS, ChoiceTask, Task, load_task
 
@@ -535,6 +535,7 @@ def _behaviours(trial):
 
 
 # %% ../nbs/17_arms.ipynb #47c5af7d
+@strict
 def written(
     t: Transplant | None, model: TransformersModel, prompts: Sequence[str], tokens: int = 30
 ) -> list[str]:
@@ -550,6 +551,7 @@ def _texts(trial, placed):
 
 
 # %% ../nbs/17_arms.ipynb #889e9efb
+@strict
 def readouts_of(task: ChoiceTask) -> list[Task]:
     """The built-in tasks in which the concept of a built-in task should show too. Of wordless endings
     the half for tuning: the other is for studies, which read it once."""

@@ -450,6 +450,7 @@ def word_alone(e: Evidence) -> str:
 
 
 # %% ../nbs/25_views.ipynb #b05a1d19
+@strict
 def direction_words(
     t: Transplant,
     concept: Concept | None = None,  # with `source`: for the row of the source
@@ -498,6 +499,7 @@ class Along(_View):
 
 
 # %% ../nbs/25_views.ipynb #ef1c9a8c
+@strict
 def nearest_concepts(
     t: Transplant,
     names: Sequence[str] = PAIRS,  # built-in pairs, read by the target
@@ -511,6 +513,7 @@ def nearest_concepts(
 
 
 # %% ../nbs/25_views.ipynb #7138a103
+@strict
 def farthest_texts(
     t: Transplant,
     texts: Sequence[str],
@@ -678,6 +681,7 @@ def show(self: MovedItems) -> Figure:
 
 
 # %% ../nbs/25_views.ipynb #04203394
+@strict
 def moved_items(
     t: Transplant,
     task: ChoiceTask,
@@ -698,6 +702,7 @@ def _warmed(logits, base, extra):  # (temperatures, b, keep)
     return torch.stack([(logp.exp() * (logp - (logp / x).log_softmax(-1))).sum(-1) for x in TEMPERATURES])
 
 
+@strict
 def damage_anchors(
     model: TransformersModel,
     neutral: Corpus | None = None,  # default: as of `Bench`
@@ -775,6 +780,7 @@ def show(self: Separation) -> Figure:
 
 
 # %% ../nbs/25_views.ipynb #5a4d3cf3
+@strict
 def separation(
     t: Transplant,
     pairs: ContrastPairs,  # that did not make the direction
@@ -811,6 +817,7 @@ class LayerScores(_View):
 
 
 # %% ../nbs/25_views.ipynb #16c48d67
+@strict
 def layer_scores(
     maps: LayerGrid,
     concept: Concept,
@@ -886,6 +893,7 @@ class Compared(_View):
 
 
 # %% ../nbs/25_views.ipynb #008e2b4b
+@strict
 def compare_concepts(
     concepts: Sequence[Concept],  # of the map's source
     map: AffineMap,
@@ -918,6 +926,7 @@ class Together(_View):
 
 
 # %% ../nbs/25_views.ipynb #4d2f6672
+@strict
 def together(
     one: Transplant,
     other: Transplant,  # at the same layers
