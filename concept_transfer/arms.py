@@ -65,7 +65,7 @@ from concept_transfer.measure import (
     word_tokens,
 )
 from .models import model_info
-from .moments import Listed, Strict
+from .moments import Listed, Strict, strict
 from .steering import Transplant, generate, joined, place, seeded
 from .tasks import BEHAVIOURS, TASKS, ChoiceTask, GenerationTask, Judge, Task, load_task
 
@@ -556,6 +556,7 @@ def _behaviours(trial):
 
 
 # %% ../nbs/17_arms.ipynb #47c5af7d
+@strict
 def written(
     draw: Any,  # of an arm: a transplant, words or raised tokens; else the model writes as it is
     model: TransformersModel,
@@ -580,6 +581,7 @@ def _texts(trial, placed):
 
 
 # %% ../nbs/17_arms.ipynb #889e9efb
+@strict
 def readouts_of(task: ChoiceTask, read: Sequence[str] = ()) -> list[Task]:
     """The built-in tasks in which the concept of a built-in task should show too. Without words: the first of
     tune, test and fresh with ten items or more that shares none with the task, or with those of the hashes

@@ -380,8 +380,8 @@ def _check_values(x):
             raise ValueError(f"{k!r}: a tensor of {dtypes[0]} is needed, found {getattr(v, 'dtype', v)}.")
         if not (v.sum().isfinite() or (v.isfinite() if k not in x.endless else ~v.isnan()).all()):
             raise ValueError(f"{k!r}: holds numbers that are not finite.")
-        if "direction" in k and not v.any(-1).all():
-            raise ValueError(f"{k!r}: a direction of zeros points nowhere.")
+        if "direction" in k and not ((size := v.float().norm(dim=-1)).isfinite() & (size > 0)).all():
+            raise ValueError(f"{k!r}: a direction is zero, or too long for float32: it points nowhere.")
     rest = {f.name: getattr(x, f.name) for f in fields(x) if f.compare and f.name not in {*tensors, *x.apart}}
     vars(x).update(_valid(others.validate_json, json.dumps(rest, default=_listed)))
 

@@ -22,19 +22,29 @@ __all__ = [
 # %% ../nbs/11_concepts.ipynb #ed2c1113
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from fastcore.basics import patch
 from nnsight import TransformersModel
-from pydantic import InstanceOf
+from pydantic import InstanceOf, PositiveInt
 from torch import Tensor
 
 from .artefacts import Artefact, Count, Journal, Layers, Score, Template, fingerprint
 from .cards import Entry, card, sparkline
 from .data import ContrastPairs, checked, data_hash, fill
-from .engine import OPEN, encode, engine, layer_numbers, refuse_empty, start_mark, stream
+from concept_transfer.engine import (
+    OPEN,
+    answered,
+    encode,
+    engine,
+    layer_numbers,
+    refuse_empty,
+    start_mark,
+    stream,
+)
 from .models import ModelInfo, model_info
 from .stats import auc, scenario_folds
 
@@ -117,6 +127,16 @@ def position_name(
     return rule.name
 
 
+# %% ../nbs/11_concepts.ipynb #0eca123c
+def _own(rule, h):  # states of one text (t, L, d)
+    "What a rule reads of them. Raises ValueError where that is not finite numbers."
+    what = f"position {rule.name!r}"
+    got = answered(rule.read(h), h, what)
+    if not got.isfinite().all():
+        raise ValueError(f"{what} gives numbers that are not finite for a text of {len(h)} tokens.")
+    return got
+
+
 # %% ../nbs/11_concepts.ipynb #24e24970
 def activations(
     model: TransformersModel,
@@ -130,6 +150,7 @@ def activations(
     Raises ValueError for empty texts and for states that are not finite."""
     rule, numbers, ids = position_rule(position, "read"), layer_numbers(model, layers), encode(model, texts)
     refuse_empty(texts, ids, start_mark(model))
+    batch_tokens = checked(batch_tokens, PositiveInt, "batch_tokens", strict=False)
     if path:
         position_name(rule, "read")
         if OPEN.get():
@@ -142,7 +163,7 @@ def activations(
     for rows, states in stream(model, left, numbers, batch_tokens, take=rule.take, numbers=todo):
         H = torch.stack(states, -2).float()  # (r, L, d) text after text, or (b, L, d) where one was taken
         sizes = [len(left[j]) for j in rows]
-        got = H if rule.take else map(rule.read, H.split(sizes))  # type: ignore[arg-type]
+        got = H if rule.take else map(partial(_own, rule), H.split(sizes))
         kept.keep({marks[todo[j]]: h.cpu().clone() for j, h in zip(rows, got, strict=True)})
     out = [kept.done[k] for k in marks]
     size = len(numbers), model_info(model).width
@@ -188,7 +209,9 @@ REDUCERS: dict = {"mean_difference": mean_difference, "pca": pca, "logistic": lo
 # %% ../nbs/11_concepts.ipynb #79208b21
 def _directions(P, N, reducer):  # (n, L, d), (m, L, d) -> (L, d)
     "A direction for each layer."
-    return torch.stack([*map(reducer, P.unbind(1), N.unbind(1))])
+    what = f"reducer {getattr(reducer, '__name__', 'custom')!r}"
+    found = map(reducer, P.unbind(1), N.unbind(1))
+    return torch.stack([answered(v, P, what, P.shape[-1:]) for v in found])
 
 
 def held_out_auc(
@@ -284,7 +307,7 @@ def extract_concept(
 ) -> Concept:
     """The concept that `pairs` show, at every layer, with its AUC on held-out scenarios (five folds).
     Raises ValueError for sides that read the same, and for a position that gives several states a text."""
-    make = REDUCERS.get(reducer, reducer)
+    make = REDUCERS.get(reducer, reducer) if isinstance(reducer, str) else reducer
     if not callable(make):
         raise ValueError(
             f"reducer {reducer!r}: use {', '.join(REDUCERS)}, or a function of (n, d) and (m, d)."

@@ -13,6 +13,7 @@ __all__ = [
     "parse_json",
     "checked",
     "read_file",
+    "refuse_slips",
     "nearest",
     "find_file",
     "open_data",
@@ -169,6 +170,19 @@ def read_file(path: Path) -> Any:
     return _table(text, path, "\t" if form == "tsv" else max(",;\t", key=header.count))
 
 
+# %% ../nbs/01_data.ipynb #37436c26
+def refuse_slips(
+    found: Iterable[str],  # names
+    known: Iterable[str],
+    path: Path,  # of the file, for the error
+):
+    "Raise ValueError for a name that is nearly one that is missing: what it holds would be left out."
+    missing = [k for k in known if k not in found]
+    for name in {*found} - {*known}:
+        if near := get_close_matches(str(name).lower(), missing, 1, 0.81):
+            raise ValueError(f"{path}: {name!r} is not known here. Did you mean {near[0]!r}?")
+
+
 # %% ../nbs/01_data.ipynb #51e6f592
 def nearest(
     name: Any,
@@ -209,7 +223,8 @@ def open_data(
 ) -> tuple[Path, Any]:
     "Where data stands, and what is there."
     if not isinstance(ref, (str, Path)) and isinstance(ref, Iterable) and getattr(ref, "ndim", True):
-        return Path("data"), ref if isinstance(ref, (dict, pd.DataFrame)) else list(ref)
+        whole = isinstance(ref, (dict, pd.DataFrame))
+        return Path("data"), ref if whole else list(ref if hasattr(ref, "ndim") else as_tuple(ref, "data"))
     path = find_file(ref, known)
     return path, read_file(path)
 
@@ -255,14 +270,15 @@ def emotion_scenes(
 def as_tuple(items: Iterable, what: str) -> tuple:
     "The items. Raises ValueError for what only looks like a list: one text, a table, a dict."
     several = isinstance(items, Iterable) and getattr(items, "ndim", 1) == 1
-    if not several or isinstance(items, (str, bytes, dict, set)):
+    if not several or isinstance(items, (str, bytes, dict, set, frozenset)):
         raise ValueError(f"{what}: a list is needed here, not {type(items).__name__} {short_repr(items)}.")
     return tuple(items)
 
 
 def data_hash(texts: Iterable[str]) -> str:  # 16 hex digits
     "Fingerprint of a list of texts, kept with everything that was made from them."
-    escaped = [t.replace("\1", "\1\1").replace("\0", "\1\2") or "\1" for t in as_tuple(texts, "texts")]
+    texts = checked(as_tuple(texts, "texts"), tuple[str, ...], "texts")
+    escaped = [t.replace("\1", "\1\1").replace("\0", "\1\2") or "\1" for t in texts]
     return sha256("\0".join(escaped).encode()).hexdigest()[:16]
 
 
@@ -308,13 +324,16 @@ def fill(template: str, texts: Iterable[str]) -> list[str]:
 
 
 # %% ../nbs/01_data.ipynb #219f8eef
+_NONE = re.compile(r"(?i)\s*(none|null|nan|nat?|n/a|<na>)?\s*")
+
+
 def scenarios(
     groups: Iterable,
     rows: Iterable[int],  # number of the row of each
 ) -> tuple[str, ...]:
     "Scenarios as text. Where one is missing, the row is its own."
     named = zip(map(str, groups), rows, strict=True)
-    return tuple(f"row {i}" if re.fullmatch(r"(?i)\s*(none|nan|<na>)?\s*", g) else g for g, i in named)
+    return tuple(f"row {i}" if _NONE.fullmatch(g) else g for g, i in named)
 
 
 # %% ../nbs/01_data.ipynb #8dc1798f
@@ -393,6 +412,7 @@ def _read_pairs(path, found):
     "Pairs by what the data looks like."
     match found:
         case {"positive": [*p], "negative": [*n]} | {"pos": [*p], "neg": [*n]} if not _OF_ROWS & {*found}:
+            refuse_slips(found, ("template", *_OF_ROWS), path)
             return ContrastPairs(path.stem, p, n, template=found.get("template", "{}"))
     table = as_table(found, path)
     columns = ("text", "text") if {"text", "label"} <= {*table} else _SIDES
@@ -402,6 +422,7 @@ def _read_pairs(path, found):
             "and 'rejected', or answers that match a behavior or not), or 'text' and 'label'; "
             f"found {short_repr(found)}."
         )
+    refuse_slips(table, ("group", "prompt"), path)
     for c in columns:
         texts = check_texts(table[c], f"{path}: {c}")
         if c in _SIDES and "prompt" in table:
@@ -510,6 +531,7 @@ def leak(
     near: float = 0.5,  # trigram overlap that counts as the same
 ) -> str | None:
     "A sentence where a task asks about scenarios of the pairs."
+    checked(pairs, InstanceOf[ContrastPairs], "pairs")
     if not hasattr(task, "prompts"):
         raise ValueError(f"{task!r:.80} is no task; load_task gives one.")
     named = {g for g in pairs.groups if not re.fullmatch(r"(row )?\d+", g)}  # the others are only rows

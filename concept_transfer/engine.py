@@ -12,6 +12,8 @@ __all__ = [
     "so_far",
     "hidden_of",
     "with_hidden",
+    "answered",
+    "rewritten",
     "wrapped",
     "Batch",
     "Engine",
@@ -67,6 +69,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
+from .data import as_tuple
+
 # %% ../nbs/06_engine.ipynb #a4136772
 if hasattr(object, "save") and unmount:
     unmount("save")
@@ -102,7 +106,7 @@ def so_far(given: dict, h: Tensor) -> Tensor:  # what a pass was called with, (b
     return mask
 
 
-# %% ../nbs/06_engine.ipynb #70cdccb5
+# %% ../nbs/06_engine.ipynb #5aeb1edb
 def hidden_of(output: Any) -> Tensor:  # (b, t, d)
     "The residual stream in what a block returned."
     return output[0] if isinstance(output, tuple | list) else output
@@ -113,11 +117,38 @@ def with_hidden(output: Any, hidden: Tensor):
     return (hidden, *output[1:]) if isinstance(output, tuple | list) else hidden
 
 
+# %% ../nbs/06_engine.ipynb #69f7e513
+def answered(
+    x: Any,
+    like: Tensor,
+    what: str,  # the function, for the error
+    shape: Sequence[int] | None = None,  # default: any
+) -> Tensor:
+    "What a function of yours gave, as a tensor like another. Raises ValueError where it gave something else."
+    try:
+        got = torch.as_tensor(x).to(like)
+        if shape is None or got.shape == tuple(shape):
+            return got
+    except (TypeError, ValueError, RuntimeError):
+        pass
+    given, wanted = tuple(getattr(x, "shape", ())) or x, "any shape" if shape is None else tuple(shape)
+    raise ValueError(
+        f"{what} gives {given!r:.60}, where numbers of {wanted} are needed. Does it return them?"
+    )
+
+
+def rewritten(change: Callable, h: Tensor, *more: Tensor) -> Tensor:
+    "What a change makes of a residual stream (b, t, d). Raises ValueError where that is none."
+    return answered(change(h, *more), h, "a change of the residual stream", h.shape)
+
+
+# %% ../nbs/06_engine.ipynb #70cdccb5
 def _write(block, args, output):
-    for where, change, masked in OPEN.get():
+    for where, change, masked in filter(None, OPEN.get()):
         if where is block:
             h = hidden_of(output)
-            output = with_hidden(output, change(h, so_far(_GIVEN.get(), h)) if masked else change(h))
+            more = [so_far(_GIVEN.get(), h)] if masked else []
+            output = with_hidden(output, rewritten(change, h, *more))
     return output
 
 
@@ -310,7 +341,7 @@ def context_length(model: TransformersModel) -> int:
 # %% ../nbs/06_engine.ipynb #f0020e1d
 def _refuse_other(x):
     "Raise ValueError for what is no model."
-    if not isinstance(x, TransformersModel):
+    if not (isinstance(x, TransformersModel) and hasattr(x, "layers")):
         raise ValueError(f"{x!r:.80} is no model; load_model gives one. Are two arguments swapped?")
 
 
@@ -364,7 +395,8 @@ def tokenized(
 ) -> tuple[list[list[int]], list[list]]:  # token ids of each text, characters (start, end) of each token
     """Whole texts with their start mark; no characters from a slow tokenizer.
     Raises ValueError for what is no text, naming it."""
-    for i, text in enumerate(texts):
+    _refuse_other(model)
+    for i, text in enumerate(as_tuple(texts, "texts")):
         if not isinstance(text, str) or text.encode("utf-8", "ignore").decode() != text:
             raise ValueError(f"text {i} is no text, or holds half a character: {text!r}. Write it anew.")
     tok, start = model.tokenizer, start_mark(model)
@@ -386,7 +418,7 @@ def _rendered(model, i, chat):
         return chat
     try:
         if not all(isinstance(message[k], str) for message in chat for k in ("role", "content")):
-            raise ValueError("a message needs a role and a content")
+            raise ValueError("a message needs a role and a content, both texts; join those of parts")
         begun = chat[-1]["role"] == "assistant"  # an answer, which goes on
         return model.tokenizer.apply_chat_template(
             chat, tokenize=False, add_generation_prompt=not begun, continue_final_message=begun
@@ -406,10 +438,9 @@ def encode(
 ) -> list[list[int]]:  # token ids of each text
     """Token ids; a text longer than the context is cut, with a warning. Raises ValueError for an empty one,
     and for one that is no text."""
-    if not len(texts):
+    texts = as_tuple(texts, "texts")
+    if not texts:
         raise ValueError("there is no text to read; give at least one.")
-    if isinstance(texts, str):
-        raise ValueError("this is one text; give a list of texts.")
     texts = [texts] if all(isinstance(x, dict) for x in texts) else texts
     texts = [_rendered(model, i, x) for i, x in enumerate(texts)]
     (ids, _), start = tokenized(model, texts), start_mark(model)
@@ -579,18 +610,24 @@ class Local:
     model: TransformersModel = field(repr=False)
     name: str = ""
     tokens: int = 4000
+    known: tuple = field(default=(), repr=False)  # fingerprint, and of which state of the weights
 
     own_products = True
 
-    @cached_property
+    @property
     def fingerprint(self) -> tuple[str, tuple[float, ...]]:
-        return _fingerprint(self.model._module)
+        "Made anew where weights were changed in place, as by training."
+        weights = self.model._module.parameters()
+        now = [(w.data_ptr(), w.is_inference() or w._version) for w in weights]
+        if self.known[1:] != (now,):
+            self.known = _fingerprint(self.model._module), now
+        return self.known[0]
 
     @property
     def weights(self) -> str:
         return self.fingerprint[0]
 
-    @cached_property
+    @property
     def precision(self) -> str:
         return str(self.model._module.dtype).removeprefix("torch.")
 
@@ -622,7 +659,7 @@ def attach(model: TransformersModel, made: Engine) -> TransformersModel:
 def engine(model: TransformersModel) -> Engine:
     "What runs this model: what was attached to it, else this machine. Raises ValueError for what is none."
     _refuse_other(model)
-    made = model.__dict__.get("_attached", {}).get("engine") or Local(model)
+    made = model.__dict__.get("_attached", {}).get("engine") or Local(_hooked(model))
     if made.model is not model:  # nnsight copied the model, for an edit of its own
         made = copy.copy(made)
         made.model = model
@@ -773,13 +810,14 @@ def rows_of(
 @contextmanager
 def steered(model: TransformersModel, layer: int, change: Change, masked: bool = False):
     "While open, the residual stream after `layer` is `change` of itself; traces of your own included."
-    mine, before = (model.layers[layer]._module, change, masked), OPEN.get()
+    mine, before = [model.layers[layer]._module, change, masked], OPEN.get()
     within = (*before, mine)
     OPEN.set(within)
     try:
         yield model
     finally:  # the very same as before, by which `_Scores` knows what it has read
         OPEN.set(before if OPEN.get() is within else tuple(x for x in OPEN.get() if x is not mine))
+        mine.clear()  # where it was opened in another thread or task, too
 
 
 # %% ../nbs/06_engine.ipynb #0828c64a
@@ -834,7 +872,9 @@ def logits(
     "Next-token logits at the last `keep` positions; the head runs for those alone."
     model, stand_in = self.model, (hidden, None) if layer >= 0 and self.tuples else hidden
     inputs, skipped = _inputs(model, ids, mask), [model.layers[k]._module for k in range(layer + 1)]
-    was = OPEN.set(tuple(x for x in OPEN.get() if x[0] not in skipped))  # `hidden` was changed when read
+    was = OPEN.set(
+        tuple(x for x in OPEN.get() if x and x[0] not in skipped)
+    )  # `hidden` was changed when read
     try:
         with passing(model), model.trace(**inputs, logits_to_keep=keep):
             for k in range(layer + 1):
@@ -948,7 +988,7 @@ def changed(self: _Scores, batch, h, base, changes):  # {layer: `Change`}
     "What `reduce` makes of a batch that goes on under changes from a state (b, t, d)."
     h = h.clone()
     if self.layer in changes:
-        h = changes[self.layer](h)
+        h = rewritten(changes[self.layer], h)
     with ExitStack() as deeper:
         for layer in changes.keys() - {self.layer}:
             deeper.enter_context(self.here.steer(layer, changes[layer]))

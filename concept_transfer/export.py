@@ -58,6 +58,7 @@ from .data import FAMILIES, data_hash, load_corpus
 from .engine import Local, encode, engine, pad
 from .evidence import Evidence
 from .models import load_model, model_info
+from .moments import strict
 from .steering import Transplant, continuations, generate, place, residual_norm
 from .vllm_plugin import SERVED
 from .zoo import cache_dir, quiet
@@ -667,6 +668,7 @@ def _proved(t, to, made) -> Receipt:
 
 
 # %% ../nbs/23_export.ipynb #b14f69f8
+@strict
 def export(
     transplant: Transplant,  # in its target, which runs here in float32
     path: str | Path,  # file, or folder for baked and hub

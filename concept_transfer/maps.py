@@ -36,6 +36,7 @@ import numpy as np
 import torch
 from fastcore.basics import patch
 from nnsight import TransformersModel
+from pydantic import InstanceOf
 from torch import Tensor
 from torch.utils.data import default_collate
 from tqdm import tqdm
@@ -53,7 +54,8 @@ from concept_transfer.artefacts import (
 )
 from .cards import Entry, card, heat
 from .concepts import Concept, activations, mean_difference
-from .data import ContrastPairs, Corpus, fill, text_key
+from .data import ContrastPairs, Corpus, checked, fill, text_key
+from .engine import answered
 from .models import ModelInfo, model_info
 from .moments import Collected, Listed, Reading, collect, fresh, strict
 from .pairing import last_token, paired_states
@@ -121,7 +123,8 @@ def maps(
     for t, sy in enumerate(self.sy):
         S = products(t)
         x, y, unit, sx, sy = (A.to(S) for A in (self.centre, self.mean_y[t], self.unit, self.sx, sy))
-        W = make(self, t, S.addr(x, y, alpha=-1).div_(torch.outer(unit, sy)))
+        C = S.addr(x, y, alpha=-1).div_(torch.outer(unit, sy))
+        W = answered(make(self, t, C), C, "method=", C.shape)
         if self.side.basis is not None:
             W = self.side.basis.to(W) @ W
         yield W * torch.outer(1 / sx, sy.nan_to_num(posinf=0))
@@ -291,6 +294,7 @@ def _check_template(template, concept):
 @patch
 def direction(self: AffineMap, concept: Concept, shuffled: bool = False) -> Tensor:  # (d2,)
     "A concept's direction in the target, or by the control. Raises ValueError for another model's concept."
+    checked(concept, InstanceOf[Concept], "concept")
     s, t = self.layers
     self.source.require(concept.model, f"this map (source side, layers {s}:{t})")
     if not shuffled:
@@ -606,6 +610,7 @@ def layer_pairs(self: LayerGrid) -> list[tuple[int, int]]:
 @patch
 def inside(self: LayerGrid, concept: Concept) -> Tensor:  # (L1,)
     "Share of a concept's norm, standardised, that lies in the span of the states the maps were fitted on."
+    checked(concept, InstanceOf[Concept], "concept")
     _check_template(self.template, concept)
     v = torch.stack([concept[s] for s in self.source_layers]) / self.scale  # (L1, d1)
     return torch.einsum("sab,sb->sa", self.span, v).norm(dim=1) / v.norm(dim=1)
@@ -645,6 +650,7 @@ def save(self: LayerGrid, path: str | Path):
 
 
 # %% ../nbs/14_maps.ipynb #7d40267b
+@strict
 def downstream(
     maps: LayerGrid,
     concept: Concept,

@@ -212,8 +212,8 @@ def _rows(model, task, words):
                 f"{what}: prompt and choices do not fit the context of {size} tokens, or share no token. "
                 "Shorten the prompt."
             )
-        if not all(tails):
-            raise ValueError(f"{what}: a choice adds no token to its prompt.")
+        if not all(tails) or len({*map(tuple, tails)}) < len(tails):
+            raise ValueError(f"{what}: a choice adds no token to its prompt, or the same as another.")
         fits = p + sum(map(len, tails)) <= engine(model).branching
         for some in [sum(each, [])] if fits or {*map(len, tails)} == {1} else each:
             row, part, asked = [*prompt], [0] * p, []

@@ -11,6 +11,7 @@ import hashlib
 import json
 import re
 import warnings
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 from pathlib import Path
 from shutil import disk_usage
@@ -43,8 +44,8 @@ def wrap(
     rename: dict | None = None,  # {path of the block list: "layers"} for a family that is not known here
 ) -> TransformersModel:
     "A checked nnsight model around a loaded one; nothing is copied. Raises ValueError, naming the fix."
-    where: Any = getattr(module, "device", None)
-    if not getattr(module, "can_generate", bool)() or where.type == "meta":
+    here, where = isinstance(module, torch.nn.Module), getattr(module, "device", None)
+    if not here or not getattr(module, "can_generate", bool)() or where.type == "meta":  # type: ignore
         kind = type(module).__name__
         raise ValueError(f"{kind} is no language model of transformers, with a head, or has no weights.")
     with quiet():  # one thread at a time
@@ -110,9 +111,10 @@ _INFOS: WeakKeyDictionary = WeakKeyDictionary()  # of models that are in use
 
 
 def model_info(model: TransformersModel) -> ModelInfo:
-    "Name, shape and fingerprint of a model; computed once a model."
-    if model not in _INFOS:
-        made, config = engine(model), model._module.config
+    "Name, shape and fingerprint of a model; computed again only where its weights have changed."
+    made, known = engine(model), _INFOS.get(model)
+    if known is None or (known.weights, known.precision) != (made.weights, made.precision):
+        config = model._module.config
         _INFOS[model] = ModelInfo(
             made.name or _called(config._name_or_path) or config.model_type,
             config.model_type,
@@ -193,7 +195,7 @@ def _place(name):
     """Where transformers finds a model: the folder of an embedded one or of a GGUF file (converted once), or
     the name itself. Raises FileNotFoundError for a path where nothing is."""
     path = Path(name).expanduser()
-    kind = "file" if path.suffix == ".gguf" else "folder"
+    kind = "file" if path.suffix.lower() == ".gguf" else "folder"
     if name in EMBEDDED:
         return fetch(name)
     if nearest(name, EMBEDDED) and "/" not in name:
@@ -291,7 +293,7 @@ def load_model(
     also be a ConnectionError. "local" goes the way of a server without one. A loaded model stays in its
     precision and place, and can be trained on."""
     ways: dict[Any, Any] = {True: Remote(), "local": Remote(simulated=True, tokens=2048, batch=512)}
-    far = ways.get(remote, remote)
+    far = ways.get(remote, remote) if isinstance(remote, Hashable) else remote
     if far and not isinstance(far, Remote):
         raise ValueError(f"remote={remote!r}: use True, 'local' or a Remote.")
     if far and far.simulated:

@@ -57,7 +57,7 @@ from concept_transfer.artefacts import (
 )
 from .cards import card
 from .data import Corpus, alike, checked, fill, text_key, texts_hash
-from .engine import Chunk, engine, layer_numbers, rows_of, text_tokens
+from .engine import Chunk, answered, engine, layer_numbers, rows_of, text_tokens
 from .models import ModelInfo, model_info
 from .pairing import last_token, paired_tokens, spread_layers, text_of
 
@@ -448,7 +448,9 @@ def take(self: Collected, chunk, Y):  # a `Chunk`, (r, L2, d2)
     "Add a chunk whose target rows are here, and return the number of texts."
     fit = chunk.fold >= 0  # (r,)
     X, F, fold = chunk.X[fit], Y[fit], chunk.fold[fit]  # (r', L1, d1), (r', L2, d2), (r',)
-    w = chunk.weight(X, F) if chunk.weight and len(X) else X.new_ones(len(X))  # (r',)
+    w = X.new_ones(len(X))  # (r',)
+    if chunk.weight and len(X):
+        w = answered(chunk.weight(X, F), X, "weight=")
     self.add(X, F, fold, w)
     return self._judged_by(chunk, Y[chunk.held])
 

@@ -23,6 +23,7 @@ from matplotlib.dates import ConciseDateFormatter
 from .artefacts import whole_file
 from .cards import TEMPLATES
 from .data import texts_hash
+from .moments import strict
 from .plots import canvas
 from .report import png
 from .rollout import Course, Stop
@@ -40,6 +41,7 @@ def watched(row: dict) -> dict[str, float]:
 
 
 # %% ../nbs/29_monitor.ipynb #d461b58a
+@strict
 def with_reference(
     t: Transplant,
     prompts: Sequence,  # what it was tuned on, a hundred or more

@@ -36,6 +36,7 @@ from concept_transfer.engine import (
     length_batches,
     out_of_memory,
     passing,
+    rewritten,
     so_far,
     text_tokens,
     with_hidden,
@@ -233,7 +234,7 @@ def steer(self: Ndif, layer, change, masked=False):
                     given, block = model.inputs[1], model.layers[layer]
                     h = hidden_of(block.output)
                     more = [so_far(given, h)] if masked else []
-                    block.output = with_hidden(block.output, change(h, *more))
+                    block.output = with_hidden(block.output, rewritten(change, h, *more))
                 except OutOfOrderError:
                     break
         edit = model._edits[-1]
@@ -276,7 +277,7 @@ def _asking(made, model, batches, reduce):
                 with model.trace(input_ids=batch.ids, attention_mask=batch.mask, logits_to_keep=batch.keep):
                     for layer, change in changes.items():
                         block = model.layers[layer]
-                        block.output = with_hidden(block.output, change(hidden_of(block.output)))
+                        block.output = with_hidden(block.output, rewritten(change, hidden_of(block.output)))
                     part = save(reduce(model.output.logits.float(), base, batch.extra))
                 row.append(part)
             table.append(row)

@@ -66,12 +66,13 @@ def _accent_follows(text, end):  # end: number of characters read
     return any(map(unicodedata.combining, both[1:])) or not unicodedata.is_normalized("NFC", both)
 
 
-# %% ../nbs/12_pairing.ipynb #c03ef7b0
+# %% ../nbs/12_pairing.ipynb #4f9b2348
 def last_token(pairs: Boundaries, n1: int, n2: int) -> Boundaries:
     "The last token of either side, wherever it ends (ConTrans): a choice for `thin`."
     return [(n1 - 1, n2 - 1)]
 
 
+# %% ../nbs/12_pairing.ipynb #c03ef7b0
 def paired_tokens(
     source: TransformersModel,
     target: TransformersModel,
@@ -87,9 +88,11 @@ def paired_tokens(
             for i, j in shared_boundaries(one, two)
             if i < len(x) and j < len(y) and not _accent_follows(text, one[i][1])
         ]
-        pairs = thin(pairs, len(x), len(y)) if thin else pairs
-        at1.append([i for i, _ in pairs])
-        at2.append([j for _, j in pairs])
+        pairs = thin(pairs, len(x), len(y)) or () if thin else pairs
+        for k, (at, n) in enumerate([(at1, len(x)), (at2, len(y))]):
+            at.append([p[k] for p in pairs])
+            if at[-1] != sorted({*at[-1]} & {*range(n)}):
+                raise ValueError(f"thin= gives {pairs!r:.60}, where pairs (i, j) ascend on both sides.")
     return [(ids1, at1), (ids2, at2)]
 
 

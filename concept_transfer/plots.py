@@ -35,6 +35,7 @@ from .arms import ARMS, Arm
 from .concepts import Concept
 from .evidence import Evidence
 from .maps import AffineMap, LayerGrid
+from .moments import strict
 
 
 # %% ../nbs/24_plots.ipynb #f711e8ec
@@ -102,6 +103,7 @@ def _named(known, name, what):
 
 
 # %% ../nbs/24_plots.ipynb #3e92bbd7
+@strict
 def plot_grid(
     maps: LayerGrid,
     values: str | np.ndarray = "r2",  # "r2", "cosine", or (L1, L2) such as `downstream` gives

@@ -30,14 +30,14 @@ import numpy as np
 import torch
 from fastcore.basics import patch
 from nnsight import TransformersModel
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field, InstanceOf, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor
 from transformers import GenerationConfig
 
 from .artefacts import Artefact, Count, Layers, Notes, Size, load_fields, save_fields, sized
 from .cards import card
 from .concepts import Concept, PositionLike, position_name, position_rule
-from .data import load_corpus
+from .data import checked, load_corpus
 from .engine import Change, Ids, encode, engine, layer_numbers, out_of_memory, pad, stream
 from .maps import AffineMap
 from .models import ModelInfo, model_info
@@ -68,7 +68,7 @@ def residual_norm(
 def _number(x, what):
     try:
         value = math.nan if isinstance(x, str) else float(x)
-    except (TypeError, ValueError, RuntimeError):
+    except (TypeError, ValueError, RuntimeError, OverflowError):
         value = math.nan
     if not math.isfinite(value):
         raise ValueError(f"{what} {x!r}: give a finite number.")
@@ -78,10 +78,10 @@ def _number(x, what):
 def _direction(x):
     "Numbers as a tensor of our own, (d,) float32."
     try:
-        v = torch.asarray(x, dtype=torch.float32, copy=True, requires_grad=False).squeeze()
-    except (TypeError, ValueError, RuntimeError):
+        v = torch.asarray(x, dtype=torch.float32, device="cpu", copy=True, requires_grad=False).squeeze()
+    except (TypeError, ValueError, RuntimeError, OverflowError):
         raise ValueError(f"a direction is a row of numbers, (d,); found a {type(x).__name__}.") from None
-    if v.ndim != 1 or not (v.isfinite().all() and v.norm() > 0):
+    if v.ndim != 1 or not 0 < v.norm() < math.inf:
         raise ValueError(
             f"the direction {tuple(v.shape)} is no row, zero or not finite; look at what made it."
         )
@@ -113,7 +113,7 @@ class Transplant(Artefact):
     direction: Tensor  # (d,) as the map gives it, not normalised
     layer: Count  # of the target
     dose: float  # norm of what strength 1 adds, in units of `norm`; below 0: the other way
-    norm: Size  # median residual norm at the layer
+    norm: Annotated[Size, Field(gt=0)]  # median residual norm at the layer
     target: ModelInfo
     source: ModelInfo | None = None
     source_layer: Count | None = None
@@ -130,6 +130,8 @@ class Transplant(Artefact):
     def __post_init__(self):
         super().__post_init__()
         position_rule(self.positions, "write")
+        if self.model is not None:
+            self.target.require(model_info(self.model), f"transplant {self.name!r}")
         if len({x is None for x in (self.deeper, self.deeper_directions, self.deeper_norms)}) > 1:
             raise ValueError("every deeper layer needs a direction and a norm; `joined` gives them.")
         at = [self.layer, *(self.deeper or ())]
@@ -148,7 +150,8 @@ def vector(
     if np.shape(strength) == (0,):
         raise ValueError("strength []: give a number, or one for each text.")
     some = [_number(s, "strength") for s in (strength if np.ndim(strength) else [strength])]  # type: ignore
-    v = [self.direction * (s * self.dose * self.norm / self.direction.norm()) for s in some]
+    v = self.direction.float()  # whose norm may be beyond float16
+    v = [v * (s * self.dose * self.norm / v.norm()) for s in some]
     return torch.stack(v) if np.ndim(strength) else v[0]
 
 
@@ -298,6 +301,8 @@ def __call__(
         raise ValueError(
             f"transplant {self.name!r} has no model: load it with Transplant.load(path, target=model)."
         )
+    if alpha is not None and np.any(np.asarray(strength, object) != 1):
+        raise ValueError(f"strength {strength!r} and alpha {alpha!r}: give one of them.")
     with ExitStack() as opened:
         for t in self.places:
             vector = t.vector(strength) if alpha is None else _number(alpha, "alpha") * t.direction
@@ -466,8 +471,9 @@ def place(
 def maps_of(
     map: AffineMap | Sequence[AffineMap],
 ) -> list[AffineMap]:
-    "One map or several as a list, the lowest layer of the target first."
-    return sorted([map] if isinstance(map, AffineMap) else map, key=lambda m: m.layers[1])
+    "One map or several as a list, the lowest layer of the target first. Raises ValueError for what is none."
+    maps = [map] if isinstance(map, AffineMap) else map
+    return sorted(checked(maps, Sequence[InstanceOf[AffineMap]], "map"), key=lambda m: m.layers[1])
 
 
 @patch

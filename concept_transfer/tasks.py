@@ -35,16 +35,15 @@ import random
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from difflib import get_close_matches
 from functools import cache, partial
 from os.path import commonprefix
 from pathlib import Path
 from textwrap import shorten
-from typing import Any, ClassVar, Literal, NamedTuple, Self
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self
 
 import numpy as np
 from fastcore.basics import patch
-from pydantic import FiniteFloat, PositiveInt
+from pydantic import BeforeValidator, FiniteFloat, PositiveInt
 from scipy.special import softmax
 from typing_extensions import TypedDict
 
@@ -63,6 +62,7 @@ from concept_transfer.data import (
     load_pairs,
     open_data,
     read_file,
+    refuse_slips,
     scenarios,
     split_words,
 )
@@ -81,7 +81,7 @@ class Task:
     def __post_init__(self):
         what = f"task {self.name!r}"
         kind: Any = self._item
-        checked((self.name, self.instruction), tuple[str, str], what)
+        checked(dict(name=self.name, instruction=self.instruction), dict[str, str], what)
         vars(self)["items"] = checked(self.items, tuple[kind, ...], what, strict=False)  # as it is frozen
         check_texts(self.prompts, what)
         check_texts(self.groups, f"{what}: scenarios")
@@ -125,15 +125,26 @@ def _repr_html_(self: Task):
     return card(f"Task {self.name}", facts, table(["prompt", "wanted"], rows))
 
 
+# %% ../nbs/02_tasks.ipynb #021f388f
+def _counted(x):
+    "Digits in a text may be a choice, and true may be an answer."
+    if isinstance(x, str | bytes | bool):
+        raise ValueError("a position among the choices is needed, from 0 on")
+    return x
+
+
+_Position = Annotated[int, BeforeValidator(_counted)]
+
+
 # %% ../nbs/02_tasks.ipynb #a7aeeda5
 class ChoiceItem(NamedTuple):
     "One question: a prompt, how it may go on, and which continuation the concept should favour."
 
     prompt: str
     choices: tuple[str, ...]
-    target: int  # index into the choices
+    target: _Position  # index into the choices
     group: str  # scenario
-    n_true: int = 0  # so many choices, the first ones, are true; 0: the target alone
+    n_true: _Position = 0  # so many choices, the first ones, are true; 0: the target alone
 
     @property
     def wanted(self) -> str:
@@ -277,6 +288,7 @@ def multiple_choice(
     items = []
     answers_of = list[tuple[str, list[str], list[str]]]
     for question, true, false in checked(rows, answers_of, f"task {name!r}", strict=False):
+        true, false = ([a.strip() for a in side] for side in (true, false))
         n, answers = len({*true}), tuple(f" {a}" for a in dict.fromkeys((*true, *false)))  # each once
         if not 0 < n < len(answers):
             raise ValueError(f"task {name!r}: {question!r} needs at least one true and one false answer.")
@@ -779,19 +791,11 @@ TASKS: dict[str, Callable] = {
 
 
 # %% ../nbs/02_tasks.ipynb #ae78a30a
-def _refuse_slips(found, known, path):
-    "Raise ValueError for a name that is nearly one that is missing: what it holds would be left out."
-    missing = [k for k in known if k not in found]
-    for name in found.keys() - {*known}:
-        if near := get_close_matches(str(name).lower(), missing, 1, 0.8):
-            raise ValueError(f"{path}: {name!r} is not known here. Did you mean {near[0]!r}?")
-
-
 def _items(path, rows):
     "Items of a choice task from rows."
     rows = checked(rows, list[dict], f"{path}: row")
     for row in rows:
-        _refuse_slips(row, ChoiceItem._fields, path)
+        refuse_slips(row, ChoiceItem._fields, path)
     groups = scenarios([r.get("group", i) for i, r in enumerate(rows)], range(len(rows)))
     rows = [{k: r[k] for k in ChoiceItem._fields if k in r} for r in rows]
     return [r | {"group": g} for r, g in zip(rows, groups, strict=True)]
@@ -802,10 +806,10 @@ def _read_task(path, found):
     "A task of a file, by what it looks like."
     match found:
         case {"items": [*rows]} as d:
-            _refuse_slips(d, ("name", "instruction", "items"), path)
+            refuse_slips(d, ("name", "instruction", "items"), path)
             return ChoiceTask(d.get("name", path.stem), _items(path, rows), d.get("instruction", ""))
         case {"prompts": [*prompts]} as d:
-            _refuse_slips(d, ("name", "scorer", "args", "groups", "prompts"), path)
+            refuse_slips(d, ("name", "scorer", "args", "groups", "prompts"), path)
             args = checked(d.get("args", {}), dict[str, Any], f"{path}: args")
             name, scorer = d.get("name", path.stem), _find(d.get("scorer")).bind(**args)
             return generation_task(name, prompts, scorer, d.get("groups", ()))

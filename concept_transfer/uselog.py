@@ -35,6 +35,7 @@ from .cards import card, table
 from .concepts import position_name
 from .engine import encode, steered
 from .measure import neutral_text
+from .moments import strict
 from .steering import Transplant, generate
 from .tasks import repetition
 
@@ -66,6 +67,7 @@ def _watching(t, seen):
 
 
 # %% ../nbs/27_uselog.ipynb #2f132264
+@strict
 def answer(
     t: Transplant,
     prompt: str | Sequence,  # a text or a chat
@@ -267,6 +269,7 @@ def _name(row):
 
 
 # %% ../nbs/27_uselog.ipynb #0c3ec968
+@strict
 def used(t: Transplant) -> dict:
     "What a log says of a transplant."
     return {

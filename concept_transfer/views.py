@@ -439,6 +439,7 @@ def word_alone(e: Evidence) -> str:
 
 
 # %% ../nbs/25_views.ipynb #b05a1d19
+@strict
 def direction_words(
     t: Transplant,
     concept: Concept | None = None,  # with `source`: for the row of the source
@@ -487,6 +488,7 @@ class Along(_View):
 
 
 # %% ../nbs/25_views.ipynb #ef1c9a8c
+@strict
 def nearest_concepts(
     t: Transplant,
     names: Sequence[str] = PAIRS,  # built-in pairs, read by the target
@@ -500,6 +502,7 @@ def nearest_concepts(
 
 
 # %% ../nbs/25_views.ipynb #7138a103
+@strict
 def farthest_texts(
     t: Transplant,
     texts: Sequence[str],
@@ -667,6 +670,7 @@ def show(self: MovedItems) -> Figure:
 
 
 # %% ../nbs/25_views.ipynb #04203394
+@strict
 def moved_items(
     t: Transplant,
     task: ChoiceTask,
@@ -687,6 +691,7 @@ def _warmed(logits, base, extra):  # (temperatures, b, keep)
     return torch.stack([(logp.exp() * (logp - (logp / x).log_softmax(-1))).sum(-1) for x in TEMPERATURES])
 
 
+@strict
 def damage_anchors(
     model: TransformersModel,
     neutral: Corpus | None = None,  # default: as of `Bench`
@@ -764,6 +769,7 @@ def show(self: Separation) -> Figure:
 
 
 # %% ../nbs/25_views.ipynb #5a4d3cf3
+@strict
 def separation(
     t: Transplant,
     pairs: ContrastPairs,  # that did not make the direction
@@ -800,6 +806,7 @@ class LayerScores(_View):
 
 
 # %% ../nbs/25_views.ipynb #16c48d67
+@strict
 def layer_scores(
     maps: LayerGrid,
     concept: Concept,
@@ -875,6 +882,7 @@ class Compared(_View):
 
 
 # %% ../nbs/25_views.ipynb #008e2b4b
+@strict
 def compare_concepts(
     concepts: Sequence[Concept],  # of the map's source
     map: AffineMap,
@@ -907,6 +915,7 @@ class Together(_View):
 
 
 # %% ../nbs/25_views.ipynb #4d2f6672
+@strict
 def together(
     one: Transplant,
     other: Transplant,  # at the same layers

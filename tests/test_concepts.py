@@ -148,3 +148,34 @@ def test_states_of_a_steered_model_are_not_kept(tmp_path):
     m = tiny_model("llama")
     with engine.engine(m).steer(1, lambda h: h + 1), pytest.raises(ValueError, match="leave path= away"):
         activations(m, SCENES.texts[:2], path=tmp_path / "kept")
+
+
+# functions of yours
+
+
+@pytest.mark.parametrize("rule", [lambda h: None, lambda h: "x", lambda h: h[9:].mean(0), lambda h: h / 0])
+def test_a_position_gives_finite_numbers(rule):
+    with pytest.raises(ValueError, match="position '<lambda>' gives"):
+        activations(tiny_model("gpt2"), ["It rained"], position=rule)
+
+
+def test_numbers_of_numpy_and_other_kinds_are_numbers():
+    m, pairs = tiny_model("gpt2"), load_pairs("honesty")
+    want = activations(m, ["It rained"], [1], lambda h: h.mean(0))
+    assert torch.allclose(activations(m, ["It rained"], [1], lambda h: h.numpy().mean(0)), want)
+    plain = extract_concept(m, pairs, [1])
+    for kind in (torch.Tensor.double, torch.Tensor.numpy, torch.Tensor.tolist):
+        other = extract_concept(m, pairs, [1], reducer=lambda P, N, kind=kind: kind(P.mean(0) - N.mean(0)))
+        assert torch.allclose(other.directions, plain.directions) and other.auc == plain.auc
+
+
+@pytest.mark.parametrize("reducer", [lambda P, N: None, lambda P, N: P, lambda P, N: P[0, :3], ["pca"]])
+def test_a_reducer_gives_a_direction(reducer):
+    with pytest.raises(ValueError, match="reducer .*(gives .*(48,)|use)"):
+        extract_concept(tiny_model("gpt2"), load_pairs("honesty"), [1], reducer=reducer)
+
+
+@pytest.mark.parametrize("size", [0, -1, "x", 1.5])
+def test_a_batch_holds_some_tokens(size):
+    with pytest.raises(ValueError, match="batch_tokens"):
+        activations(tiny_model("gpt2"), ["It rained"], batch_tokens=size)

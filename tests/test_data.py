@@ -267,12 +267,24 @@ def test_B7_an_empty_group_is_its_own_scenario(write):
     assert len({*pairs.groups}) == 12 and pairs.groups[:12] == pairs.groups[12:]
     some = ContrastPairs("x", ["a", "b", "c"], ["d", "e"], ["lake", None, float("nan"), " ", 7])
     assert some.groups == ("lake", "row 1", "row 2", "row 0", "7")
+    for none in ("NA", "n/a", "null", pd.NaT):
+        assert ContrastPairs("x", ["a", "b"], ["c"], [none] * 3).groups == ("row 0", "row 1", "row 0")
     items = [ITEM | {"group": g} for g in ("", None, "")]
     assert len({*load_task({"items": items}).groups}) == 3
 
 
 ITEM = dict(prompt="The street", choices=[" is wet", " is dry"], target=0)
-NO_LISTS = ["Hello", b"Hello", {"a": 1}, {"a"}, 5, None, pd.DataFrame({"a": ["b"]}), np.array([["a"]])]
+NO_LISTS = [
+    "Hello",
+    b"Hello",
+    {"a": 1},
+    {"a"},
+    frozenset("a"),
+    5,
+    None,
+    pd.DataFrame({"a": ["b"]}),
+    np.array([["a"]]),
+]
 
 
 @pytest.mark.parametrize("strange", NO_LISTS, ids=lambda x: type(x).__name__)
@@ -288,6 +300,29 @@ def test_B8_what_is_no_list_is_not_taken_for_one(strange):
     ):
         with pytest.raises(ValueError, match="x|list|task"):
             make()
+
+
+@pytest.mark.parametrize("load", [load_pairs, load_corpus, load_task])
+def test_B8_a_set_has_no_order_to_be_read_in(load):
+    with pytest.raises(ValueError, match="a list is needed here"):
+        load({"It rained.", "It snowed."})
+
+
+@pytest.mark.parametrize(
+    "found, meant",
+    [
+        ({"templates": "It rained: {}"}, "template"),
+        ({"grops": ["lake"]}, "groups"),
+        ([{"grup": "lake"}], "group"),
+        ([{"prompts": "How was it?"}], "prompt"),
+    ],
+)
+def test_a_slip_in_a_name_beside_pairs_is_not_passed_over(found, meant):
+    sides = dict(positive="We sang", negative="We cried")
+    lists = {k: [x] for k, x in sides.items()}
+    made = lists | found if isinstance(found, dict) else [sides | found[0]]
+    with pytest.raises(ValueError, match=f"Did you mean '{meant}'"):
+        load_pairs(made)
 
 
 def test_B9_data_in_memory_is_read():
@@ -539,6 +574,8 @@ def test_97_fingerprints_tell_lists_apart():
     lists = [["a\0b"], ["a", "b"], ["ab"], ["a", "", "b"], [""], [], ["\1"], ["\1", "\2"], ["\1\2"], ["\0"]]
     assert len({data_hash(x) for x in lists}) == len(lists)
     assert data_hash(["one", "two"]) == "a0ef70c43442d404"  # as in 0.1.0: kept notes stay valid
+    with pytest.raises(ValueError, match="texts 0: Input should be a valid string"):
+        data_hash([1])
     assert ContrastPairs("x", ["a", "b"], ["c"]).hash != ContrastPairs("x", ["a"], ["b", "c"]).hash
     assert ContrastPairs("x", ["a"], ["b"]).hash != ContrastPairs("x", ["a"], ["b"], template="{}.").hash
 

@@ -506,6 +506,9 @@ def test_C4_chat_messages_are_rendered_or_refused():
     for wrong in ([{"role": "user"}], [{"role": "user", "content": None}], ["Hi"], [[{}]], [{"text": "Hi"}]):
         with pytest.raises(ValueError, match="text 1 is a chat .*content"):
             encode(m, ["fine", wrong])
+    parts = [{"role": "user", "content": [{"type": "text", "text": "Hi"}]}]
+    with pytest.raises(ValueError, match="both texts; join those of parts"):
+        encode(m, parts)
     with pytest.raises(ValueError, match="text 0"):
         paired_tokens(m, m, [CHAT])
 
@@ -530,8 +533,69 @@ def test_96_what_is_no_text_is_named(text):
     ):
         with pytest.raises(ValueError, match="text 1 is no text"):
             ask(["fine \U0001f600", text])
-    with pytest.raises(ValueError, match="list of texts"):
-        encode(m, "one text")
+
+
+@pytest.mark.parametrize(
+    "strange", ["one text", 5, None, {"a": "x"}, {"x"}, Corpus("c", ["x"]), np.array("x")]
+)
+def test_what_is_no_list_of_texts_is_not_read(strange):
+    m = tiny_model("llama")
+    for ask in (partial(encode, m), partial(activations, m), partial(paired_tokens, m, m)):
+        with pytest.raises(ValueError, match="texts: a list is needed here"):
+            ask(strange)
+    with pytest.raises(ValueError, match="is no model"):
+        encode(["x"], m)
+
+
+@pytest.mark.parametrize("change", [lambda h: None, lambda h: h[:1], lambda h: 1.0, lambda h: h[..., :3]])
+@pytest.mark.parametrize("remote", [False, "local"])
+def test_a_change_that_gives_no_stream_is_said(change, remote):
+    "One that works in place and returns nothing would be measured as no change at all."
+    m = load_model(tiny_model("gpt2"), remote=remote)
+    with pytest.raises(Exception, match="a change of the residual stream gives"):
+        Bench(m, 1, load_task("emotions/fear").take(2)).ask(change)
+    for call in (partial(activations, m), partial(generate, m, max_new_tokens=2)):
+        gives = pytest.raises(Exception, match="a change of the residual stream gives")
+        with gives, engine(m).steer(1, change):
+            call(["It rained all day.", "The cat"])
+
+
+def test_weights_that_were_trained_are_another_model():
+    m = tiny_model("llama")
+    weight, was = m._module.lm_head.weight, model_info(m)
+    with torch.no_grad():
+        weight.add_(0.1)
+    now = model_info(m)
+    assert not was.same(now) and now == model_info(load_model(m))
+    m._module.bfloat16()
+    assert model_info(m).precision == engine(m).precision == "bfloat16" and now.same(model_info(m))
+
+
+def test_a_model_of_nnsight_is_steered_too():
+    "No hook of ours was in it: it was read, and steering did nothing."
+    module, tokenizer = tiny_module("llama", 0)
+    raw = nnsight.TransformersModel(
+        module, task="text-generation", tokenizer=tokenizer, rename={"model.layers": "layers"}
+    )
+    push, ours = (place(torch.ones(48), x, 1, norm=5.0, dose=3.0) for x in (raw, tiny_model("llama")))
+    assert push.generate("It rained", 1.0, 5) == ours.generate("It rained", 1.0, 5)
+    assert push.generate("It rained", 1.0, 5) != push.generate("It rained", 0.0, 5)
+    with pytest.raises(ValueError, match="is no model; load_model gives one"):
+        activations(
+            nnsight.TransformersModel(module, task="text-generation", tokenizer=tokenizer), ["It rained"]
+        )
+
+
+def test_steering_that_is_left_in_another_thread_ends():
+    m = tiny_model("gpt2")
+    push = place(torch.ones(48), m, 1, norm=5.0, dose=3.0)
+    before, opened = activations(m, ["It rained"]), push()
+    opened.__enter__()
+    assert not torch.equal(activations(m, ["It rained"]), before)
+    leave = threading.Thread(target=opened.__exit__, args=(None, None, None))
+    leave.start()
+    leave.join()
+    assert torch.equal(activations(m, ["It rained"]), before)
 
 
 # what is taken for granted of a model

@@ -37,7 +37,7 @@ from concept_transfer.data import (
 from concept_transfer.evidence import Evidence, evaluate, evaluate_text, off_target
 from concept_transfer.maps import fit_maps
 from concept_transfer.measure import METRICS, Bench, Metric, word_direction
-from concept_transfer.models import tiny_model, twin
+from concept_transfer.models import model_info, tiny_model, twin
 from concept_transfer.report import verdict, write_report
 from concept_transfer.selection import choose
 from concept_transfer.steering import generate, place, seeded
@@ -512,7 +512,8 @@ def test_106_other_functions_check_their_arguments_too(pair, task, monkeypatch):
     for wrong in {"draws": 0}, {"seed": -1}, {"task": task}, {"arms": [pair[2]]}, {"model": "gpt2"}:
         with pytest.raises(ValueError, match={"draws": "bootstrap"}.get(*wrong, *wrong)):
             evaluate_text(**{"arms": {"base": None}, "task": write, "model": pair[1]} | wrong)
-    elsewhere = replace(pair[2], model=tiny_model("qwen2", 5))
+    other = tiny_model("qwen2", 5)
+    elsewhere = replace(pair[2], target=model_info(other), model=other)
     for ts, tasks in (([pair[2], elsewhere], [task]), ([], [task]), ([pair[2]], [])):
         with pytest.raises(ValueError, match="transplants of one model"):
             off_target(ts, tasks)

@@ -11,9 +11,11 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from sklearn.linear_model import Ridge
 
+from concept_transfer.arms import readouts_of, written
 from concept_transfer.artefacts import load_artefact
 from concept_transfer.concepts import extract_concept
-from concept_transfer.data import EMOTION_PROMPT, Corpus, load_pairs
+from concept_transfer.data import EMOTION_PROMPT, Corpus, leak, load_pairs
+from concept_transfer.export import export
 from concept_transfer.maps import (
     MAP_METHODS,
     AffineMap,
@@ -32,7 +34,11 @@ from concept_transfer.maps import (
 from concept_transfer.models import ModelInfo, tiny_model, twin
 from concept_transfer.moments import Moments, Rows, collect, robust_weight
 from concept_transfer.pairing import last_token
+from concept_transfer.plots import plot_grid
 from concept_transfer.steering import place
+from concept_transfer.tasks import load_task
+from concept_transfer.uselog import used
+from concept_transfer.views import layer_scores, moved_items
 
 SCENES = Corpus("scenes", [t for e in ("happiness", "anger") for t in load_pairs(f"emotions/{e}").texts])
 SOLVED = [k for k, entry in MAP_METHODS.items() if entry.solve]
@@ -526,3 +532,64 @@ def test_what_is_judged_downstream_belongs_to_the_maps(pair, joy):
         downstream(maps, joy, other, load_pairs("honesty"))
     with pytest.raises(ValueError, match="source side"):
         downstream(maps, extract_concept(other, load_pairs("honesty"), [1]), pair[1], load_pairs("honesty"))
+
+
+# functions of yours, and arguments in the wrong place
+
+
+def first_and_last(pairs, *sizes):
+    "Pairs that cross would be paired otherwise without a word."
+    return [(pairs[0][0], pairs[-1][1]), (pairs[-1][0], pairs[0][1])] if len(pairs) > 1 else pairs
+
+
+@pytest.mark.parametrize(
+    "given, says",
+    [
+        ({"thin": first_and_last}, "ascend on both sides"),
+        ({"thin": lambda pairs, n, m: pairs[:1] * 2}, "ascend on both sides"),
+        ({"thin": lambda pairs, n, m: [(-1, -1)]}, "ascend on both sides"),
+        ({"thin": lambda pairs, n, m: [(n, m)]}, "ascend on both sides"),
+        ({"thin": lambda pairs, n, m: [(0.5, 0.5)]}, "ascend on both sides"),
+        ({"thin": lambda pairs, n, m: None}, "too few"),
+        ({"weight": lambda X, Y: None}, "weight= gives None"),
+        ({"weight": lambda X, Y: 1.0}, "one for each row"),
+        ({"method": lambda R, C, lam: None}, "method= gives None"),
+        ({"method": lambda R, C, lam: C[:3]}, "method= gives"),
+    ],
+)
+def test_what_a_function_of_yours_gives_is_looked_at(pair, given, says):
+    with pytest.raises(ValueError, match=says):
+        fit_maps(*pair, Corpus("x", load_pairs("emotions/fear").texts[:40]), [1], [2], **given)
+
+
+def test_weights_and_maps_of_numpy_are_taken(pair):
+    texts = Corpus("x", load_pairs("emotions/fear").texts[:40])
+    plain, C = collect(*pair, texts, [1], [2]), []
+    other = collect(*pair, texts, [1], [2], weight=lambda X, Y: np.ones(len(X)))
+    assert torch.equal(plain.x, other.x)
+    grid = solve(plain, lambda R, c, lam: C.append(c) or c.numpy())
+    assert torch.equal(grid.W, solve(plain, lambda R, c, lam: c).W) and C
+
+
+def test_arguments_in_the_wrong_place_are_named(pair, joy):
+    source, target = pair
+    pairs = load_pairs("emotions/happiness")
+    grid = fit_maps(source, target, Corpus("x", pairs.texts[:40]), [1], [2])
+    for call in (
+        lambda: grid[1, 2].direction(source),
+        lambda: grid[1, 2].direction(joy[1]),
+        lambda: grid.inside(grid),
+        lambda: downstream(joy, grid, target, pairs),
+        lambda: downstream(grid, joy, target, grid),
+        lambda: place(joy, target, map=grid[1, 2]).carriers(joy),
+        lambda: plot_grid(joy),
+        lambda: layer_scores(joy, grid),
+        lambda: written(source, joy, ["It rained"]),
+        lambda: readouts_of(joy),
+        lambda: used(joy),
+        lambda: export(joy, "x"),
+        lambda: moved_items(joy, joy),
+        lambda: leak(joy, load_task("emotions/fear")),
+    ):
+        with pytest.raises(ValueError, match="Input should be|map"):
+            call()

@@ -8,6 +8,7 @@ import nnsight
 import numpy as np
 import pytest
 import torch
+from tokenizers import normalizers
 
 from concept_transfer.concepts import activations, extract_concept
 from concept_transfer.data import Corpus, load_corpus, load_pairs
@@ -30,7 +31,7 @@ from concept_transfer.models import load_model, tiny_model, twin
 from concept_transfer.selection import choose, offline_scores, search_p, transplant
 from concept_transfer.steering import Transplant, adding, place
 from concept_transfer.tasks import ChoiceItem, ChoiceTask, load_task
-from concept_transfer.toys import TINY, planted_module
+from concept_transfer.toys import TINY, planted_module, tiny_tokenizer
 
 PAIRS = load_pairs("emotions/happiness")
 SCENES = Corpus(
@@ -478,3 +479,12 @@ def test_choices_that_begin_alike_have_no_word_to_promote(choices_, target):
     k = len(os.path.commonprefix(whole))
     alike = whole[1 + target][k] in [ids[k] for i, ids in enumerate(whole[1:]) if i != target]
     assert (word_tokens(m, task) == []) == alike == (word_direction(m, task) is None)
+
+
+def test_choices_that_are_the_same_tokens_are_refused():
+    tokenizer = tiny_tokenizer("byte")
+    tokenizer.backend_tokenizer.normalizer = normalizers.Lowercase()
+    m = load_model(tiny_model("gpt2")._module, tokenizer)
+    task = ChoiceTask("x", [ChoiceItem("it was", (" Yes", " yes"), 0, "g")])
+    with pytest.raises(ValueError, match="item 0: a choice .* the same as another"):
+        Bench(m, 1, task).ask(None)

@@ -700,3 +700,18 @@ def test_67_a_number_that_is_not_finite_in_a_row_that_is_not_tried():
 def test_the_beginning_of_an_embedded_name_is_understood(name):
     with pytest.raises(FileNotFoundError, match="Did you mean"):
         load_model(name)
+
+
+def test_what_is_no_module_is_no_model():
+    m = tiny_model("llama")
+    for strange in (type(m._module), m._module.state_dict()):
+        with pytest.raises(ValueError, match="no language model of transformers"):
+            load_model(strange, m.tokenizer)
+    with pytest.raises(ValueError, match="use True, 'local' or a Remote"):
+        load_model(m, remote=["local"])
+
+
+def test_the_ending_of_a_gguf_file_may_be_in_capitals(tmp_path):
+    (tmp_path / "m.GGUF").write_bytes(b"GGUFxxxx")
+    with pytest.raises(ValueError, match="not a GGUF model"):
+        load_model(tmp_path / "m.GGUF")

@@ -460,3 +460,39 @@ def test_memory_is_flat_over_a_thousand_steered_generations(llama):
 
     settled = grown(200)
     assert grown(1000) - settled < 5  # MB
+
+
+# what would do nothing, or something else, without a word
+
+
+def test_a_direction_whose_length_is_no_number_is_refused(llama, push, tmp_path):
+    "Divided by an infinite norm it was zero, and steering did nothing."
+    for strange in (
+        torch.full((48,), 1e38),
+        torch.full((48,), 1e-42),
+        torch.ones(48, device="meta"),
+        [10**400],
+    ):
+        with pytest.raises(ValueError, match="direction"):
+            place(strange, llama, 1, norm=5.0)
+    with pytest.raises(ValueError, match="direction.*too long"):
+        replace(push, direction=torch.full((48,), 1e38))
+    half = replace(push, direction=torch.full((48,), 6e4).half())  # its norm is beyond float16
+    assert torch.allclose(half.vector(), push.vector())
+    with pytest.raises(ValueError, match="norm"):
+        replace(push, norm=0.0)
+
+
+def test_a_transplant_stands_in_its_own_target(push):
+    with pytest.raises(ValueError, match="transplant 'direction' belongs to tiny-llama-0"):
+        replace(push, model=tiny_model("gpt2"))
+
+
+def test_strength_and_alpha_exclude_each_other(push):
+    for strength in (2.0, [1.0, 2.0], torch.zeros(2)):
+        with pytest.raises(ValueError, match="give one of them"), push(strength, alpha=1.0):
+            pass
+    with push(alpha=1.0) as model:
+        assert generate(model, "It rained", 2) != "x"
+    with pytest.raises(ValueError, match="finite number"):
+        push.vector(10**400)

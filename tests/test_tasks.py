@@ -208,7 +208,7 @@ ITEM = dict(prompt="The street", choices=[" is wet", " is dry"], target=0)
     [
         ("[1]", "a task is JSON with the list 'items'"),
         (dict(items=[ITEM, {"prompt": "x"}]), "1, 'choices': Field required"),
-        (dict(items=[ITEM | {"target": "x"}]), "0, 'target': Input should be a valid integer"),
+        (dict(items=[ITEM | {"target": "x"}]), "a position among the choices is needed, from 0 on, found"),
         (dict(items=[ITEM | {"target": 2}]), "not an index into its 2 choices"),
         (dict(items=[ITEM | {"choices": [" is wet"]}]), "two or more different"),
         (dict(items=[]), "task 't' is empty"),
@@ -224,12 +224,15 @@ ITEM = dict(prompt="The street", choices=[" is wet", " is dry"], target=0)
         (dict(items=[ITEM | {"prompt": ["x"]}]), "0, 'prompt': Input should be a valid string"),
         (dict(items=[ITEM | {"target": 0.5}]), "0, 'target': Input should be a valid integer"),
         (dict(items=[ITEM | {"target": None}]), "0, 'target': Input should be a valid integer"),
+        (dict(items=[ITEM | {"target": "1"}]), "a position among the choices is needed"),  # maybe a choice
+        (dict(items=[ITEM | {"target": True}]), "a position among the choices is needed"),
+        (dict(items=[ITEM | {"n_true": "1"}]), "a position among the choices is needed"),
         (dict(items=[ITEM | {"target": -1}]), "not an index into its 2 choices"),
         (dict(items=[ITEM | {"n_true": 2}]), "these leave no false one"),
         (dict(items=[ITEM | {"n_true": 1, "target": 1}]), "not one of the 1 that are true"),
         (dict(items=[ITEM, 3]), "row 1: Input should be a valid dictionary, found 3"),
-        (dict(items=[ITEM], name=5), "0: Input should be a valid string, found 5"),
-        (dict(items=[ITEM], instruction=["x"]), "1: Input should be a valid string, found ['x']"),
+        (dict(items=[ITEM], name=5), "'name': Input should be a valid string, found 5"),
+        (dict(items=[ITEM], instruction=["x"]), "'instruction': Input should be a valid string, found ['x']"),
         (dict(prompts=[5], scorer="upper"), "item 0 is 5"),
         (dict(prompts=[["x"]], scorer="upper"), "item 0 is ['x']"),
         (dict(prompts=["x"], scorer=["upper"]), "scorer ['upper'] is none of"),
@@ -329,6 +332,11 @@ def test_B12_a_template_of_questions_is_filled_as_everywhere():
     assert multiple_choice("x", rows, '{"q": "{}"').items[0].prompt == '{"q": "Is {x} 3?"'
     with pytest.raises(ValueError, match="has no {}"):
         multiple_choice("x", rows, "Q:")
+
+
+def test_answers_have_one_space_in_front_and_stand_once():
+    (item,) = multiple_choice("x", [("Is it?", [" Yes", "Yes "], [" No"])]).items
+    assert item.choices == (" Yes", " No") and item.n_true == 1
 
 
 def test_numbers_from_numpy_are_numbers():

@@ -79,7 +79,7 @@ def test_marks_of_a_tokenizer_are_never_written(t, monkeypatch):
     marked.tokenizer.add_tokens(["<start_of_image>", "<strong>", " a_word"])
     new = marked.tokenizer.convert_tokens_to_ids("<start_of_image>")
     monkeypatch.setattr(Transplant, "generate", lambda self, *a, **k: seen.update(k) or ["", ""])
-    ladder(replace(t, model=marked), "It rained", [1])
+    ladder(replace(t, target=model_info(marked), model=marked), "It rained", [1])
     assert seen["suppress_tokens"] == [new]
 
 
