@@ -933,8 +933,9 @@ def cmd_audit(
     if out:
         write_page(file, _writable(out))
     if found.faults:
-        raise ValueError(f"{file} is not what was written: {'; '.join(dict.fromkeys(found.faults))}.")
-    text = f"{found!r}\nhead: {found.head}\n\n{found.uses.to_string(index=False)}"
+        raise ValueError(f"{file} is not what was written: {found.wrong}.")
+    uses = found.uses.to_string(index=False) if len(found.uses) else "no requests"
+    text = f"{found!r}\nhead: {found.head}\n\n{uses}"
     return vars(found) | {"uses": found.uses.to_dict("records")}, text
 
 

@@ -15,14 +15,16 @@ from datetime import datetime
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 from matplotlib.dates import ConciseDateFormatter
+from pydantic import Field
 
 from .artefacts import whole_file
 from .cards import TEMPLATES
 from .data import texts_hash
+from .moments import strict
 from .plots import canvas
 from .report import png
 from .rollout import Course, Stop
@@ -40,9 +42,10 @@ def watched(row: dict) -> dict[str, float]:
 
 
 # %% ../nbs/29_monitor.ipynb #d461b58a
+@strict
 def with_reference(
     t: Transplant,
-    prompts: Sequence,  # what it was tuned on, a hundred or more
+    prompts: Annotated[Sequence[Any], Field(min_length=1)],  # what it was tuned on, a hundred or more
     scores: dict[str, Callable] | None = None,  # as of the rollout
     answer: Callable = answer,  # as of the rollout
 ) -> Transplant:

@@ -22,7 +22,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from scipy.linalg import schur
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch.nn.functional import normalize
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
@@ -123,6 +122,8 @@ def random_rotation(
 # %% ../nbs/05_toys.ipynb #c383beec
 def part_of_rotation(Q: torch.Tensor, turn: float) -> torch.Tensor:  # (d, d) float64, 0 to 1 -> (d, d)
     "The same rotation with each of its angles smaller; what it mirrors stays where it is."
+    from scipy.linalg import schur
+
     T, Z = schur(Q.numpy(), output="complex")  # Q = Z T Z*, and T is diagonal
     angles = np.angle(np.diag(T))  # (d,)
     angles[np.abs(angles) > np.pi - 1e-9] = 0
