@@ -45,7 +45,7 @@ def watched(row: dict) -> dict[str, float]:
 @strict
 def with_reference(
     t: Transplant,
-    prompts: Annotated[Sequence[Any], Field(min_length=1)],  # what it was tuned on, a hundred or more
+    prompts: Annotated[Sequence[str | Sequence], Field(min_length=1)],  # of its tuning, a hundred or more
     scores: dict[str, Callable] | None = None,  # as of the rollout
     answer: Callable = answer,  # as of the rollout
 ) -> Transplant:
