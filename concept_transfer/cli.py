@@ -322,7 +322,7 @@ def _short(v):
 
 # %% ../nbs/31_cli.ipynb #3f7d4add
 def _words(file, kind, model):
-    "The words of a concept or a transplant; of a transplant texts that lie along it and at strengths too."
+    "The words of a concept or a transplant; of a transplant texts along it, and at several strengths, too."
     from concept_transfer.concepts import Concept
     from concept_transfer.data import load_corpus
     from concept_transfer.models import load_model, model_info
@@ -343,7 +343,7 @@ def _words(file, kind, model):
 @command
 def cmd_info(
     file: str,  # concept, map or transplant
-    words: bool = False,  # load its model: the words that it means, texts along it, and at several strengths
+    words: bool = False,  # load its model: the words that it means, and texts at several strengths
     model: str | None = None,  # that model: name it where it comes from a hub, or lies elsewhere now
 ) -> Said:
     """what an artefact is
@@ -355,9 +355,9 @@ def cmd_info(
     from concept_transfer.steering import Transplant
 
     head, kinds = load_artefact(file)[1], (Concept, LayerGrid, AffineMap, Transplant)
-    scores = [repr(load_fields(c, file)) for c in kinds if c.artefact == head["kind"]]
     shown = _words(file, head["kind"], model) if words else []
-    lines = scores + [f"{k}: {_short(v)}" for k, v in head.items()]
+    lines = [repr(load_fields(c, file)) for c in kinds if c.artefact == head["kind"]]
+    lines += [f"{k}: {_short(v)}" for k, v in head.items()]
     found = {"words": [view.data for view in shown]} if words else {}
     return head | found, "\n".join([*lines, *(f"\n{view!r}" for view in shown)])
 

@@ -23,7 +23,7 @@ from pydantic import Field
 
 from .artefacts import whole_file
 from .cards import TEMPLATES
-from .data import texts_hash
+from .data import data_hash
 from .moments import strict
 from .plots import canvas
 from .report import png
@@ -45,7 +45,7 @@ def watched(row: dict) -> dict[str, float]:
 @strict
 def with_reference(
     t: Transplant,
-    prompts: Annotated[Sequence[str | Sequence], Field(min_length=1)],  # of its tuning, a hundred or more
+    prompts: Annotated[Sequence[str | Any], Field(min_length=1)],  # of its tuning, a hundred or more
     scores: dict[str, Callable] | None = None,  # as of the rollout
     answer: Callable = answer,  # as of the rollout
 ) -> Transplant:
@@ -57,7 +57,10 @@ def with_reference(
         row = asdict(got) | {"repetition": repetition(got.text), "scores": judged}
         for name, x in watched(row).items():
             seen.setdefault(name, []).append(round(x, 6))
-    said = {"reference": {k: sorted(x) for k, x in seen.items()}, "reference_texts": texts_hash(prompts)}
+    said = {
+        "reference": {k: sorted(x) for k, x in seen.items()},
+        "reference_texts": data_hash([str(x) for x in prompts]),
+    }
     return replace(t, notes=t.notes | said)
 
 

@@ -208,7 +208,7 @@ class UseLog:
 
     def close(self):
         "Let another process have it."
-        if self._state[0] < 0:  # its numbers may be those of other files by now
+        if not self._lock.is_locked:  # its numbers may be those of other files by now
             return
         self._state = -1, 0, 0
         os.close(self._file)

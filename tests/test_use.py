@@ -790,6 +790,12 @@ def test_nothing_is_usual_without_prompts(joy):
             with_reference(joy, prompts)
 
 
+def test_a_reference_may_be_of_chats(joy):
+    chats = [[{"role": "user", "content": x}] for x in ("It rained", "The bank")]
+    notes = [with_reference(joy, x, answer=lambda *a: Answer("Hi.")).notes for x in (chats, chats, chats[:1])]
+    assert notes[0] == notes[1] and notes[0]["reference_texts"] != notes[2]["reference_texts"]
+
+
 def test_numbers_on_a_page_are_rounded(tmp_path):
     log = UseLog(tmp_path / "use.jsonl")
     log.request(OF | {"dose": 1 / 3}, "ann", "Hello", Answer("Hi."))
