@@ -356,10 +356,9 @@ def cmd_info(
 
     head, kinds = load_artefact(file)[1], (Concept, LayerGrid, AffineMap, Transplant)
     shown = _words(file, head["kind"], model) if words else []
-    lines = [repr(load_fields(c, file)) for c in kinds if c.artefact == head["kind"]]
-    lines += [f"{k}: {_short(v)}" for k, v in head.items()]
-    found = {"words": [view.data for view in shown]} if words else {}
-    return head | found, "\n".join([*lines, *(f"\n{view!r}" for view in shown)])
+    said = [repr(load_fields(c, file)) for c in kinds if c.artefact == head["kind"]]
+    said += [f"{k}: {_short(v)}" for k, v in head.items()] + [f"\n{view!r}" for view in shown]
+    return head | ({"words": [view.data for view in shown]} if words else {}), "\n".join(said)
 
 
 # %% ../nbs/31_cli.ipynb #895aa3b9
