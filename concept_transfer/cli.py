@@ -322,15 +322,16 @@ def _short(v):
 
 # %% ../nbs/31_cli.ipynb #3f7d4add
 def _words(file, kind, model):
-    "The words of a concept or a transplant; of a transplant texts at several strengths too."
+    "The words of a concept or a transplant; of a transplant texts along it, and at several strengths, too."
     from concept_transfer.concepts import Concept
+    from concept_transfer.data import load_corpus
     from concept_transfer.models import load_model, model_info
     from concept_transfer.steering import Transplant
-    from concept_transfer.views import PROMPTS, direction_words, ladder, words_of
+    from concept_transfer.views import PROMPTS, direction_words, farthest_texts, ladder, words_of
 
     if kind == Transplant.artefact:
         t = _placed(file, model)
-        return [direction_words(t), ladder(t, PROMPTS[0])]
+        return [direction_words(t), farthest_texts(t, load_corpus("neutral").texts), ladder(t, PROMPTS[0])]
     if kind != Concept.artefact:
         raise BadParameter("--words: a map means no words; give a concept or a transplant.")
     c = Concept.load(file)
@@ -348,16 +349,16 @@ def cmd_info(
     """what an artefact is
 
     concept-transfer info joy.safetensors"""
-    from concept_transfer.artefacts import load_artefact
+    from concept_transfer.artefacts import load_artefact, load_fields
     from concept_transfer.concepts import Concept
     from concept_transfer.maps import AffineMap, LayerGrid
+    from concept_transfer.steering import Transplant
 
-    head = load_artefact(file)[1]
-    scores = [repr(c.load(file)) for c in (Concept, LayerGrid, AffineMap) if c.artefact == head["kind"]]
+    head, kinds = load_artefact(file)[1], (Concept, LayerGrid, AffineMap, Transplant)
     shown = _words(file, head["kind"], model) if words else []
-    lines = scores + [f"{k}: {_short(v)}" for k, v in head.items()]
-    found = {"words": [view.data for view in shown]} if words else {}
-    return head | found, "\n".join([*lines, *(f"\n{view!r}" for view in shown)])
+    said = [repr(load_fields(c, file)) for c in kinds if c.artefact == head["kind"]]
+    said += [f"{k}: {_short(v)}" for k, v in head.items()] + [f"\n{view!r}" for view in shown]
+    return head | ({"words": [view.data for view in shown]} if words else {}), "\n".join(said)
 
 
 # %% ../nbs/31_cli.ipynb #895aa3b9
@@ -899,6 +900,7 @@ def _looks(t, task, e, neutral, concept=None, source=None, pairs=None):
     shown: dict = {f"What it writes: {x.prompt} ...": x for x in steps.ladders}
     shown["Turn it up"] = steps
     shown["The words it means"] = views.direction_words(t, concept, source, pairs, e)
+    shown["Texts that lie farthest along it"] = views.farthest_texts(t, neutral.texts)
     shown["Where it is read"] = views.token_heat(t, task.prompts[items.typical], concept, source)
     anchors = views.damage_anchors(t.model, neutral)
     return dict(pictures=shown | figures(e), items=items, anchors=anchors)
@@ -933,8 +935,9 @@ def cmd_audit(
     if out:
         write_page(file, _writable(out))
     if found.faults:
-        raise ValueError(f"{file} is not what was written: {'; '.join(dict.fromkeys(found.faults))}.")
-    text = f"{found!r}\nhead: {found.head}\n\n{found.uses.to_string(index=False)}"
+        raise ValueError(f"{file} is not what was written: {found.wrong}.")
+    uses = found.uses.to_string(index=False) if len(found.uses) else "no requests"
+    text = f"{found!r}\nhead: {found.head}\n\n{uses}"
     return vars(found) | {"uses": found.uses.to_dict("records")}, text
 
 

@@ -728,7 +728,9 @@ def import_vector(
     Raises ValueError for another file, and for a vector that does not fit the model."""
     info, path = model_info(target), Path(path).expanduser()
     try:
-        layers, ours = _vectors(path) if path.suffix == ".gguf" else (_pickled(path), None)
+        with path.open("rb") as file:
+            known = file.read(4) == b"GGUF"
+        layers, ours = _vectors(path) if known else (_pickled(path), None)
         rows = torch.stack([*layers.values()])  # (L, d)
     except FileNotFoundError:
         raise

@@ -15,14 +15,15 @@ from datetime import datetime
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 from matplotlib.dates import ConciseDateFormatter
+from pydantic import Field
 
 from .artefacts import whole_file
 from .cards import TEMPLATES
-from .data import texts_hash
+from .data import data_hash
 from .moments import strict
 from .plots import canvas
 from .report import png
@@ -44,7 +45,7 @@ def watched(row: dict) -> dict[str, float]:
 @strict
 def with_reference(
     t: Transplant,
-    prompts: Sequence,  # what it was tuned on, a hundred or more
+    prompts: Annotated[Sequence[str | Any], Field(min_length=1)],  # of its tuning, a hundred or more
     scores: dict[str, Callable] | None = None,  # as of the rollout
     answer: Callable = answer,  # as of the rollout
 ) -> Transplant:
@@ -56,7 +57,10 @@ def with_reference(
         row = asdict(got) | {"repetition": repetition(got.text), "scores": judged}
         for name, x in watched(row).items():
             seen.setdefault(name, []).append(round(x, 6))
-    said = {"reference": {k: sorted(x) for k, x in seen.items()}, "reference_texts": texts_hash(prompts)}
+    said = {
+        "reference": {k: sorted(x) for k, x in seen.items()},
+        "reference_texts": data_hash([str(x) for x in prompts]),
+    }
     return replace(t, notes=t.notes | said)
 
 

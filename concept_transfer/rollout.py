@@ -14,10 +14,11 @@ from dataclasses import asdict, dataclass, field
 from functools import partial
 from hashlib import sha256
 from threading import RLock
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 from fastcore.basics import patch
+from pydantic import Field
 from scipy.special import logsumexp
 
 from .artefacts import plain
@@ -58,15 +59,23 @@ class Difference:
 
 
 # %% ../nbs/28_rollout.ipynb #ea8cc368
+_Rise = Annotated[float, Field(ge=-1, le=1)]  # of a score: .05, not 5 for five percent
+
+
 @dataclass(frozen=True)
 class Stop(Strict):
     "What a rollout is judged by: the chance that it ever claims something wrong is at most `alpha`."
 
     effect: str  # name of the score that should rise
     damage: str  # name of the score that must not rise by more than `limit`
-    limit: float = 0.05
-    least: float = 0.0  # effect that is asked for
-    alpha: float = 0.05  # over all stages, and both scores
+    limit: _Rise = 0.05
+    least: _Rise = 0.0  # effect that is asked for
+    alpha: Annotated[float, Field(gt=0, lt=1)] = 0.05  # over all stages, and both scores
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.effect == self.damage:
+            raise ValueError(f"effect and damage are both {self.effect!r}; name two scores.")
 
     def verdict(self, effect: Sequence[float], damage: Sequence[float]) -> str:
         "Stop, advance or go on, from the low and high ends of both differences."
@@ -80,8 +89,10 @@ def bucket(
     flag: str,  # name of the rollout
     unit: str,  # who gets answers
 ) -> int:  # 0 to 9999
-    "A number of this unit in this rollout, always the same."
-    return int(sha256(f"{flag}:{unit}".encode()).hexdigest()[:8], 16) % 10_000
+    "A number of this unit in this rollout, always the same. Raises ValueError for a unit that is no text."
+    if not isinstance(unit, str):
+        raise ValueError(f"unit {unit!r}: give a text, such as {str(unit)!r}.")
+    return int(sha256(f"{flag}:{unit}".encode(errors="surrogatepass")).hexdigest()[:8], 16) % 10_000
 
 
 # %% ../nbs/28_rollout.ipynb #6f6fce10
@@ -248,6 +259,7 @@ def __call__(
     "The answer that this unit gets, when it stands in the log. Raises what the base model's answer raises."
     from openfeature.evaluation_context import EvaluationContext
 
+    percent = bucket(self.flag, unit) // 100
     if self.course.share and os.path.exists(f"{self.log.path}.off"):
         self.to(0, "its .off file is there")
     share, strength, arm = self.course.share, 0.0, "off"
@@ -268,7 +280,7 @@ def __call__(
             got = base = base or ask(0.0, False)
             strength, arm = 0.0, "failed"
     scores = {name: self._score(name, prompt, got.text) for name in self.scores}
-    where = {"flag": self.flag, "arm": arm, "bucket": bucket(self.flag, unit) // 100, "share": share}
+    where = {"flag": self.flag, "arm": arm, "bucket": percent, "share": share}
     instead = base.text if arm == "shadow" else None
     with self._turn:
         row = self.log.request(self.of, unit, prompt, got, strength, instead, scores=scores, **where)

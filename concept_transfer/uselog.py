@@ -210,6 +210,8 @@ class UseLog:
 
     def close(self):
         "Let another process have it."
+        if not self._lock.is_locked:  # its numbers may be those of other files by now
+            return
         self._state = -1, 0, 0
         os.close(self._file)
         os.close(self._head)
@@ -435,12 +437,18 @@ class Audit:
     )  # sound requests by what was applied, how strongly and in which arm: how many, since when
     events: list[dict]  # all other rows
 
+    @property
+    def wrong(self) -> str:
+        "The faults, or the first eight of them; nothing where there are none."
+        said = [*dict.fromkeys(self.faults)]
+        return "; ".join(said[:8] + [f"and {len(said) - 8} more"] * (len(said) > 8))
+
     def __repr__(self):
-        wrong = "; ".join(filter(None, [*self.faults, self.torn]))
+        wrong = "; ".join(filter(None, [self.wrong, self.torn]))
         return f"Audit({self.path}, {self.rows} rows: {wrong or 'whole'})"
 
     def _repr_html_(self):
-        facts = {"rows": self.rows, "faults": "; ".join(self.faults) or "none", "torn": self.torn or None}
+        facts = {"rows": self.rows, "faults": self.wrong or "none", "torn": self.torn or None}
         return card(f"Use log {self.path}", facts, table([*self.uses], self.uses.to_numpy()))
 
 
@@ -459,7 +467,10 @@ def audit(
     known = {""}  # heads that there have been; none at the beginning
 
     def compare(heads, when):
-        faults.extend(f"cut {when}: the head {x!r} is not there" for x in heads if x not in known)
+        for x in heads:
+            if x not in known:
+                gone = f"cut {when}: the head {x!r} is not there"
+                faults.append(gone if x else f"perhaps cut {when}: there is no head to tell by")
 
     for row, fault in read_log(path):
         if fault.startswith(TORN):

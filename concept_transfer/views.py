@@ -90,7 +90,9 @@ class _View:
     how = ""  # to read it
 
     def __repr__(self):
-        return f"{self.title}\n{self.seen.round(2).to_string(index=False)}"  # type: ignore[attr-defined]
+        rows = self.seen.round(2)
+        told = rows.to_string(index=False, max_colwidth=90) if len(rows) else "none"
+        return f"{self.title}\n{told}"  # type: ignore[attr-defined]
 
     @property
     def seen(self) -> pd.DataFrame:
@@ -447,12 +449,14 @@ def direction_words(
     pairs: ContrastPairs | None = None,  # for the row of the target's own direction
     evidence: Evidence | None = None,  # for what the word does alone
 ) -> DirectionWords:
-    "Words of the source's direction, of the mapped one and of the native one."
+    "Words of the source's direction, of the mapped one at each of its layers and of the native one."
     found: dict = {}
     if concept and source:
         where = concept.best if t.source_layer is None else t.source_layer
         found[f"source ({concept.model.name})"] = source, concept[where]
-    found[f"mapped ({t.target.name})"] = t.model, t.direction
+    for p in t.places:
+        at = f", layer {p.layer}" if t.deeper else ""
+        found[f"{'mapped' if t.source else 'own'} ({t.target.name}{at})"] = t.model, p.direction
     if pairs:
         (own,) = native_direction(Trial(Bench(t.model, t.layer), t, {}), pairs)
         found[f"native ({t.target.name})"] = own.model, own.direction
@@ -522,6 +526,8 @@ def _reader(model, layer, unit):
     def read(text):
         (ids,), (spans,) = tokenized(model, [text])
         at = [i for i, (start, end) in enumerate(spans) if end > start]  # those that stand for characters
+        if not at:
+            raise ValueError(f"text {text!r} has no token to read; give it a word.")
         ends = [0, *(spans[i][1] for i in at)]
         along = (rows_of(model, [ids], [at], [layer])[:, 0] @ unit - usual.mean()) / usual.std()  # (t,)
         along[: at[:1] == [0]] = torch.nan  # no reading: a first token is an attention sink
@@ -623,6 +629,11 @@ class MovedItems(_View):
         table = self.table
         return table[: self.n], table[table.change < 0][::-1][: self.n]
 
+    @property
+    def seen(self) -> pd.DataFrame:
+        "Both ends."
+        return pd.concat(self.ends()).drop_duplicates("item")
+
 
 # %% ../nbs/25_views.ipynb #45b60bf8
 @patch
@@ -651,7 +662,7 @@ def _apart(y, gap):  # (n,) -> (n,)
 def show(self: MovedItems) -> Figure:
     "Slope chart of margins: all items, the most moved, and those that were moved the wrong way."
     y = np.array([self.before.margin, self.after.margin])  # (2, n)
-    some = pd.concat(self.ends()).drop_duplicates("item")
+    some = self.seen
     how = """A line is a question: how far the wanted answer is ahead of the others, left without the
         transplant, right with it. On the dotted line it is as likely as they are on average. Blue: most
         moved; orange: moved the wrong way."""
@@ -739,9 +750,10 @@ class Separation(_View):
         found = pd.DataFrame({"side": side, "score": self.scores, "wrong": wrong, "text": self.pairs.texts})
         return found.sort_values("wrong", ascending=False, ignore_index=True)
 
-    def parts(self) -> list[Markup]:
+    @property
+    def seen(self) -> pd.DataFrame:
         "The worst misplaced."
-        return [_as_html(self.table[self.table.wrong > 0][:5].drop(columns="wrong"))]
+        return self.table[self.table.wrong > 0][:5].drop(columns="wrong")
 
 
 # %% ../nbs/25_views.ipynb #d135fb4a
@@ -935,4 +947,5 @@ def together(
     for task in tasks:
         base, *moved = bench.with_task(task).ask([None, *three])
         found[task.name] = [float((a.margin - base.margin).mean()) for a in moved]
-    return Together((one.name, other.name), found, [d.mean for d in bench.hurt(three)])
+    names = one.name, other.name if other.name != one.name else f"{other.name} (2)"
+    return Together(names, found, [d.mean for d in bench.hurt(three)])

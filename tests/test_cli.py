@@ -153,6 +153,7 @@ def test_the_whole_flow(here, capsys):
     assert all(a.keys() >= ARM and a["choice_rate"] is not None for a in arms)
     page = (here / "evidence" / "report.html").read_text()
     assert "data:image/png" in page and "http" not in page and "not run" not in page
+    assert "Texts that lie farthest along it" in page
 
 
 @pytest.mark.slow
@@ -184,7 +185,8 @@ def test_words_of_files(here, graft, made, capsys):
         capsys.readouterr()
         assert main("info", file, "--words") == 0
         out = capsys.readouterr().out
-        assert "nearest: " in out and kind in out and ("strength" in out) == (kind == "mapped")
+        assert "nearest: " in out and kind in out and out.startswith(("Transplant(", "Concept("))
+        assert ("strength" in out) == ("texts along" in out) == (kind == "mapped")
     assert main("info", "grid.safetensors", "--words") == 2
 
 

@@ -154,6 +154,8 @@ def test_a_gguf_holds_what_we_know_and_comes_back(llama, tmp_path):
     assert [getattr(back, k) for k in same] == [getattr(t, k) for k in same]
     with pytest.raises(ValueError, match="belongs to tiny-llama-0"):
         import_vector(tmp_path / "joy.gguf", tiny_model("llama", 1))
+    (tmp_path / "joy.gguf").rename(tmp_path / "joy of any name")
+    assert torch.equal(import_vector(tmp_path / "joy of any name", t.model).vector(1), t.vector(1))
 
 
 def write_words(path, words):

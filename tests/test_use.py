@@ -341,6 +341,30 @@ def test_what_cannot_be_logged_is_an_error_and_leaves_the_log_whole(tmp_path, mo
     assert not audit(log.path).faults and not audit(log.path).torn
 
 
+def test_closing_again_does_not_close_the_files_of_others(tmp_path):
+    log = UseLog(tmp_path / "use.jsonl")
+    log.close()
+    with open(log.path) as one, open(log.path) as two:
+        log.close()
+        assert one.read() == two.read() != ""
+
+
+def test_faults_without_number_are_said_in_a_line(tmp_path):
+    path = tmp_path / "use.jsonl"
+    filled(path, 40)
+    path.write_bytes(path.read_bytes().replace(b'"joy"', b'"sad"'))
+    found = audit(path)
+    assert len(found.faults) == 40
+    assert repr(found).endswith("row 8 was changed, or one before it; and 32 more)")
+
+
+def test_a_log_without_its_head_may_be_cut(tmp_path):
+    path = tmp_path / "use.jsonl"
+    filled(path)
+    Path(f"{path}.head").unlink()
+    assert audit(path).faults == ["perhaps cut at the end: there is no head to tell by"]
+
+
 def test_foreign_files_are_refused_and_stay(tmp_path):
     mine = tmp_path / "notes.txt"
     for text in ("my own notes\n", "my own notes", '{"mine": 1}\n{"mine"'):
@@ -360,6 +384,12 @@ def test_names_of_spans_are_those_of_the_conventions():
     known = {v for m in (flag, ai) for v in vars(m).values() if isinstance(v, str)}
     named = set(re.findall(r'"((?:gen_ai|feature_flag)\.[\w.]+)"', code))
     assert len(named) > 5 and named <= known
+
+
+def test_nobody_of_a_log_is_no_error(tmp_path, capsys):
+    filled(tmp_path / "use.jsonl")
+    assert main(["audit", str(tmp_path / "use.jsonl"), "--unit", "nobody"]) == 0
+    assert "no requests" in capsys.readouterr().out
 
 
 # what an answer shows
@@ -414,6 +444,14 @@ def test_differences_hold_at_every_look():
             out = out or not low <= 0.2 <= high
         missed += out
     assert missed <= 10
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"limit": 5}, {"least": 2}, {"alpha": 0}, {"alpha": 1}, {"damage": "good"}]
+)
+def test_a_stop_that_would_never_or_always_stop_is_refused(wrong):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        replace(STOP, **wrong)
 
 
 def asked(course, unit, on, good=1.0, bad=0.0):
@@ -560,6 +598,22 @@ def test_switched_off_from_inside_and_outside(joy, tmp_path, flags):
     assert rollout("ann", "Hello") == "steered"
     rollout.to(0, "off")
     assert rollout("ann", "Hello") == "base"
+
+
+def test_a_unit_is_a_text_of_any_kind(joy, tmp_path, flags):
+    asked = []
+
+    def made(*given):
+        asked.append(given)
+        return Answer("base")
+
+    rollout = rolled(joy, tmp_path / "use.jsonl", share=100, answer=made)
+    for unit in (5, None):
+        with pytest.raises(ValueError, match=f"unit {unit}: give a text"):
+            rollout(unit, "Hello")
+    assert not asked
+    rollout("\ud800", "Hello")
+    assert audit(rollout.log.path).uses["arm"].tolist() == ["on"]
 
 
 def test_in_the_shadow_nobody_gets_what_is_logged(joy, tmp_path, flags):
@@ -728,6 +782,26 @@ def test_numbers_that_are_none_are_passed_over(known):
         blind = {"norm": [None, 1.0], "projection": [float("nan")] * 2, "kl": None, "scores": {"good": None}}
         assert not monitor(row(n, rng) | blind)
     assert {*monitor.streams} == {"repetition"}
+
+
+def test_nothing_is_usual_without_prompts(joy):
+    for prompts in ([], "It rained"):
+        with pytest.raises(ValueError, match="prompts"):
+            with_reference(joy, prompts)
+
+
+def test_a_reference_may_be_of_chats(joy):
+    chats = [[{"role": "user", "content": x}] for x in ("It rained", "The bank")]
+    notes = [with_reference(joy, x, answer=lambda *a: Answer("Hi.")).notes for x in (chats, chats, chats[:1])]
+    assert notes[0] == notes[1] and notes[0]["reference_texts"] != notes[2]["reference_texts"]
+
+
+def test_numbers_on_a_page_are_rounded(tmp_path):
+    log = UseLog(tmp_path / "use.jsonl")
+    log.request(OF | {"dose": 1 / 3}, "ann", "Hello", Answer("Hi."))
+    log.close()
+    write_page(log.path, tmp_path / "use.html")
+    assert "<td>0.333</td>" in (tmp_path / "use.html").read_text()
 
 
 def test_what_is_other_from_the_first_day_is_a_change_from_the_reference(known):

@@ -13,12 +13,14 @@ from concept_transfer.data import Corpus, load_pairs
 from concept_transfer.engine import encode, engine, pad
 from concept_transfer.measure import KEEP, Bench
 from concept_transfer.models import load_model, model_info, tiny_model
-from concept_transfer.steering import Transplant, generate, place
+from concept_transfer.steering import Transplant, generate, joined, place
 from concept_transfer.tasks import load_task
 from concept_transfer.views import (
     TEMPERATURES,
     Along,
     damage_anchors,
+    direction_words,
+    farthest_texts,
     ladder,
     moved_items,
     pushes,
@@ -178,6 +180,32 @@ def test_two_at_once_add_up_where_steps_are_small(tiny, t):
     other = place(torch.randn(len(t.direction), generator=torch.Generator().manual_seed(3)), tiny, layer=1)
     small = together(replace(t, dose=0.01), replace(other, dose=0.01), [task]).table.iloc[0]
     assert small["both"] == pytest.approx(small["sum"], abs=0.1 * abs(small.iloc[1:3]).max())
+
+
+def test_two_of_one_name_are_told_apart(t):
+    row = together(t, t, []).data["rows"][0]
+    assert row[t.name] == row[f"{t.name} (2)"] < row["both"]
+
+
+def test_what_is_printed_fits_a_screen(t):
+    pairs = load_pairs("emotions/happiness")
+    for view in (separation(t, pairs), moved_items(t, load_task("emotions/happiness").take(40))):
+        lines = repr(view).splitlines()
+        assert len(view.table) >= 40 and 2 < len(lines) <= 12 and max(map(len, lines)) < 260
+
+
+def test_words_of_every_layer_are_said(tiny, t):
+    deeper = place(extract_concept(tiny, load_pairs("emotions/happiness"), [2]), tiny, layer=2, dose=0.3)
+    said = direction_words(joined([t, deeper])).columns
+    assert [*said] == [f"own ({t.target.name}, layer {k})" for k in (1, 2)]
+    assert said.popitem()[1] == direction_words(deeper).columns[f"own ({t.target.name})"]
+
+
+def test_what_is_no_text_is_refused(t):
+    with pytest.raises(ValueError, match="no token to read"):
+        token_heat(t, "")
+    with pytest.raises(ValueError, match="'str' instances are not allowed"):
+        farthest_texts(t, "It rained")
 
 
 def test_what_is_shown_is_escaped(tiny, t):
