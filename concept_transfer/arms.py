@@ -8,6 +8,7 @@ __all__ = [
     "Interval",
     "Line",
     "EXPERIMENTS",
+    "BY_DEFAULT",
     "STARTS",
     "NULLS",
     "WORD_ARMS",
@@ -137,6 +138,7 @@ EXPERIMENTS = {
     "prose": "damage on prose that no model wrote, at more than a thousand tokens",
     "off_target": "what else moves: other behaviours",
 }
+BY_DEFAULT = tuple(x for x in EXPERIMENTS if x != "text")  # which costs a minute or two more
 
 # %% ../nbs/17_arms.ipynb #9639402d
 STARTS = (
@@ -191,7 +193,7 @@ class Trial:
     t: Transplant
     given: dict[str, Any]  # pairs, other, examples, source, and what arms of your own need
     settings: Settings = Settings()
-    experiments: Sequence[str] = tuple(EXPERIMENTS)
+    experiments: Sequence[str] = BY_DEFAULT
     journal: Journal = field(default_factory=partial(Journal, None, "evaluation"))  # what was measured before
 
     @property

@@ -36,6 +36,7 @@ from pydantic import NonNegativeInt, PositiveInt
 
 from concept_transfer.arms import (
     ARMS,
+    BY_DEFAULT,
     EXPERIMENTS,
     NULLS,
     WORD_ARMS,
@@ -656,7 +657,7 @@ def evaluate(
     task: ChoiceTask,
     neutral: Corpus | None = None,  # default: the built-in neutral corpus
     arms: dict[str, Arm] | None = None,  # default: `ARMS`; {**ARMS, "mine": Arm(...)} adds one
-    experiments: Sequence[str] = tuple(EXPERIMENTS),
+    experiments: Sequence[str] = BY_DEFAULT,  # `EXPERIMENTS` for all, with sampled text
     settings: Settings = Settings(),  # noqa: B008
     path: str | Path | None = None,  # file that keeps what is done; a rerun goes on from there
     # what arms need: pairs=, other=, examples= (a task), source= (a model), map= (or a list, for several
