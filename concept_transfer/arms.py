@@ -40,7 +40,7 @@ __all__ = [
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import numpy as np
 import torch
@@ -200,7 +200,7 @@ class Trial:
     def word(self) -> ChoiceTask:
         "The task that is answered with a word for the concept: this one, or a built-in one about the same."
         name = f"words/{concept_of(self.bench.task)}"
-        return load_task(name, "tune") if name in TASKS else self.bench.task
+        return cast(ChoiceTask, load_task(name, "tune")) if name in TASKS else self.bench.task
 
     def keep(self, name: str, make: Callable[[], list[Run]], *of: Any) -> list[Run]:
         "Runs that an earlier evaluation made of the same, else made now."
@@ -588,11 +588,11 @@ def readouts_of(task: ChoiceTask, read: Sequence[str] = ()) -> list[Task]:
     """The built-in tasks in which the concept of a built-in task should show too. Without words: the first of
     tune, test and fresh with ten items or more that shares none with the task, or with those of the hashes
     `read`, which chose layers and dose. What is left over is for studies, which read it once."""
-    concept, read = concept_of(task), {*read, *(data_hash([x]) for x in task.prompts)}
+    concept, known = concept_of(task), {*read, *(data_hash([x]) for x in task.prompts)}
     found = [load_task(name) for name in [f"synonyms/{concept}"] if name in TASKS]
     if (name := f"wordless/{concept}") in TASKS:
         halves = (load_task(name, split) for split in ("tune", "test", "fresh"))
-        new = (x for x in halves if len(x) >= 10 and not read & {data_hash([y]) for y in x.prompts})
+        new = (x for x in halves if len(x) >= 10 and not known & {data_hash([y]) for y in x.prompts})
         found += [*new][:1]
     return found
 
@@ -636,13 +636,13 @@ FOLLOWED: dict[str, Callable] = {
 }
 
 # %% ../nbs/17_arms.ipynb #06505c20
-SAMPLING = {"do_sample": True, "temperature": 1.0, "top_k": 0}
+SAMPLING: dict[str, Any] = {"do_sample": True, "temperature": 1.0, "top_k": 0}
 
 
 def text_of(task: ChoiceTask) -> GenerationTask | None:
     "Beginnings to be gone on from, and the judge of the concept of a built-in task; None if there is none."
     name = f"text/{concept_of(task)}"
-    return load_task(name, "tune") if name in TASKS else None
+    return cast(GenerationTask, load_task(name, "tune")) if name in TASKS else None
 
 
 # %% ../nbs/17_arms.ipynb #00b7303f

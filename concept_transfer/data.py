@@ -422,7 +422,7 @@ def _read_pairs(path, found):
             "and 'rejected', or answers that match a behavior or not), or 'text' and 'label'; "
             f"found {short_repr(found)}."
         )
-    refuse_slips(table, ("group", "prompt"), path)
+    refuse_slips([*table], ("group", "prompt"), path)
     for c in columns:
         texts = check_texts(table[c], f"{path}: {c}")
         if c in _SIDES and "prompt" in table:

@@ -410,7 +410,8 @@ def text(self: Evidence) -> Sampled | None:
     return Sampled(
         mine.task,
         len(mine.texts),
-        *(found[k].to_dict() for k in ("mean", "ci")),
+        found["mean"].to_dict(),
+        found["ci"].to_dict(),
         (found["mean"] - found["mean"].base).to_dict(),
         found["gain_ci"].to_dict(),
         {k: interval(boot.transplanted - boot[k]) for k in boot if k not in ("base", "transplanted")},

@@ -81,14 +81,15 @@ def paired_tokens(
 ) -> list[tuple[list, list]]:  # for either side: token ids of each text, and positions paired in it
     "Tokens of both sides, and which of them are paired: the k-th of a text here with its k-th there."
     (ids1, offsets1), (ids2, offsets2) = _encode(source, texts), _encode(target, texts)
-    at1, at2 = [], []
+    at1: list[list[int]] = []
+    at2: list[list[int]] = []
     for text, x, y, one, two in zip(texts, ids1, ids2, offsets1, offsets2, strict=True):
         pairs = [
             (i, j)
             for i, j in shared_boundaries(one, two)
             if i < len(x) and j < len(y) and not _accent_follows(text, one[i][1])
         ]
-        pairs = thin(pairs, len(x), len(y)) or () if thin else pairs
+        pairs = [*(thin(pairs, len(x), len(y)) or ())] if thin else pairs
         for k, (at, n) in enumerate([(at1, len(x)), (at2, len(y))]):
             at.append([p[k] for p in pairs])
             if at[-1] != sorted({*at[-1]} & {*range(n)}):

@@ -151,8 +151,8 @@ def vector(
         raise ValueError("strength []: give a number, or one for each text.")
     some = [_number(s, "strength") for s in (strength if np.ndim(strength) else [strength])]  # type: ignore
     v = self.direction.float()  # whose norm may be beyond float16
-    v = [v * (s * self.dose * self.norm / v.norm()) for s in some]
-    return torch.stack(v) if np.ndim(strength) else v[0]
+    found = [v * (s * self.dose * self.norm / v.norm()) for s in some]
+    return torch.stack(found) if np.ndim(strength) else found[0]
 
 
 # %% ../nbs/15_steering.ipynb #755710c4

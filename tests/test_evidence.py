@@ -940,7 +940,7 @@ def test_text_is_left_out_with_a_reason(pair, few, tmp_path, monkeypatch):
     assert "equal damage" in texts_of(pair, few, experiments=("text",)).untold
 
 
-def told(of, gains, right=18):
+def heard(of, gains, right=18):
     "Evidence of sampled text with these gains over the base model."
     groups = [str(i) for i in range(len(gains))]
     runs = [Run("base", "text", answers=dict(right=[1] * right + [0] * (20 - right), chance=[0.5] * 20))]
@@ -954,20 +954,20 @@ def told(of, gains, right=18):
 
 def test_text_follows_where_the_gain_is_clear_and_the_judge_can_tell(plain):
     gains = np.linspace(0, 0.2, 24)
-    assert told(plain, gains).text.follows and not told(plain, -gains).text.follows
-    assert not told(plain, gains, right=12).text.follows  # of 20, where guessing gives 10
-    assert told(plain, gains).text.right == 0.9
+    assert heard(plain, gains).text.follows and not heard(plain, -gains).text.follows
+    assert not heard(plain, gains, right=12).text.follows  # of 20, where guessing gives 10
+    assert heard(plain, gains).text.right == 0.9
     big, word = dict(task=2, readout=2), dict(task=2, readout=0)
     e = planted(plain, np.random.default_rng(0), big, word, 0.3)
     for sign, said in (1, "text follows"), (-1, "text is not seen to follow"):
-        both = replace(e, runs=e.runs + told(plain, sign * gains).runs)
+        both = replace(e, runs=e.runs + heard(plain, sign * gains).runs)
         assert both.data["verdict"] == {"kind": "concept", "text": f"It is a concept; sampled {said}"}
 
 
 def test_text_without_a_gain_rarely_follows(plain):
     rng = np.random.default_rng(0)
     skewed = rng.exponential(1, (200, 24, 2)) @ [1, -1]  # scores of two draws of the same
-    assert sum(told(plain, x).text.follows for x in skewed) <= 10  # 5 %
+    assert sum(heard(plain, x).text.follows for x in skewed) <= 10  # 5 %
 
 
 def test_text_is_told_with_its_judge(pair, few, tmp_path):
