@@ -632,7 +632,7 @@ def test_74_an_artefact_asks_nobody(tmp_path, monkeypatch):
         info = replace(model_info(m), **other)
         with pytest.raises(ValueError, match="Load it yourself"):
             info.load()
-        t = replace(place(torch.ones(48), m, 1), target=info)
+        t = replace(place(torch.ones(48), m, 1), target=info, model=None)
         t.save(tmp_path / "t")
         with pytest.raises(ValueError, match="Load it yourself"):
             Transplant.load(tmp_path / "t")
