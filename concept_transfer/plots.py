@@ -106,7 +106,7 @@ def _named(known, name, what):
 @strict
 def plot_grid(
     maps: LayerGrid,
-    values: str | np.ndarray = "r2",  # "r2", "cosine", or (L1, L2) such as `downstream` gives
+    values: Any = "r2",  # "r2", "cosine", or (L1, L2) such as `downstream` gives
     label: str = "",  # what an array shows
 ) -> Figure:
     "Heat map of a score over all layer pairs. Raises ValueError for an unknown score, and another shape."
