@@ -168,8 +168,8 @@ def check(
     source: TransformersModel | None = None,  # of the map
     neutral: Corpus | None = None,  # the text that set the dose; default: the built-in neutral corpus
 ) -> Drift:
-    """Whether a transplant holds in a changed target, from text without labels. Its limits are reasoned
-    and tried on tiny models, not yet studied.
+    """Whether a transplant holds in a changed target, from text without labels. Where training
+    spoiled a target its limits rang in vain; planted staleness they found.
     Raises ValueError for a map, a source or an old target of something else."""
     t, new = _opened(transplant), model_info(updated_target)
     if bool(map) != bool(source):
