@@ -153,7 +153,7 @@ def activations(
     batch_tokens = checked(batch_tokens, PositiveInt, "batch_tokens", strict=False)
     if path:
         position_name(rule, "read")
-        if OPEN.get():
+        if any(OPEN.get()):
             raise ValueError("states of a steered model are not kept: leave path= away while it is steered.")
     on, kept = engine(model), Journal(path, "states", tensors=True)
     made = on.weights, on.precision, numbers, fingerprint(rule)

@@ -949,7 +949,7 @@ def _halved(work, *rows):  # of a batch (b, ...), or None
         return work(*rows)
     except Exception as e:
         n = len(rows[0]) // 2
-        if not out_of_memory(e) or not n or OPEN.get():
+        if not out_of_memory(e) or not n or any(OPEN.get()):
             raise
     parts = [[x if x is None else x[half] for x in rows] for half in (slice(n), slice(n, None))]
     return torch.cat([_halved(work, *part) for part in parts])
