@@ -856,12 +856,13 @@ def cmd_evaluate(
     neutral: str = "neutral",  # file, or neutral
     pairs: str | None = None,  # the concept's, file or built-in set: they give the native arm
     other: str | None = None,  # another concept's pairs
-    suite: str | None = None,  # public measures too: standard, or names and task files with commas
+    suite: str | None = None,  # more: standard (public measures), text (sampled), names, task files
 ) -> Said:
     """effect and damage beside controls
 
     concept-transfer evaluate --transplant happy.safetensors --task emotions/happiness \\
       --pairs emotions/happiness --out evidence"""
+    from concept_transfer.arms import BY_DEFAULT, EXPERIMENTS
     from concept_transfer.data import load_corpus, load_pairs
     from concept_transfer.evidence import evaluate
     from concept_transfer.suites import MEASURES, measure_suite
@@ -870,13 +871,15 @@ def cmd_evaluate(
     chosen, folder = settings(), _writable(out, folder=True)
     own, foreign = (load_pairs(p) if p else None for p in (pairs, other))
     items, texts = task("test"), load_corpus(neutral)
+    more = (suite or "").split(",")
     names = [
-        x for part in (suite or "").split(",") for x in (MEASURES if part == "standard" else [part]) if x
+        x for part in more for x in (MEASURES if part == "standard" else [part]) if x not in ("", "text")
     ]
     _ = [load_task(x) for x in names if x not in MEASURES]  # say so now where there is no such task
     t = transplant()
     _expect("evidence: at least", _asking(t, items, texts) * (2 * chosen.random + 12))
-    e = evaluate(t, items, texts, settings=chosen, path=folder / "arms.jsonl", pairs=own, other=foreign)
+    asked = tuple(EXPERIMENTS) if "text" in more else BY_DEFAULT
+    e = evaluate(t, items, texts, None, asked, chosen, folder / "arms.jsonl", pairs=own, other=foreign)
     e.save(folder / "evidence.json")
     shown = _looks(t, items, e, texts, pairs=own)
     if not names:
