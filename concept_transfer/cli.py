@@ -872,14 +872,12 @@ def cmd_evaluate(
     own, foreign = (load_pairs(p) if p else None for p in (pairs, other))
     items, texts = task("test"), load_corpus(neutral)
     more = (suite or "").split(",")
-    names = [
-        x for part in more for x in (MEASURES if part == "standard" else [part]) if x not in ("", "text")
-    ]
+    names = [x for k in more for x in (MEASURES if k == "standard" else [k]) if x not in ("", "text")]
     _ = [load_task(x) for x in names if x not in MEASURES]  # say so now where there is no such task
     t = transplant()
     _expect("evidence: at least", _asking(t, items, texts) * (2 * chosen.random + 12))
-    asked = tuple(EXPERIMENTS) if "text" in more else BY_DEFAULT
-    e = evaluate(t, items, texts, None, asked, chosen, folder / "arms.jsonl", pairs=own, other=foreign)
+    how = dict(settings=chosen, path=folder / "arms.jsonl", pairs=own, other=foreign)
+    e = evaluate(t, items, texts, None, tuple(EXPERIMENTS) if "text" in more else BY_DEFAULT, **how)
     e.save(folder / "evidence.json")
     shown = _looks(t, items, e, texts, pairs=own)
     if not names:
@@ -905,8 +903,7 @@ def _looks(t, task, e, neutral, concept=None, source=None, pairs=None):
     shown["The words it means"] = views.direction_words(t, concept, source, pairs, e)
     shown["Texts that lie farthest along it"] = views.farthest_texts(t, neutral.texts)
     shown["Where it is read"] = views.token_heat(t, task.prompts[items.typical], concept, source)
-    anchors = views.damage_anchors(t.model, neutral)
-    return dict(pictures=shown | figures(e), items=items, anchors=anchors)
+    return dict(pictures=shown | figures(e), items=items, anchors=views.damage_anchors(t.model, neutral))
 
 
 def _reported(e, folder, looks, suite=None):

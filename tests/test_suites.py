@@ -339,7 +339,8 @@ def test_from_a_shell(planted, index, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(steering, "Transplant", SimpleNamespace(load=lambda file, model: push))
     there = {"transplanted": SimpleNamespace(dose=1.0)}
     judged = SimpleNamespace(save=lambda path: None, data={}, arms=there)
-    monkeypatch.setattr(evidence, "evaluate", lambda *a, **k: judged)
+    asked = []
+    monkeypatch.setattr(evidence, "evaluate", lambda *a, **k: asked.append(a[4]) or judged)
     for room, name in (
         (report, "write_report"),
         (report, "verdict"),
@@ -360,6 +361,8 @@ def test_from_a_shell(planted, index, tmp_path, monkeypatch, capsys):
     said = json.loads(capsys.readouterr().out)["suite"]
     assert said == json.loads((tmp_path / "suite.json").read_text()) and said["gates"]["control"]
     assert {r["measure"] for r in said["table"]} == {"target", *suites.REWORDED, "refusal"}
+    assert cli.main([*argv, "text"]) == 0 and ["text" in x for x in asked] == [False, True]
+    assert "suite" not in json.loads(capsys.readouterr().out)
     assert cli.main([*argv, "standart"]) == 1
     assert "standart" in json.loads(capsys.readouterr().out)["error"]
 
