@@ -45,7 +45,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import fields, is_dataclass
-from functools import cache, partial
+from functools import cache, cached_property, partial
 from importlib.metadata import version
 from inspect import getclosurevars, isfunction
 from pathlib import Path
@@ -444,21 +444,43 @@ def load_fields(
 
 _HEAD_NAMES = "kind format package site".split()
 
-
 # %% ../nbs/04_artefacts.ipynb #67555e1b
+_VALUES = np.ndarray, np.generic, Tensor, re.Pattern, partial, dict, list, set, tuple
+
+
 def _code(f):
     "What a function does."
     around = getclosurevars(f)
-    used = {k: v for k, v in around.globals.items() if getattr(v, "__module__", f.__module__) == f.__module__}
+    used = {
+        k: v
+        for k, v in around.globals.items()
+        if isinstance(v, _VALUES) or getattr(v, "__module__", f.__module__) == f.__module__
+    }
     names = sorted({**around.globals, **around.builtins}.keys() - used)
     return names, f.__code__, f.__defaults__, f.__kwdefaults__, dict(around.nonlocals), used
+
+
+_PLAIN = int, float, str, bytes, bool, tuple, frozenset
+
+
+_HOLDS = {staticmethod: "__func__", classmethod: "__func__", property: "fget", cached_property: "func"}
+_HOLDS |= {type(cache(len)): "__wrapped__"}
+
+
+def _members(x):
+    "Functions and constants of a class, and of those in its module that it inherits from."
+    own = [vars(c) for c in x.__mro__ if c.__module__ == x.__module__]
+    found = {k: v for names in reversed(own) for k, v in names.items()}
+    bare = {k: getattr(v, _HOLDS[type(v)]) if type(v) in _HOLDS else v for k, v in found.items()}
+    functions = {k: v for k, v in bare.items() if isfunction(v)}
+    return functions | {k: v for k, v in bare.items() if isinstance(v, _PLAIN) and not k.startswith("__")}
 
 
 def _told_once(x, memo):
     "Hash of a function or a class, which may lead back to itself."
     if x not in memo:
         memo[x] = f"{x.__module__}.{x.__qualname__}"
-        parts = [f for f in vars(x).values() if isfunction(f)] if isinstance(x, type) else _code(x)
+        parts = _members(x) if isinstance(x, type) else _code(x)
         memo[x] = hashlib.sha256(repr([memo[x], _said(parts, memo)]).encode()).hexdigest()
     return memo[x]
 
@@ -484,8 +506,12 @@ def _said(x, memo):
             parts = sorted(repr((said(k), said(v))) for k, v in x.items())
         case CodeType():
             parts = x.co_code, x.co_names, said(x.co_consts)
+        case re.Pattern():
+            parts = x.pattern, x.flags
         case _ if is_dataclass(x):
             parts = [said(_values(x))]
+        case _ if type(x) in _HOLDS:
+            return said(getattr(x, _HOLDS[type(x)]))
         case _:
             parts = map(said, x.__reduce_ex__(2))
     return [type(x).__name__, getattr(x, "__module__", ""), *parts]

@@ -422,6 +422,31 @@ def test_functions_count_by_what_they_do():
         fingerprint(open(os.devnull))  # noqa: SIM115
 
 
+OF_CLASSES = [
+    "class Mine:\n k = {}\n def of(self): return self.k",
+    "class Other:\n def of(self): return {}\nclass Mine(Other): pass",
+    "class Mine:\n @staticmethod\n def of(): return {}",
+    "class Mine:\n @property\n def of(self): return {}",
+    "import functools\n@functools.cache\ndef Mine(): return {}",
+    "import functools\nclass Mine:\n @functools.cached_property\n def of(self): return {}",
+    "class Kept:\n def __init__(self, k): self.k, self.__wrapped__ = k, lambda: 0\nMine = Kept({})",
+    "import re\nwhat = re.compile('{}')\ndef Mine(): return what",
+    "import numpy\nwhat = numpy.array([{}])\ndef Mine(): return what",
+    "import torch\nwhat = torch.tensor([{}])\ndef Mine(): return what",
+    "import functools\nwhat = functools.partial(max, {})\ndef Mine(): return what",
+    "import collections\nwhat = collections.Counter(a={})\ndef Mine(): return what",
+]
+
+
+@pytest.mark.parametrize("text", OF_CLASSES)
+def test_37_what_stands_around_a_function_counts(text):
+    def made(k):
+        exec(text.format(k), names := {"__name__": "mine"})
+        return fingerprint(names["Mine"])
+
+    assert made(1) == made(1) != made(2)
+
+
 @pytest.mark.parametrize("work", [fuzz.fuzz, fuzz.flips])
 def test_fuzz(tmp_path, kinds, work):
     said: list = []
