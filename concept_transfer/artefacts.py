@@ -39,6 +39,7 @@ import os
 import re
 import shutil
 import tempfile
+import threading
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -594,22 +595,26 @@ def _row(chain, line):
 
 
 # %% ../nbs/04_artefacts.ipynb #1f79bcc7
+_APPENDING = threading.Lock()
+
+
 @patch
 def _append(self: Journal, rows):
     "Add rows with one write. A full disk is an OSError, and leaves what was there."
-    chain, text = self._chain, b""
-    for row in rows:
-        chain, line = linked(chain, row)
-        text += line
-    with disk_space(self.path), open(self.path, "ab", buffering=0) as f:  # type: ignore[arg-type]
+    where: Any = self.path
+    with _APPENDING, disk_space(where), open(where, "ab", buffering=0) as f:
+        chain, text = self._chain, b""
+        for row in rows:
+            chain, line = linked(chain, row)
+            text += line
         if f.tell() != self._end:
             raise ValueError(f"{self.path} was changed by another run meanwhile; give each run its own path.")
         f.truncate(self._size)  # half a line goes
         if f.write(text) != len(text):
             f.truncate(self._size)
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    self._size += len(text)
-    self._chain, self._end = chain, self._size
+        self._size += len(text)
+        self._chain, self._end = chain, self._size
 
 
 # %% ../nbs/04_artefacts.ipynb #1393da35

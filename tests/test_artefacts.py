@@ -6,6 +6,7 @@ import resource
 import stat
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -268,6 +269,13 @@ def test_two_runs_at_one_journal(tmp_path):
     with pytest.raises(ValueError, match="changed by another run"):
         two.keep({"b": 2})
     assert Journal(tmp_path / "j", "evaluation").done == {"a": 1}
+
+
+def test_111_threads_keep_what_they_have_in_one_journal(tmp_path):
+    shared = Journal(tmp_path / "j", "evaluation")
+    with ThreadPoolExecutor(30) as pool:
+        list(pool.map(lambda k: shared.keep({k: [k] * 99}), map(str, range(300))))
+    assert Journal(tmp_path / "j", "evaluation").done == {str(k): [str(k)] * 99 for k in range(300)}
 
 
 def test_42_43_kept_states(model, tmp_path):
