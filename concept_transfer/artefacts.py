@@ -243,6 +243,8 @@ def _bytes(t):
 def _content(path):
     "The first bytes of a safetensors file, its tensors as they stand there, and what is said of them."
     tensors = {}
+    if path.is_fifo():  # whoever reads it may wait for ever
+        raise ValueError("it is a pipe")
     with open(path, "rb") as f:
         head = f.read(8)
         size = int.from_bytes(head, "little")

@@ -330,6 +330,8 @@ def test_48_a_pipe_is_written_to(joy, file, tmp_path):
     again = Concept.load(file)
     os.waitpid(pid, 0)
     assert torch.equal(again.directions, joy.directions) and (tmp_path / "pipe").is_fifo()
+    with pytest.raises(ValueError, match="pipe cannot be read as an artefact.*is a pipe"):
+        Concept.load(tmp_path / "pipe")
 
 
 def test_50_errors_name_the_users_path(joy, tmp_path):
