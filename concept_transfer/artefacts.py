@@ -725,6 +725,12 @@ def artefact(
     "What stands at `path` if it was made of the very same and is still whole; else made anew and saved."
     if path.is_file() and self.done.get(path.name) == [of, file_hash(path)]:
         return load(path)
+    if path.name not in self.done:
+        if path.exists():
+            raise ValueError(
+                f"{path} was there before: it is left as it is. Move it, or take another folder."
+            )
+        self.keep({path.name: []})
     made = make()
     made.save(path)
     self.keep({path.name: [of, file_hash(path)]})

@@ -519,3 +519,17 @@ def test_a_journal_says_what_it_keeps(tmp_path):
     kept = Journal(tmp_path / "j", "search")
     kept.keep({"a": 1})
     assert repr(kept) == "Journal('search', 1 kept)"
+
+
+def test_46_what_no_run_in_a_folder_made_is_left_alone(joy, tmp_path):
+    mine, files = tmp_path / "joy.safetensors", Journal(tmp_path / "made_of", "demo")
+    mine.write_text("mine")
+    with pytest.raises(ValueError, match=f"{mine} was there before"):
+        files.artefact(mine, "8 pairs", lambda: joy, Concept.load)
+    assert mine.read_text() == "mine" and not files.done
+    mine.unlink()
+    with pytest.raises(KeyboardInterrupt):
+        files.artefact(mine, "8 pairs", lambda: (_ for _ in ()).throw(KeyboardInterrupt), Concept.load)
+    joy.save(mine)  # as of a run that was killed before it could note what it had made
+    again = Journal(tmp_path / "made_of", "demo")
+    assert again.artefact(mine, "8 pairs", lambda: joy, Concept.load) == joy
