@@ -31,6 +31,7 @@ __all__ = [
 # %% ../nbs/02_tasks.ipynb #af6aaf85
 import inspect
 import json
+import os
 import random
 import re
 from collections.abc import Callable, Iterable, Sequence
@@ -566,6 +567,18 @@ class GenerationTask(Task):
     "Prompts that a model goes on from, and what scores its texts."
 
     _item = GenerationItem
+
+    @property
+    def hash(self) -> str:
+        "Fingerprint of all that is asked, and of what scores it."
+        from concept_transfer.artefacts import fingerprint
+
+        scorers = [item.scorer for item in self.items]
+        try:
+            told = fingerprint(scorers)
+        except ValueError:  # one that cannot be told from others is no other's
+            told = f"{os.getpid()} {[*map(id, scorers)]}"
+        return data_hash([super().hash, told])
 
     def score(self, texts: Sequence[str]) -> list[float]:
         "What the scorers say of the continuations, in order. Raises ValueError where that is no number."
