@@ -200,6 +200,11 @@ def _place(name):
         return fetch(name)
     if nearest(name, EMBEDDED) and "/" not in name:
         return find_file(name, EMBEDDED)  # its error says what was meant
+    if (path / "adapter_config.json").exists():
+        raise ValueError(
+            f"{name!r} holds an adapter, which would be left out: load it with peft, and save what its "
+            "merge_and_unload() gives in another folder."
+        )
     if not path.exists() and (kind == "file" or not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", name)):
         raise FileNotFoundError(f"no {kind} {name!r}. A model is {_KNOWN}.")
     return converted(path) if kind == "file" else name

@@ -343,6 +343,12 @@ def test_66_a_folder_without_tokenizer_files_is_refused(tmp_path, family):
         load_model(tmp_path)
 
 
+def test_64_an_adapter_in_the_folder_is_not_left_out(folder):
+    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA"}))
+    with pytest.raises(ValueError, match=f"^'{folder}' holds an adapter.*merge_and_unload"):
+        load_model(folder)
+
+
 @pytest.mark.parametrize("key, n", [("num_hidden_layers", 10**7), ("vocab_size", 10**9)])
 def test_70_more_layers_than_the_files_can_hold(folder, key, n):
     configured(folder, **{key: n})
