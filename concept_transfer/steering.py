@@ -67,7 +67,7 @@ def residual_norm(
 # %% ../nbs/15_steering.ipynb #ed863fdc
 def _number(x, what):
     try:
-        value = math.nan if isinstance(x, str) else float(x)
+        value = math.nan if isinstance(x, str | bytes) else float(x)
     except (TypeError, ValueError, RuntimeError, OverflowError):
         value = math.nan
     if not math.isfinite(value):

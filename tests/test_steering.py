@@ -131,6 +131,7 @@ NO_NUMBERS = [
     None,
     "1",
     "nan",
+    b"1",
     torch.tensor(torch.nan),
     np.float32("inf"),
 ]
