@@ -137,7 +137,9 @@ _ENDING = re.compile(r"\.(csv|tsv|json|jsonl|ndjson|txt)(\.gz)?$")
 _LIMIT = 2**28  # characters of a file
 _NO_DATA = re.compile(r"(?i)\s*(<!doctype html|<html|version https://git-lfs)")
 _LIKE_JSON = re.compile(r'\s*(\[\s*\{|\[|\{)\s*"')
-_LIKE_TABLE = re.compile(r"(?i)(?=\w+[,;\t])(\w+[,;\t])*(text|statement|sentence|positive)([,;\t]\w+)*\n")
+_LIKE_TABLE = re.compile(
+    r'(?i)(?="?\w+"?[,;\t])("?\w+"?[,;\t])*"?(text|statement|sentence|positive)"?([,;\t]"?\w+"?)*\n'
+)
 
 
 def read_file(path: Path) -> Any:

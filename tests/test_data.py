@@ -211,6 +211,8 @@ def test_B1_a_corpus_is_a_table_where_it_looks_like_one(write):
     for name in ("c.csv", "c.txt", "C.CSV"):
         path = write(name, 'text,id\nHello there.,1\n"Two\nlines",2\n')
         assert load_corpus(path).texts == ("Hello there.", "Two\nlines")
+    assert load_corpus(write("c.txt", '"text","id"\n"Hello there.","1"\n')).texts == ("Hello there.",)
+    assert load_corpus(write("c.txt", '"text", she said.\n')).texts == ('"text", she said.',)
     assert load_corpus(write("c.tsv", "id\tstatement\n1\tOne, two.\n")).texts == ("One, two.",)
     for name in ("c.md", "c", "c.xlsx", "c.parquet", "c.gz", "c.csv.zip"):
         with pytest.raises(ValueError, match=".csv, .tsv, .json, .jsonl, .ndjson, .txt"):
