@@ -414,8 +414,8 @@ def _read_pairs(path, found):
     "Pairs by what the data looks like."
     match found:
         case {"positive": [*p], "negative": [*n]} | {"pos": [*p], "neg": [*n]} if not _OF_ROWS & {*found}:
-            refuse_slips(found, ("template", *_OF_ROWS), path)
-            return ContrastPairs(path.stem, p, n, template=found.get("template", "{}"))
+            refuse_slips(found, ("name", "template", *_OF_ROWS), path)
+            return ContrastPairs(found.get("name", path.stem), p, n, template=found.get("template", "{}"))
     table = as_table(found, path)
     columns = ("text", "text") if {"text", "label"} <= {*table} else _SIDES
     if not {*columns} <= {*table}:
@@ -424,7 +424,10 @@ def _read_pairs(path, found):
             "and 'rejected', or answers that match a behavior or not), or 'text' and 'label'; "
             f"found {short_repr(found)}."
         )
-    refuse_slips([*table], ("group", "prompt"), path)
+    refuse_slips([*table], ("group", "prompt", "template"), path)
+    templates = {*table.get("template", ["{}"])}
+    if len(templates) > 1:
+        raise ValueError(f"{path}: pairs have one template, and the rows {short_repr(templates)}; choose.")
     for c in columns:
         texts = check_texts(table[c], f"{path}: {c}")
         if c in _SIDES and "prompt" in table:
@@ -436,7 +439,7 @@ def _read_pairs(path, found):
         sides = table[true], table[~true]
     positive, negative = (side[c].tolist() for side, c in zip(sides, columns, strict=True))
     groups = [g for side in sides for g in side.get("group", side.get("prompt", ()))]
-    return ContrastPairs(path.stem, positive, negative, groups)
+    return ContrastPairs(path.stem, positive, negative, groups, *templates)
 
 
 # %% ../nbs/01_data.ipynb #8d86f235

@@ -317,6 +317,7 @@ def test_B8_a_set_has_no_order_to_be_read_in(load):
         ({"grops": ["lake"]}, "groups"),
         ([{"grup": "lake"}], "group"),
         ([{"prompts": "How was it?"}], "prompt"),
+        ([{"templates": "It rained: {}"}], "template"),
     ],
 )
 def test_a_slip_in_a_name_beside_pairs_is_not_passed_over(found, meant):
@@ -325,6 +326,15 @@ def test_a_slip_in_a_name_beside_pairs_is_not_passed_over(found, meant):
     made = lists | found if isinstance(found, dict) else [sides | found[0]]
     with pytest.raises(ValueError, match=f"Did you mean '{meant}'"):
         load_pairs(made)
+
+
+def test_B6_a_template_and_a_name_beside_pairs_are_kept():
+    rows = [dict(text=f"{i}", label=i % 2, template="It rained: {}") for i in range(4)]
+    lists = dict(positive=["1", "3"], negative=["0", "2"], template="It rained: {}", name="rain")
+    assert load_pairs(rows).template == load_pairs(lists).template == "It rained: {}"
+    assert load_pairs(lists).name == "rain"
+    with pytest.raises(ValueError, match="one template"):
+        load_pairs([*rows, rows[0] | {"template": "{}"}])
 
 
 def test_B9_data_in_memory_is_read():
