@@ -130,10 +130,15 @@ def _check_numbers(given):
 # %% ../nbs/31_cli.ipynb #5c16a5d5
 def _check_out(out, given):
     "Raise ValueError where a command would write over an input, or over a file of a model that it reads."
-    here = [out, out.parent] if (out.parent / "config.json").is_file() else [out]
-    for name, x in given.items():
-        if name != "out" and isinstance(x, str) and os.path.exists(x) and any(map(Path(x).samefile, here)):
-            raise ValueError(f"--out would write over {str(out)!r}, which --{name} reads; give another.")
+    reports = [out / k for k in ("evidence.json", "report.html", "suite.json")]
+    here = [k for k in (reports if out.is_dir() else [out]) if k.exists()]
+    if out.is_file() and (out.parent / "config.json").is_file():
+        here.append(out.parent)
+    read = [(k, v) for k, v in given.items() if k != "out" and isinstance(v, str)]
+    for name, x in read + [(k, part) for k, v in read for part in v.split(",")]:
+        if os.path.exists(x) and any(map(Path(x).samefile, here)):
+            over = x if out.is_dir() else str(out)
+            raise ValueError(f"--out would write over {over!r}, which --{name} reads; give another.")
 
 
 # %% ../nbs/31_cli.ipynb #ddf9b708
@@ -168,7 +173,7 @@ def _answer(run, name, given):
             if not given["debug"]:
                 warnings.showwarning = _warn
             _check_numbers(given)
-            if out.is_file():
+            if given.get("out"):
                 _check_out(out, given)
             facts, text = run()
         print(json.dumps(plain(facts), allow_nan=False) if given["json"] else _plainly(text), flush=True)

@@ -556,6 +556,16 @@ def test_46_an_input_is_not_written_over(here, argv, out, capsys):
     assert "--out would write over" in capsys.readouterr().err and Path(out).read_bytes() == before
 
 
+@pytest.mark.parametrize("name", ["evidence.json", "suite.json"])
+def test_46_an_input_in_the_folder_of_a_report_is_not_written_over(name, tmp_path, capsys):
+    (tmp_path / name).write_text("mine")
+    option = "--pairs" if name == "evidence.json" else "--suite"
+    ask = ["evaluate", "--transplant", "t", "--task", "cloze", option, str(tmp_path / name)]
+    assert main(*ask, "--out", str(tmp_path)) == 1
+    assert f"--out would write over '{tmp_path / name}', which {option} reads" in capsys.readouterr().err
+    assert (tmp_path / name).read_text() == "mine" and len([*tmp_path.iterdir()]) == 1
+
+
 @pytest.mark.slow
 def test_46_a_folder_named_like_a_set_or_a_model_is_no_input(here):
     (here / "honesty").mkdir()
