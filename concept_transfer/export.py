@@ -48,6 +48,7 @@ import httpx
 import torch
 from fastcore.basics import patch
 from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
+from markupsafe import escape
 from nnsight import TransformersModel
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -493,15 +494,15 @@ _CARD = """---
 {data}
 ---
 
-# {t.name}
+# {name}
 
-A direction in the residual stream of **{t.target.name}**, after layer {here} (counted from 0), made with
+A direction in the residual stream of **{target}**, after layer {here} (counted from 0), made with
 [concept_transfer](https://github.com/concept-transfer/concept_transfer) from {source}. Strength 1 adds
 {t.dose:.3g} of the median residual norm at these positions: {t.positions}.
 
 ```python
 from concept_transfer.all import *
-t = Transplant.load("transplant.safetensors", load_model("{t.target.name}"))
+t = Transplant.load("transplant.safetensors", load_model({model}))
 t.generate("It rained and", strength=1)
 ```
 
@@ -527,8 +528,10 @@ def _write_hub(t, path, evidence: Evidence | None = None):
         evidence.save(path / "evidence.json")
         what["eval_results"] = [*_results(evidence)]
     data = ModelCardData(tags=["activation-steering"], model_name=t.name, **what)
-    here, source = str(t.layers[1]).strip("[]"), t.source.name if t.source else "itself"
-    text = _CARD.format(data=data.to_yaml(), t=t, here=here, source=source)
+    model, source = t.target.name, t.source.name if t.source else "itself"
+    said = {k: escape(" ".join(x.split())) for k, x in dict(name=t.name, target=model, source=source).items()}
+    said |= {"here": str(t.layers[1]).strip("[]"), "model": json.dumps(model, ensure_ascii=False)}
+    text = _CARD.format(data=data.to_yaml(), t=t, **said)
     ModelCard(text).save(path / "README.md")
 
 

@@ -221,6 +221,14 @@ def test_the_folder_for_the_hub_reads_as_a_model_card(llama, tmp_path):
     assert torch.equal(back.direction, llama.direction)
 
 
+def test_82_a_name_is_neither_markup_nor_code_on_a_model_card(llama, tmp_path):
+    name = 'x")\nimport os\n# <script>'
+    t = replace(llama, name=name, target=replace(llama.target, name=name), model=None)
+    FORMATS["hub"].write(t, tmp_path / "hub")
+    text = ModelCard.load(tmp_path / "hub" / "README.md").text
+    assert "<script>" not in text.partition("```")[0] and "\nimport os" not in text
+
+
 @pytest.fixture
 def hub(monkeypatch):
     "The Hub's addresses for a push, on loopback: what was asked, and the files that were committed."
