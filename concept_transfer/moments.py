@@ -22,6 +22,7 @@ __all__ = [
 
 # %% ../nbs/13_moments.ipynb #816c64f8
 import copy
+import os
 import tempfile
 import time
 import warnings
@@ -849,8 +850,9 @@ def _place(path):
     "The path to a file that is there or can be made. Raises OSError where it cannot."
     path = Path(path).expanduser()
     if not path.exists():
-        path.touch()  # now, not after the work
-        path.unlink()
+        real = Path(os.path.realpath(path))  # a link stays
+        real.touch()  # now, not after the work
+        real.unlink()
     return path
 
 

@@ -605,6 +605,13 @@ def test_14_weights_that_are_none_are_refused(pair, weight):
             collect(*pair, only(FEW), [1], [2], weight=wrong)
 
 
+def test_46_a_link_to_a_file_that_is_not_there_yet_stays(tmp_path, pair):
+    link, there = tmp_path / "m", tmp_path / "elsewhere"
+    link.symlink_to(there)
+    collect(*pair, SCENES, [1], [2], path=link)
+    assert link.is_symlink() and there.stat().st_size
+
+
 def test_14_sums_beyond_all_numbers_are_refused(tmp_path, pair):
     with pytest.raises(ValueError, match="not finite"):
         collect(*pair, only(FEW), [1], [2], weight=lambda X, Y: X.new_full((len(X),), 3e38))
