@@ -252,7 +252,7 @@ _GOING = _Going()
 def _everywhere(at, h, rule):  # what a rule gave, states (b, t, d) -> (b, t)
     "Where to add. Raises ValueError for what does not say so of each state."
     try:
-        return at.to(h).expand(h.shape[:2])
+        return (torch.as_tensor(at) if isinstance(at, np.ndarray) else at).to(h).expand(h.shape[:2])
     except (AttributeError, RuntimeError):
         found, wanted = tuple(getattr(at, "shape", ())) or at, tuple(h.shape[:2])
     raise ValueError(

@@ -264,6 +264,17 @@ def test_a_rule_that_gives_no_mask_is_told_what_one_is(name):
         t.generate(PROMPTS, 1.0, 4)
 
 
+def test_a_rule_may_give_an_array():
+    given: dict = {
+        "of numpy": lambda h, mask: np.ones(h.shape[:2]),
+        "of torch": lambda h, mask: h.new_ones(h.shape[:2]),
+    }
+    one, two = (
+        three(tiny_model("llama"), positions=rule)[0].generate(PROMPTS, 1.0, 4) for rule in given.values()
+    )
+    assert one == two
+
+
 def test_a_changed_target_is_checked_at_every_place(given):
     joy, maps, target = given
     t = transplant(joy, maps, target, layers=(2, [1, 2]), damage=0.3, neutral=NEUTRAL)
