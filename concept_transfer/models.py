@@ -107,26 +107,30 @@ def _called(name):
 
 
 # %% ../nbs/10_models.ipynb #5db4701d
-_INFOS: WeakKeyDictionary = WeakKeyDictionary()  # of models that are in use
+_INFOS: WeakKeyDictionary = WeakKeyDictionary()  # of models that are in use, and when each was made
 
 
 def model_info(model: TransformersModel) -> ModelInfo:
-    "Name, shape and fingerprint of a model; computed again only where its weights have changed."
-    made, known = engine(model), _INFOS.get(model)
-    if known is None or (known.weights, known.precision) != (made.weights, made.precision):
+    "Name, shape and fingerprint of a model; computed again only where weights or tokenizer have changed."
+    made, tokenizer = engine(model), model.tokenizer
+    marks = getattr(getattr(tokenizer, "backend_tokenizer", None), "post_processor", None)
+    now = made.weights, made.precision, len(tokenizer), repr(marks)
+    when, found = _INFOS.get(model, (None, None))
+    if when != now:
         config = model._module.config
-        _INFOS[model] = ModelInfo(
+        found = ModelInfo(
             made.name or _called(config._name_or_path) or config.model_type,
             config.model_type,
             len(model.layers),
             config.get_text_config().hidden_size,
             made.weights,
-            _tokenizer_hash(model.tokenizer),
+            _tokenizer_hash(tokenizer),
             getattr(config, "_commit_hash", None) or "",
             made.precision,
             made.fingerprint[1] if isinstance(made, Local) else (),
         )
-    return _INFOS[model]
+        _INFOS[model] = now, found
+    return found
 
 
 # %% ../nbs/10_models.ipynb #013facd3

@@ -570,6 +570,16 @@ def test_D1_an_artefact_keeps_the_sketch(folder, tmp_path):
     assert place(back, load_model(folder, dtype="float16"), 1).layer == 1
 
 
+def test_D2_a_tokenizer_that_is_changed_is_another():
+    m = tiny_model("llama")
+    told = [model_info(m)]
+    m.tokenizer.add_tokens(["rained"])
+    told.append(model_info(m))
+    m.tokenizer.add_bos_token = False
+    told.append(model_info(m))
+    assert len({x.tokenizer for x in told}) == 3 and model_info(m) is told[2]
+
+
 def test_D2_a_token_for_padding_is_no_other_tokenizer():
     m, t = tiny_model("llama"), tiny_tokenizer("sentencepiece")
     t.add_special_tokens({"pad_token": "[PAD]"})
