@@ -12,6 +12,7 @@ import hashlib
 import hmac
 import json
 import os
+import re
 import secrets
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -198,6 +199,8 @@ class UseLog:
             except Timeout:
                 raise ValueError(f"{path} is written to by another process; give each its own log.") from None
             self.rows, self.digest, torn = _end(self.path)
+            if not self.rows and not re.fullmatch(r"(\d{12}:\w{32})?", _beside(self.path, "head")):
+                raise ValueError(f"{path}.head is no head of a log, and would be lost; give another path.")
             if not self.rows and not _beside(self.path, "salt"):
                 (salt := Path(f"{self.path}.salt")).touch(0o600)
                 salt.write_text(secrets.token_hex())

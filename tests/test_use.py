@@ -376,6 +376,13 @@ def test_foreign_files_are_refused_and_stay(tmp_path):
         audit(tmp_path / "nothing.jsonl")
 
 
+def test_28_a_file_in_the_place_of_a_head_is_refused_and_stays(tmp_path):
+    (tmp_path / "use.jsonl.head").write_text("mine")
+    with pytest.raises(ValueError, match="use.jsonl.head is no head of a log"):
+        UseLog(tmp_path / "use.jsonl")
+    assert (tmp_path / "use.jsonl.head").read_text() == "mine" and not (tmp_path / "use.jsonl").exists()
+
+
 def test_names_of_spans_are_those_of_the_conventions():
     flag = pytest.importorskip("opentelemetry.semconv._incubating.attributes.feature_flag_attributes")
     from opentelemetry.semconv._incubating.attributes import gen_ai_attributes as ai
