@@ -734,6 +734,7 @@ def import_vector(
         with path.open("rb") as file:
             known = file.read(4) == b"GGUF"
         layers, ours = _vectors(path) if known else (_pickled(path), None)
+        hint = known and _read_gguf(path).fields.get("controlvector.model_hint")
         rows = torch.stack([*layers.values()])  # (L, d)
     except FileNotFoundError:
         raise
@@ -743,6 +744,11 @@ def import_vector(
     if rows.shape[1:] != (info.width,) or max(layers) >= info.layers:
         say = f"{path} has vectors {rows.shape[-1]} wide, for layers up to {max(layers)}"
         raise ValueError(f"{say}; these do not fit {info}.")
+    arch, _ = _GGUF.get(info.family, (info.family, None))
+    if hint and (kind := hint.contents()) not in (arch, info.family):
+        warnings.warn(
+            f"{path} says that it was made for a model of kind {kind!r}, not {arch!r}.", stacklevel=2
+        )
     if len(layers) > 1 and not ours:
         unknown = (math.nan,) * len(layers)
         return Concept(path.stem, rows, tuple(layers), unknown, info, 0, reducer="imported")

@@ -370,6 +370,12 @@ def test_vectors_of_repeng_come_in(llama, tmp_path, kind):
     assert one.layer == 3 and torch.allclose(one.vector(1), torch.tensor(directions[3]).float(), rtol=1e-6)
 
 
+def test_75_a_vector_of_another_kind_of_model_is_said(llama, tmp_path):
+    write_control_vector(tmp_path / "one.gguf", {3: np.ones(48, np.float32)}, "gpt2")
+    with pytest.warns(UserWarning, match="made for a model of kind 'gpt2', not 'llama'"):
+        import_vector(tmp_path / "one.gguf", llama.model)
+
+
 @pytest.fixture
 def steering_vectors(monkeypatch):
     "The class of steering-vectors, under its own name."
