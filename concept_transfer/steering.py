@@ -372,7 +372,7 @@ def _continued(model, x, mask, given, rows):  # ids and mask (b, t), options, an
 @strict
 def generate(
     model: TransformersModel,  # steered or not
-    prompts: str | Sequence,  # texts, or chats: lists of messages with role and content
+    prompts: str | Sequence | np.ndarray,  # texts, or chats: lists of messages with role and content
     max_new_tokens: PositiveInt = 40,
     **options,  # as for transformers' generate; greedy by default
 ) -> str | list[str]:

@@ -362,6 +362,11 @@ def test_C3_the_first_space_stays(llama):
     assert generate(llama, "Rain fell on", 1, prefix_allowed_tokens_fn=lambda b, ids: [the]) == " the"
 
 
+def test_B9_prompts_may_be_an_array(llama, push):
+    assert generate(llama, np.array(PROMPTS), 4) == generate(llama, PROMPTS, 4)
+    assert push.generate(np.array(PROMPTS), 1.0, 4) == push.generate(PROMPTS, 1.0, 4)
+
+
 def test_C4_a_chat_is_one_prompt():
     m = load_model(tiny_model("llama"))
     chat = [{"role": "user", "content": "Hi"}]
