@@ -135,6 +135,7 @@ def _table(text, path, mark):
 # %% ../nbs/01_data.ipynb #75b5f61b
 _ENDING = re.compile(r"\.(csv|tsv|json|jsonl|ndjson|txt)(\.gz)?$")
 _LIMIT = 2**28  # characters of a file
+_BETWEEN = re.compile(r'}\s*\n\s*{|]\s*\n\s*\[|"\s*\n\s*"')  # values of JSON, one a line
 _NO_DATA = re.compile(r"(?i)\s*(<!doctype html|<html|version https://git-lfs)")
 _LIKE_JSON = re.compile(r'\s*(\[\s*\{|\[|\{)\s*"')
 _LIKE_TABLE = re.compile(
@@ -163,7 +164,7 @@ def read_file(path: Path) -> Any:
     if len(text) == _LIMIT:
         raise ValueError(f"{path} holds {_LIMIT} characters or more; take a part of it.")
     if "json" in form or _LIKE_JSON.match(text):
-        rows, more = re.subn(r"}(\s*\n\s*){", r"},\1{", text)  # one object a line, as one list
+        rows, more = _BETWEEN.subn(lambda found: found[0].replace("\n", ",\n", 1), text)  # as one list
         found = checked(parse_json(f"[{rows}]" if more else text, path), dict | list, path)
         return [found] if isinstance(found, dict) and form in ("jsonl", "ndjson") else found
     if form == "txt" and not _LIKE_TABLE.match(text):

@@ -224,6 +224,10 @@ def test_B3_json_is_json_whatever_the_ending(write):
         text = '{"text": "Snow is cold."}\n{"text": "So."}\n'
         assert load_corpus(write(name, text)).texts == ("Snow is cold.", "So.")
     assert load_corpus(write("c.jsonl", '{"text": "Snow."}\n')).texts == ("Snow.",)
+    assert load_corpus(write("c.jsonl", '"Snow."\n\n"Ice\\n[and] more."\n')).texts == (
+        "Snow.",
+        "Ice\n[and] more.",
+    )
     assert load_corpus(write("c.json", '[\n"Snow.",\n"Ice."]')).texts == ("Snow.", "Ice.")
     assert load_corpus(write("c.txt", '["Snow.", "Ice."]')).texts == ("Snow.", "Ice.")
     assert load_corpus(write("c.txt", '"Snow," he said.\n[laughs]')).texts == ('"Snow," he said.', "[laughs]")
