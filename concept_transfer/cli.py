@@ -307,6 +307,8 @@ def command(run: Callable) -> Callable:
 def main(argv: list[str] | None = None) -> int:
     "Entry point of `concept-transfer`; returns the exit code."
     argv = sys.argv[1:] if argv is None else argv
+    with suppress(AttributeError):  # letters that a terminal lacks, by their codes
+        sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     try:
         return app(argv, prog_name="concept-transfer", standalone_mode=False) or 0
     except Exception as e:

@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 from functools import partial
+from io import BytesIO, TextIOWrapper
 from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
@@ -645,6 +646,13 @@ def test_texts_and_errors_cannot_move_the_cursor(here, graft, monkeypatch, capsy
     assert main("generate", *graft, "--prompt", "It rained") == 1
     err = capsys.readouterr().err
     assert "\x1b" not in err and "\u202e" not in err and err.count("\n") == 1
+
+
+def test_a_terminal_that_lacks_letters_gets_their_codes(tmp_path, monkeypatch):
+    (tmp_path / "p.json").write_text('{"positive": ["日本"], "negative": ["日本"]}', encoding="utf-8")
+    monkeypatch.setattr(sys, "stdout", TextIOWrapper(raw := BytesIO(), "ascii"))
+    assert main("lint", str(tmp_path / "p.json")) == 0
+    assert rb"e.g. '\u65e5\u672c'" in raw.getvalue()
 
 
 def test_home_is_a_place_to_write(here, monkeypatch):
