@@ -192,6 +192,8 @@ def read_other(path: Path) -> tuple[Any, Any]:
 def read_gguf(path: Path) -> tuple[Any, Any]:
     "Model and tokenizer of a GGUF file, in float32."
     values, weights = _header(path)
+    if (parts := values.get("split.count", 1)) > 1:
+        raise ValueError(f"it is one of {parts} files: join them first, by llama-gguf-split --merge")
     arch, freqs = values["general.architecture"], weights.pop("rope_freqs.weight", None)
     known, blocks = FAMILIES["gguf"].get(arch, {"weights": {}}), range(values.get(f"{arch}.block_count", 0))
     if len(blocks) > len(weights):

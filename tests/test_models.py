@@ -318,6 +318,19 @@ def test_64_a_gguf_file_is_refused_by_name_too(tmp_path, monkeypatch, drop, more
         load_model(small_gguf(tmp_path / "own.gguf", drop, **more))
 
 
+def test_64_a_part_of_a_gguf_file_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("CONCEPT_TRANSFER_CACHE", str(tmp_path / "cache"))
+    w = gguf.GGUFWriter(tmp_path / "own-00002-of-00003.gguf", "llama")
+    w.add_uint16("split.count", 3)
+    w.add_tensor("blk.1.attn_norm.weight", np.ones(32, np.float32))
+    w.write_header_to_file()
+    w.write_kv_data_to_file()
+    w.write_tensors_to_file()
+    w.close()
+    with pytest.raises(ValueError, match="is one of 3 files: join them first"):
+        load_model(tmp_path / "own-00002-of-00003.gguf")
+
+
 def test_64_frequencies_of_llama_3_are_read(tmp_path):
     module, _ = read_gguf(small_gguf(tmp_path / "other.gguf", rope_freqs=(8,)))
     plain, _ = read_gguf(small_gguf(tmp_path / "own.gguf"))
