@@ -529,7 +529,9 @@ def _write_hub(t, path, evidence: Evidence | None = None):
         what["eval_results"] = [*_results(evidence)]
     data = ModelCardData(tags=["activation-steering"], model_name=t.name, **what)
     model, source = t.target.name, t.source.name if t.source else "itself"
-    said = {k: escape(" ".join(x.split())) for k, x in dict(name=t.name, target=model, source=source).items()}
+    said: dict = {
+        k: escape(" ".join(x.split())) for k, x in dict(name=t.name, target=model, source=source).items()
+    }
     said |= {"here": str(t.layers[1]).strip("[]"), "model": json.dumps(model, ensure_ascii=False)}
     text = _CARD.format(data=data.to_yaml(), t=t, **said)
     ModelCard(text).save(path / "README.md")

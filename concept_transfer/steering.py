@@ -380,7 +380,7 @@ def generate(
     Raises ValueError for options that would change the shape of what comes back, or are not known."""
     one = isinstance(prompts, str) or any(isinstance(x, dict) for x in prompts)  # a text; messages of a chat
     given = _options(model.tokenizer, options | {"max_new_tokens": max_new_tokens})
-    ids = encode(model, [prompts] if one else prompts, room=max_new_tokens)
+    ids = encode(model, [prompts] if one else [*prompts], room=max_new_tokens)
     x, mask = pad(model, ids, left=True)  # (b, t)
     try:
         new = _continued(model, x, mask, given, [*range(len(x))])
