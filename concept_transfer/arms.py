@@ -589,7 +589,7 @@ def readouts_of(task: ChoiceTask, read: Sequence[str] = ()) -> list[Task]:
     tune, test and fresh with ten items or more that shares none with the task, or with those of the hashes
     `read`, which chose layers and dose. What is left over is for studies, which read it once."""
     concept, known = concept_of(task), {*read, *(data_hash([x]) for x in task.prompts)}
-    found = [load_task(name) for name in [f"synonyms/{concept}"] if name in TASKS]
+    found = [load_task(name).take(len(task)) for name in [f"synonyms/{concept}"] if name in TASKS]
     if (name := f"wordless/{concept}") in TASKS:
         halves = (load_task(name, split) for split in ("tune", "test", "fresh"))
         new = (x for x in halves if len(x) >= 10 and not known & {data_hash([y]) for y in x.prompts})

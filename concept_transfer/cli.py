@@ -41,6 +41,7 @@ import time
 import warnings
 from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout, suppress
+from contextvars import copy_context
 from dataclasses import replace
 from functools import cache, partial
 from inspect import Signature, cleandoc, signature
@@ -194,6 +195,15 @@ def _everywhere(
 ): ...
 
 
+def _beside_models(
+    dtype: str | None = None,  # float32, the default, or bfloat16: half the memory, and quicker on many chips
+    device: str | None = None,  # default: cuda where there is one, else cpu; auto: over several
+): ...
+
+
+_WITHOUT_MODELS = "list", "lint", "plot", "serve", "audit"  # of ours
+
+
 def _beside_a_task(
     choices: str | None = None,  # a,b,c for a task file that holds pairs
     target: str | None = None,  # the choice to favour
@@ -278,7 +288,8 @@ def command(run: Callable) -> Callable:
     "Decorator: the function `cmd_name` becomes the command `name`."
     name, own = run.__name__.removeprefix("cmd_"), signature(run).parameters
     opened = [k for k in _BESIDE if k in own and own[k].annotation is not str]
-    parts: list = [run, *map(_BESIDE.get, opened), _everywhere]
+    reads = [] if name in _WITHOUT_MODELS else [_beside_models]
+    parts: list = [run, *map(_BESIDE.get, opened), *reads, _everywhere]
     listed = [(f, k, p) for f in parts for k, p in signature(f).parameters.items()]
     made = ("settings", "decoding")  # from options of other names
     options = [_declared(p, _comments(f)[k]) for f, k, p in listed if k not in made]
@@ -296,7 +307,12 @@ def command(run: Callable) -> Callable:
             mine["task"] = mine["task"] and partial(_asked, mine["task"], **words)
         if "transplant" in opened:
             mine["transplant"] = partial(_placed, mine["transplant"], given["model"])
-        _answer(partial(run, **mine), name, given)
+        here = copy_context()
+        if how := {k: given[k] for k in ("dtype", "device") if given.get(k)}:
+            from concept_transfer.models import DEFAULTS
+
+            here.run(DEFAULTS.set, how)
+        here.run(_answer, partial(run, **mine), name, given)
 
     call.__signature__ = Signature(options)  # type: ignore[attr-defined]
     app.command(name, help=_help(run))(call)
@@ -1034,14 +1050,14 @@ def _flow(folder, models, pairs, texts, items, settings, most, other=None):
         _expect("     about", _reading(source, pairs.texts))
         return extract_concept(source, pairs)
 
-    concept = keep("concept.safetensors", find, Concept.load, read, pairs.hash)
+    concept = keep("concept.safetensors", find, Concept.load, read, read.precision, pairs.hash)
     _say(f"     {concept!r}\n3/6  maps: both models read {len(texts)} texts")
 
     def fit():
         _expect("     about", sum(_reading(m, texts.texts) for m in (source, target)))
         return fit_maps(source, target, texts, template=concept.template)
 
-    maps = keep("map.safetensors", fit, LayerGrid.load, written, texts.hash)
+    maps = keep("map.safetensors", fit, LayerGrid.load, written, written.precision, texts.hash)
 
     _say(f"     {maps!r}\n4/6  layers and dose, on {len(tune)} items kept for tuning")
 

@@ -211,7 +211,10 @@ def choose(
     lowest = {int(np.min(t)) for _, t, _ in left}
     benches = {t: Bench(target, t, neutral=neutral, damage=damage) for t in lowest}
     search, total, p = [], 0, None
-    made_of = dict(concept=concept, target=model_info(target), maps=(maps.texts_hash, maps.method, maps.r2))
+    read_as = model_info(target)
+    made_of = dict(
+        concept=concept, target=(read_as, read_as.precision), maps=(maps.texts_hash, maps.method, maps.r2)
+    )
     made_of |= dict(neutral=benches[min(lowest)].texts, damage=damage, versions=versions())
     journal = Journal(KEPT.get(), "search", made_of)
     for k, share in enumerate(tqdm((0.25, 0.5, 1.0), desc="choosing", disable=None, leave=False)):

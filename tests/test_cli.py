@@ -202,6 +202,15 @@ def test_arms_without_input_are_null_with_a_reason(here, graft, little, capsys):
 
 
 @pytest.mark.slow
+def test_precision_and_device_are_options_of_what_reads_a_model(here, capsys):
+    how = ["--dtype", "bfloat16", "--device", "cpu"]
+    assert main(*EXTRACT, "honesty", *how) == 0
+    assert Concept.load("c.safetensors").model.precision == "bfloat16"
+    assert main(*EXTRACT, "honesty", "--dtype", "int8") == 1
+    assert "use float32, bfloat16 or float16" in capsys.readouterr().err
+    assert main("list", *how) == 2
+
+
 def test_an_interrupted_align_goes_on_and_another_corpus_starts_anew(here, monkeypatch):
     texts, reads, real = load_corpus("general").texts, [], moments.paired_tokens
     for name, part in (("one.txt", texts[:400]), ("two.txt", texts[300:700])):

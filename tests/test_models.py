@@ -10,6 +10,7 @@ import warnings
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 import gguf
@@ -25,7 +26,7 @@ from concept_transfer.concepts import Concept, activations, extract_concept
 from concept_transfer.data import Corpus, load_corpus, load_pairs
 from concept_transfer.engine import Local, encode, engine, pad
 from concept_transfer.maps import fit_maps
-from concept_transfer.models import load_model, model_info, tiny_model, twin, wrap
+from concept_transfer.models import DEFAULTS, load_model, model_info, tiny_model, twin, wrap
 from concept_transfer.steering import Transplant, generate, place
 from concept_transfer.toys import LAYOUTS, tiny_module, tiny_tokenizer
 from concept_transfer.zoo import EMBEDDED, cache_dir, converted, download, fetch, quiet, read_gguf, read_other
@@ -731,3 +732,17 @@ def test_the_ending_of_a_gguf_file_may_be_in_capitals(tmp_path):
     (tmp_path / "m.GGUF").write_bytes(b"GGUFxxxx")
     with pytest.raises(ValueError, match="not a GGUF model"):
         load_model(tmp_path / "m.GGUF")
+
+
+def test_a_model_is_spread_over_devices_in_any_precision(folder):
+    whole, read = load_model(folder), partial(activations, texts=["Rain on the roof."])
+    parts = ("embed_tokens", "norm", "rotary_emb", *(f"layers.{k}" for k in range(4)))
+    spread = {f"model.{part}": "cpu" for part in parts} | {"lm_head": "cpu"}
+    for device in ("auto", spread):
+        assert torch.equal(read(load_model(folder, device=device)), read(whole))
+    token = DEFAULTS.set({"dtype": "bfloat16", "device": "auto"})
+    half = load_model(folder)
+    DEFAULTS.reset(token)
+    assert model_info(half).precision == "bfloat16" and model_info(half).same(model_info(whole))
+    with pytest.raises(OSError, match="could not load.*on .*nowhere"):
+        load_model(folder, device=dict(spread, lm_head="nowhere"))
