@@ -27,8 +27,7 @@ test: .venv/.dev ## notebooks, then all tests but those of `test-remote`
 	@echo "notebook cells skipped: $$(cat nbs/*.ipynb | grep -cE '#\| *(eval: *false|notest)|skip_exec: *true')"
 	$(PYTEST) -m "not remote"
 
-test-fast: .venv/.dev ## what needs no real weights, study, browser or server
-	$(NOTEBOOKS) --file_re '^[0-9]+_' --skip_folder_re '^([_.]|studies$$)'
+test-fast: .venv/.dev ## tests that need no real weights, study, browser or server, and do not take long
 	$(PYTEST) -m "$(QUICK)"
 
 coverage: .venv/.dev ## which lines the tests of `test-fast` run (tracing them takes longer than running them)

@@ -117,6 +117,7 @@ def test_a_step_runs_and_has_a_formula_for_all_that_grows(name):
     step.make(**step.least)()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     not Path("/proc/self/clear_refs").exists(), reason="the largest memory is read from /proc"
 )

@@ -211,6 +211,7 @@ def test_precision_and_device_are_options_of_what_reads_a_model(here, capsys):
     assert main("list", *how) == 2
 
 
+@pytest.mark.slow
 def test_an_interrupted_align_goes_on_and_another_corpus_starts_anew(here, monkeypatch):
     texts, reads, real = load_corpus("general").texts, [], moments.paired_tokens
     for name, part in (("one.txt", texts[:400]), ("two.txt", texts[300:700])):
@@ -733,6 +734,7 @@ def test_the_version_is_said(capsys):
     assert capsys.readouterr().out == f"concept-transfer {__version__}\n"
 
 
+@pytest.mark.slow
 def test_only_some_items_of_a_task_choose(here, made):
     argv = ["--out", "some.safetensors", "--task", "task.json", "--items", "8", "--damage", ".3"]
     assert main(*made, *argv) == 0

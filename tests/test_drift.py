@@ -195,6 +195,7 @@ def test_a_larger_stream_gets_its_damage_back(given, descendants):
 # refitting
 
 
+@pytest.mark.slow
 def test_little_text_goes_further_from_the_old_map():
     "In states as wide as the rows are many, the old map is worth much."
     source = tiny_model("llama", hidden_size=192)
@@ -260,6 +261,7 @@ def test_a_refit_says_what_it_needs(given, descendants):
         refit(map, source, tiny_model("llama", hidden_size=96), few)
 
 
+@pytest.mark.slow
 def test_damage_on_other_text_is_not_compared(given, descendants):
     "A transplant says which text set its dose; with another one the norm stands in."
     source, target, map, t = given

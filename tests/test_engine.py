@@ -766,6 +766,7 @@ def test_a_bench_is_halved_where_memory_runs_out(monkeypatch):
         answers()
 
 
+@pytest.mark.slow
 def test_async_clients_work_beside_us():
     "nnsight puts `save` on every object, from which on anyio refused to load; even where it came before us."
     code = """

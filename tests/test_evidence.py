@@ -787,6 +787,7 @@ def test_a_word_and_noise_is_rarely_called_a_concept(plain):
     assert said.count("word") > 100
 
 
+@pytest.mark.slow
 def test_what_was_not_asked_is_not_found(pair, task, two_words):
     e = asked(pair, task, experiments=EQUAL, random=0)
     assert e.finding is None and "cannot be said" in verdict(e)
@@ -851,6 +852,7 @@ def test_arms_through_the_map_and_at_another_layer(pair, two_words):
     assert e.effect.p_stronger is not None and len(e.arms["covariance"].draws) == 10
 
 
+@pytest.mark.slow
 def test_an_arm_that_is_always_right_has_an_interval(pair, task):
     runs = [
         Run(a, "equal_damage", answers=dict(chosen=[c] * 20, first=[c] * 20, margin=[c] * 20))
@@ -894,6 +896,7 @@ def texts_of(pair, few, path=None, experiments=("equal_damage", "text"), scorer=
     return evaluate(pair[2], few, NEUTRAL, some, experiments, chosen, path)
 
 
+@pytest.mark.slow
 def test_all_arms_go_on_from_the_same_beginnings_with_the_same_seed(pair, two_words):
     e, few = texts_of(pair, two_words.take(8)), two_words.take(8)
     said = {r.arm: r for (r,) in e.of("text").values()}

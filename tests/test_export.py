@@ -317,6 +317,7 @@ def test_what_cannot_be_expressed_is_refused_with_what_can(llama, tmp_path):
     assert [f.name for f in tmp_path.iterdir()] == ["there"]
 
 
+@pytest.mark.slow
 def test_an_engine_that_does_something_else_is_found_and_leaves_nothing(llama, tmp_path, monkeypatch):
     "Another dose, another layer, unsteered, and steered where it should not be."
     monkeypatch.setitem(FORMATS, "wrong", like(replace(llama, dose=0.49)))

@@ -304,6 +304,7 @@ def test_a_map_survives_its_file(tmp_path, pair, joy):
         AffineMap.load(tmp_path / "c")
 
 
+@pytest.mark.slow
 def test_a_grid_of_the_first_format_is_read(tmp_path, pair):
     maps = fit_maps(*pair, SCENES, [1, 2], [2])
     maps.save(tmp_path / "new")

@@ -135,6 +135,7 @@ def test_a_bench_asks_several_places_as_contexts_do(positions):
         Bench(m, 2, None, NEUTRAL).hurt(t)
 
 
+@pytest.mark.slow
 def test_the_twin_gets_all_of_the_native_effect_at_several_layers(given):
     joy, maps, target = given
     t = transplant(joy, maps, target, layers=(2, [2, 1]), damage=0.3, neutral=NEUTRAL)
@@ -275,6 +276,7 @@ def test_a_rule_may_give_an_array():
     assert one == two
 
 
+@pytest.mark.slow
 def test_a_changed_target_is_checked_at_every_place(given):
     joy, maps, target = given
     t = transplant(joy, maps, target, layers=(2, [1, 2]), damage=0.3, neutral=NEUTRAL)

@@ -109,6 +109,7 @@ def test_a_transplant_at_several_places_keeps_its_layers(joy, fear):
     assert shows(ground, joined([joy, fear]).generate("It rained and", 2, **WRITTEN))
 
 
+@pytest.mark.slow
 def test_what_is_opened_belongs_to_the_text(joy, fear):
     ground = asked(play(joy, fear, prompt="It rained and", **SHORT), strength=2)
     assert not any(view.value for view in ground.views.children)

@@ -113,6 +113,7 @@ def test_offline_scores_belong_to_the_maps_and_pairs_need_a_reader(given):
 # a search that goes on
 
 
+@pytest.mark.slow
 def test_a_stopped_search_goes_on_to_the_same_transplant(given, tmp_path, monkeypatch):
     want, real, calls = choose(*given, TASK, NEUTRAL, 0.5), Bench.at_damage, []
 
@@ -156,6 +157,7 @@ def changes(given):
     return source, H[::2] - H[1::2], load_task("cloze").take(40)
 
 
+@pytest.mark.slow
 def test_a_twin_carries_every_change_and_a_shuffled_map_none(given, changes):
     _, maps, target = given
     source, directions, cloze = changes

@@ -174,6 +174,7 @@ def mine(task, kind="capability"):
     return Measure(task.name, "", kind, "", lambda: task)
 
 
+@pytest.mark.slow
 def test_a_planted_truth_has_control_and_a_random_direction_has_none(planted):
     push, task = planted
     easy = replace(task, name="easy", items=[i._replace(choices=i.choices[::-1]) for i in task.items])
@@ -332,6 +333,7 @@ def test_every_measure_names_its_terms_and_pins_its_files():
         assert all("==" in f["wheel"] and len(f["sha256"]) == 64 for f in m.files)
 
 
+@pytest.mark.slow
 def test_from_a_shell(planted, index, tmp_path, monkeypatch, capsys):
     push, task = planted
     row = dict(harmful_version="How?\n\nTake one and two and three and four.")

@@ -439,6 +439,7 @@ def test_capital_is_never_below_nothing_and_ends_hold_the_mean(seed, chance):
     assert np.isfinite(d.log).all() and -1 <= low < high <= 1
 
 
+@pytest.mark.slow
 def test_differences_hold_at_every_look():
     "Of 200 rollouts with a true difference of .2 at most one in twenty ever leaves it out."
     rng, missed = np.random.default_rng(0), 0
