@@ -674,14 +674,15 @@ def _text(trial, runs, dosed):
     if not dosed.get("transplanted"):
         return [], "the transplant was not brought to equal damage"
     try:
-        found = trial.keep("text labelled", partial(_agreement, task), task.hash)
+        scored = task.hash, [i.scorer for i in task.items]
+        found = trial.keep("text labelled", partial(_agreement, task), scored)
     except ImportError as e:
         return [], str(e)
     asked = [r for r in runs if r.arm in PUSHES and r.experiment in ("equal_damage", "readouts")]
     margin = {r.arm: np.mean(r.answers["margin"]) for r in asked}  # of the last that was asked
     for arm in ("base", "transplanted", max(margin, key=margin.__getitem__, default=""), "prompt"):
         for draw, dose in dosed.get(arm, ())[:1]:
-            make, of = partial(_sampled, trial, task, arm, draw, dose), (made_of(draw), dose, task.hash)
+            make, of = partial(_sampled, trial, task, arm, draw, dose), (made_of(draw), dose, scored)
             found += trial.keep(f"text {arm}", make, of, SAMPLING, trial.settings.seed)
     return found, ""
 

@@ -339,7 +339,7 @@ def main(argv: list[str] | None = None) -> int:
 # %% ../nbs/31_cli.ipynb #5a0c71d2
 def _short(v):
     "A value of a header on a line; the sketch of a model's weights is for programs."
-    told = {k: x for k, x in v.items() if k != "sketch"} if isinstance(v, dict) else v
+    told = {k: x for k, x in v.items() if k not in ("sketch", "reply")} if isinstance(v, dict) else v
     return shorten(json.dumps(told), 300, placeholder=" ...")
 
 

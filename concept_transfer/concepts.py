@@ -156,7 +156,8 @@ def activations(
         if any(OPEN.get()):
             raise ValueError("states of a steered model are not kept: leave path= away while it is steered.")
     on, kept = engine(model), Journal(path, "states", tensors=True)
-    made = on.weights, on.precision, numbers, fingerprint(rule)
+    reply = [round(x, 1) for x in model_info(model).reply]
+    made = on.weights, on.precision, reply, numbers, fingerprint(rule)
     marks = [data_hash(map(str, (*made, x))) for x in ids]
     todo = [i for i, k in enumerate(marks) if k not in kept.done]
     left = [ids[i] for i in todo]

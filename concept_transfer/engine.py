@@ -390,6 +390,12 @@ def start_mark(model: TransformersModel) -> list[int]:
     return whole[: starts[0]]
 
 
+def _marked(tokenizer, ids, start):
+    "How many tokens the start mark of a text takes, with blanks before it; 0 where it has none."
+    k = next((k for k in range(min(len(ids), 8)) if ids[k : k + len(start)] == start), None)
+    return 0 if k is None or tokenizer.decode(ids[:k]).strip() else k + len(start)
+
+
 def tokenized(
     model: TransformersModel, texts: Sequence[str]
 ) -> tuple[list[list[int]], list[list]]:  # token ids of each text, characters (start, end) of each token
@@ -403,8 +409,8 @@ def tokenized(
     got = _tokens(tok, list(texts), add_special_tokens=False, return_offsets_mapping=tok.is_fast)
     n, spans = len(start), got.get("offset_mapping") or [[] for _ in texts]
     for ids, at in zip(got.input_ids, spans, strict=True):
-        while n and ids[:n] == start:
-            del ids[:n], at[:n]
+        while n and (k := _marked(tok, ids, start)):
+            del ids[:k], at[:k]
         while n + len(ids) > 1 and ids[-1:] == [tok.eos_token_id]:
             del ids[-1:], at[-1:]
         ids[:0], at[:0] = start, [(0, 0)] * n
@@ -602,6 +608,11 @@ def _fingerprint(module):
     return h.hexdigest()[:32], tuple(sketch.double().round(decimals=5).tolist())
 
 
+def _few(w):
+    "Sum of a few weights, by which a change is seen that PyTorch does not count, as through `data`."
+    return 0.0 if w.is_meta else float(w.detach().flatten()[:: w.numel() // 64 + 1].double().sum())
+
+
 # %% ../nbs/06_engine.ipynb #f6be36c2
 @dataclass(eq=False)
 class Local:
@@ -610,18 +621,28 @@ class Local:
     model: TransformersModel = field(repr=False)
     name: str = ""
     tokens: int = 4000
-    known: tuple = field(default=(), repr=False)  # fingerprint, and of which state of the weights
+    known: tuple = field(default=(), repr=False)  # state of the weights, and what is known of it
 
     own_products = True
 
+    def told(self, what: str, make: Callable[[], Any]) -> Any:
+        "Something known of the weights, made anew where they were changed in place, as by training."
+        now = [
+            (w.data_ptr(), w.is_inference() or w._version, _few(w)) for w in self.model._module.parameters()
+        ]
+        if self.known[:1] != (now,):
+            self.known = now, {}
+        if what not in self.known[1]:
+            self.known[1][what] = make()
+        return self.known[1][what]
+
     @property
     def fingerprint(self) -> tuple[str, tuple[float, ...]]:
-        "Made anew where weights were changed in place, as by training."
-        weights = self.model._module.parameters()
-        now = [(w.data_ptr(), w.is_inference() or w._version) for w in weights]
-        if self.known[1:] != (now,):
-            self.known = _fingerprint(self.model._module), now
-        return self.known[0]
+        return self.told("fingerprint", partial(_fingerprint, self.model._module))
+
+    @property
+    def reply(self) -> tuple[float, ...]:
+        return self.told("reply", partial(_reply, self))
 
     @property
     def weights(self) -> str:
@@ -857,6 +878,20 @@ def _block_output(model, layer):
     with passing(model), hook:
         model._module(input_ids=ids, attention_mask=mask)
     return seen[0]
+
+
+# %% ../nbs/06_engine.ipynb #7458fe42
+def _reply(here):
+    "Directions of the last states at some tokens, unsteered, folded with random signs into 32 numbers."
+    ids, mask = _probe(here.model, 16)
+    was = OPEN.set(())
+    try:
+        h = here.read(ids, mask, [len(here.model.layers) - 1])[0][0].float().cpu()  # (t, d)
+    finally:
+        OPEN.reset(was)
+    flat = torch.nn.functional.normalize(h).flatten()  # (t d,)
+    signs = torch.tensor(np.random.PCG64(0).random_raw(32 * len(flat)) >> 63).view(32, -1).float() * 2 - 1
+    return tuple((signs @ flat).double().round(decimals=5).tolist())
 
 
 # %% ../nbs/06_engine.ipynb #cd2b168a

@@ -68,6 +68,7 @@ class ModelInfo:
     revision: str = ""
     precision: str = field(default="", compare=False)
     sketch: tuple[float, ...] = field(default=(), compare=False)  # 64 numbers, for float16
+    reply: tuple[float, ...] = field(default=(), compare=False)  # 32 numbers, for the configuration
 
     def __post_init__(self):
         if not re.fullmatch(r"(remote:[\w.]+:)?\w+", self.weights):
@@ -85,7 +86,7 @@ class ModelInfo:
 
 @patch
 def _repr_html_(self: ModelInfo):
-    return card(f"Model {self.name}", {**vars(self), "name": None, "sketch": None})
+    return card(f"Model {self.name}", {**vars(self), "name": None, "sketch": None, "reply": None})
 
 
 # %% ../nbs/10_models.ipynb #ce0c5e99
@@ -128,7 +129,7 @@ def model_info(model: TransformersModel) -> ModelInfo:
             _tokenizer_hash(tokenizer),
             getattr(config, "_commit_hash", None) or "",
             made.precision,
-            made.fingerprint[1] if isinstance(made, Local) else (),
+            *((made.fingerprint[1], made.reply) if isinstance(made, Local) else ()),
         )
         _INFOS[model] = now, found
     return found
@@ -136,9 +137,21 @@ def model_info(model: TransformersModel) -> ModelInfo:
 
 # %% ../nbs/10_models.ipynb #013facd3
 @patch
+def replies_as(self: ModelInfo, other: ModelInfo) -> bool:
+    "Whether both make the same of some tokens, up to rounding, or one does not say."
+    if not self.reply or not other.reply:
+        return True
+    one, two = torch.tensor(self.reply), torch.tensor(other.reply)  # (32,)
+    exact = self.precision == other.precision == "float32"
+    return bool((one - two).norm() <= (0.01 if exact else 0.2) * one.norm())
+
+
+@patch
 def same(self: ModelInfo, other: ModelInfo) -> bool:
-    "Whether the other has these weights and this tokenizer, as far as can be known."
+    "Whether the other has these weights and this tokenizer, and computes the same, as far as can be known."
     if (self.tokenizer, self.layers, self.width) != (other.tokenizer, other.layers, other.width):
+        return False
+    if not self.replies_as(other):
         return False
     mine, its = self.weights.split(":"), other.weights.split(":")  # longer on a server
     if len(mine) != len(its):
@@ -163,6 +176,8 @@ def require(
         mine, its = vars(self), vars(other)
         pairs = ((k, mine[k], its[k]) for k in "name layers width tokenizer weights".split())
         apart = ", ".join(f"{k} ({a}, not {b})" for k, a, b in pairs if a != b)
+        if not self.replies_as(other):
+            apart += f"{', and ' * bool(apart)}what they compute of the same tokens, by their configurations"
         raise ValueError(
             f"{what} belongs to {self}, not to {other}: they differ in {apart}. "
             "Load that model, or make it again for this one."
@@ -209,6 +224,11 @@ def _place(name):
         raise ValueError(
             f"{name!r} holds an adapter, which would be left out: load it with peft, and save what its "
             "merge_and_unload() gives in another folder."
+        )
+    if (path / "model.safetensors").exists() and (path / "model.safetensors.index.json").exists():
+        raise ValueError(
+            f"{name!r} has its weights twice, in model.safetensors and in the parts that its index lists: "
+            "remove what is old."
         )
     if not path.exists() and (kind == "file" or not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", name)):
         raise FileNotFoundError(f"no {kind} {name!r}. A model is {_KNOWN}.")
@@ -267,6 +287,8 @@ def _named(name, tokenizer, dtype, device, rename, remote):
             f"{name!r} would be fetched and converted, and runs here: leave remote= away, or name the model "
             "as the server does (its Hugging Face id or folder there)."
         )
+    if not name.strip():
+        raise ValueError(f"no model is named. A model is {_KNOWN}.")
     if name not in EMBEDDED and (path := Path(name).expanduser()).exists():
         name = str(path.resolve())
     where = str(_place(name))
@@ -331,13 +353,13 @@ def load_model(
     name = ""
     if isinstance(ref, TransformersModel):
         ref, tokenizer, name = ref._module, tokenizer or ref.tokenizer, engine(ref).name
-    if not (callable(tokenizer) and hasattr(tokenizer, "pad_token_id")):
+    if isinstance(ref, torch.nn.Module) and not (callable(tokenizer) and hasattr(tokenizer, "pad_token_id")):
         raise ValueError(
             "a loaded model needs its tokenizer: load_model(model, tokenizer=...). A processor of images "
             "and text has it as `tokenizer`."
         )
-    moved = device and ref.device.type not in str(device)  # type: ignore[operator]
-    if moved or (dtype and str(ref.dtype) != f"torch.{dtype}"):
+    moved = device and hasattr(ref, "device") and ref.device.type not in str(device)  # type: ignore[operator]
+    if moved or (dtype and hasattr(ref, "dtype") and str(ref.dtype) != f"torch.{dtype}"):
         raise ValueError(
             f"the loaded model is in {ref.dtype} on {ref.device}: move it yourself, with its `to`, or leave "
             "dtype= and device= away."

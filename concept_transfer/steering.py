@@ -78,9 +78,12 @@ def _number(x, what):
 def _direction(x):
     "Numbers as a tensor of our own, (d,) float32."
     try:
-        v = torch.asarray(x, dtype=torch.float32, device="cpu", copy=True, requires_grad=False).squeeze()
+        own = torch.asarray(x, device="cpu", copy=True, requires_grad=False)
+        if own.is_complex():
+            raise TypeError
+        v = own.float().squeeze()
     except (TypeError, ValueError, RuntimeError, OverflowError):
-        raise ValueError(f"a direction is a row of numbers, (d,); found a {type(x).__name__}.") from None
+        raise ValueError(f"a direction is a row of real numbers, (d,); found a {type(x).__name__}.") from None
     if v.ndim != 1 or not 0 < v.norm() < math.inf:
         raise ValueError(
             f"the direction {tuple(v.shape)} is no row, zero or not finite; look at what made it."
@@ -318,6 +321,8 @@ _PLAIN = {k: v for k, v in _PLAIN.items() if k not in ("bos_token_id", "eos_toke
 _OURS = """num_return_sequences return_dict_in_generate output_scores output_logits output_attentions
     output_hidden_states max_length generation_config inputs input_ids inputs_embeds attention_mask
     custom_generate trust_remote_code""".split()
+_TOKENS = "pad_token_id eos_token_id forced_bos_token_id forced_eos_token_id suppress_tokens".split()
+_TOKENS += ["begin_suppress_tokens", "bad_words_ids"]
 _KINDS = {"bool": bool, "int": NonNegativeInt, "float": float}
 _SAID = re.findall(r"(\w+) ?\(`(bool|int|float)`", GenerationConfig.__doc__ or "")  # (option, kind)
 _SHARES = "top_p min_p typical_p epsilon_cutoff eta_cutoff".split()  # transformers ignores what is none
@@ -326,8 +331,16 @@ _HINTS = {k: _KINDS[kind] for k, kind in _SAID} | {"stop_strings": str | Sequenc
 _HINTS |= dict.fromkeys(_SHARES, _SHARE)
 
 
+def _ids(x):
+    "All whole numbers in lists of lists."
+    return [k for part in x for k in _ids(part)] if isinstance(x, list | tuple) else [x]
+
+
 def _options(tokenizer, given):
     "All options of a generation. Raises ValueError for those that do not go together, or with us."
+    for name in _TOKENS:
+        if odd := [k for k in _ids(given.get(name)) if isinstance(k, int) and not 0 <= k < len(tokenizer)]:
+            raise ValueError(f"{name}={given[name]!r}: this tokenizer has no token {odd[0]}.")
     if bad := [k for k in _OURS if given.get(k) not in (None, _PLAIN.get(k))]:
         raise ValueError(
             f"{', '.join(bad)}: options are given one by one, and a prompt gets one text of max_new_tokens; "

@@ -38,7 +38,7 @@ from pydantic import PositiveInt
 from tqdm import tqdm
 
 from .arms import Trial, described, made_of, native_direction, written
-from .artefacts import Journal, file_hash, plain, versions, whole_file
+from .artefacts import Journal, file_hash, fingerprint, plain, versions, whole_file
 from .cards import Entry, card
 from .cards import table as html_table
 from concept_transfer.data import (
@@ -494,7 +494,8 @@ def measure_suite(
         some = whole.take((items + 1) // 2 if isinstance(whole, GenerationTask) else items)
         nats = kind == "reworded"
         how = (two, tokens, "margin") if nats else (arms, tokens)
-        scores = journal(f"{name} {some.hash}", partial(_scored, bench, some, *how))
+        scorers = [i.scorer for i in some.items] if isinstance(some, GenerationTask) else []
+        scores = journal(f"{name} {some.hash} {fingerprint(scorers)}", partial(_scored, bench, some, *how))
         chance, (groups, _) = None if nats else _chance(some), pd.factorize(np.array(some.groups))
         measured.append(Measured(name, kind, some.name, chance, groups.tolist(), scores))
     steered = {k: x for k, (words, x) in arms.items() if x and not words}

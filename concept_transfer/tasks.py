@@ -31,7 +31,6 @@ __all__ = [
 # %% ../nbs/02_tasks.ipynb #af6aaf85
 import inspect
 import json
-import os
 import random
 import re
 from collections.abc import Callable, Iterable, Sequence
@@ -568,18 +567,6 @@ class GenerationTask(Task):
 
     _item = GenerationItem
 
-    @property
-    def hash(self) -> str:
-        "Fingerprint of all that is asked, and of what scores it."
-        from concept_transfer.artefacts import fingerprint
-
-        scorers = [item.scorer for item in self.items]
-        try:
-            told = fingerprint(scorers)
-        except ValueError:  # one that cannot be told from others is no other's
-            told = f"{os.getpid()} {[*map(id, scorers)]}"
-        return data_hash([super().hash, told])
-
     def score(self, texts: Sequence[str]) -> list[float]:
         "What the scorers say of the continuations, in order. Raises ValueError where that is no number."
         if len(texts) != len(self):
@@ -855,6 +842,7 @@ def load_task(
         why = "a task is tune, test or fresh; the fit scenarios made the direction"
         raise ValueError(f"split {split!r}: {why}.")
     make = TASKS.get(str(ref))
+    choices = [] if choices is None else [*choices]
     if bool(choices) != bool(target) or (make and target):
         raise ValueError(f"{ref}: --choices a,b,c and --target a belong together, beside a file of pairs.")
     if make:

@@ -194,7 +194,7 @@ def header_changed(raw, rng):
     wrong &= known and not (where[0] in FREE and (new is None or drop or new == [None] or new != new))
     wrong &= isinstance(last, str) or not drop  # a list without its last one may still be one
     wrong &= not (
-        drop and last in ("revision", "precision", "sketch", "settings")
+        drop and last in ("revision", "precision", "sketch", "reply", "settings")
     )  # files of before lack them
     return (
         f"{'drop' if drop else 'set'} {where} {'' if drop else str(new)[:12]}",

@@ -533,3 +533,13 @@ def test_46_what_no_run_in_a_folder_made_is_left_alone(joy, tmp_path):
     joy.save(mine)  # as of a run that was killed before it could note what it had made
     again = Journal(tmp_path / "made_of", "demo")
     assert again.artefact(mine, "8 pairs", lambda: joy, Concept.load) == joy
+
+
+def test_what_a_function_holds_may_be_large():
+    def holding(weights):
+        return lambda x: x @ weights
+
+    a, b = torch.zeros(2, 1000, 1000)
+    b[7, 7] = 1
+    assert fingerprint(holding(a)) == fingerprint(holding(a.clone())) != fingerprint(holding(b))
+    assert fingerprint(a.bfloat16()) != fingerprint(a) != fingerprint(a.view(-1))

@@ -886,3 +886,10 @@ def test_a_tokenizer_that_deals_is_refused():
     x = load_model(m._module, t)
     with pytest.raises(ValueError, match="not at all, or each time otherwise"):
         encode(x, ["Rain"])
+
+
+def test_a_start_mark_behind_blanks_is_the_only_one():
+    m = tiny_model("llama")
+    bos = m.tokenizer.bos_token
+    plain, *led = encode(m, ["Rain fell", f" {bos}Rain fell", f"\n{bos}Rain fell", f"{bos} {bos}Rain fell"])
+    assert all(x.count(m.tokenizer.bos_token_id) == 1 and x == plain for x in led)

@@ -919,6 +919,8 @@ def test_text_changes_no_other_number_and_is_kept(pair, few, tmp_path, monkeypat
     e = texts_of(pair, few, tmp_path / "arms", random=2)
     assert [r for r in e.runs if r.experiment != "text"] == plain.runs and plain.text is None
     assert (e.table[e.table.experiment == "text"].groupby("arm").size() == len(BEGUN)).all()
+    other = texts_of(pair, few, tmp_path / "arms", random=2, scorer=lambda text: 0.5)
+    assert {*other.text.score.values()} == {0.5} != {*e.text.score.values()}  # lambdas are not all one
     monkeypatch.setattr(module, "written", None)
     assert texts_of(pair, few, tmp_path / "arms", random=2) == e
     e.save(tmp_path / "e.json")

@@ -24,7 +24,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
 from concept_transfer.cli import main
 from concept_transfer.concepts import Concept, activations, extract_concept
 from concept_transfer.data import Corpus, load_corpus, load_pairs
-from concept_transfer.engine import Local, encode, engine, pad
+from concept_transfer.engine import Local, encode, engine, pad, steered
 from concept_transfer.maps import fit_maps
 from concept_transfer.models import DEFAULTS, load_model, model_info, tiny_model, twin, wrap
 from concept_transfer.steering import Transplant, generate, place
@@ -746,3 +746,46 @@ def test_a_model_is_spread_over_devices_in_any_precision(folder):
     assert model_info(half).precision == "bfloat16" and model_info(half).same(model_info(whole))
     with pytest.raises(OSError, match="could not load.*on .*nowhere"):
         load_model(folder, device=dict(spread, lm_head="nowhere"))
+
+
+def test_weights_under_another_configuration_are_another_model(folder, tmp_path):
+    before, kept = load_model(folder), tmp_path / "states"
+    texts = ["Rain on the roof, and wind in the trees behind the house."]
+    old = activations(before, texts, [2], path=kept)
+    config = json.loads((folder / "config.json").read_text())
+    config["rope_parameters"]["rope_theta"] = 100.0
+    (folder / "config.json").write_text(json.dumps(config))
+    after = load_model(folder)
+    assert model_info(after).weights == model_info(before).weights
+    with pytest.raises(ValueError, match="differ in what they compute of the same tokens"):
+        model_info(before).require(model_info(after), "the concept")
+    new = activations(after, texts, [2], path=kept)
+    assert torch.equal(new, activations(after, texts, [2])) and not torch.equal(new, old)
+
+
+@pytest.mark.parametrize("family", LAYOUTS)
+def test_a_model_replies_the_same_in_every_precision(family):
+    module, tokenizer = tiny_module(family)
+    whole = model_info(wrap(module, tokenizer))
+    for kind in (torch.bfloat16, torch.float16):
+        half = model_info(wrap(copy.deepcopy(module).to(kind), tokenizer))
+        assert whole.same(half) and half.same(whole) and len(half.reply) == 32
+    with steered(m := wrap(copy.deepcopy(module), tokenizer), 0, lambda h: -h):
+        assert model_info(m).reply == whole.reply
+
+
+def test_a_change_that_pytorch_does_not_count_is_seen():
+    m = tiny_model("llama")
+    before = model_info(m).weights
+    m._module.model.layers[1].mlp.up_proj.weight.data.add_(1.0)
+    assert model_info(m).weights != before
+
+
+def test_a_model_without_a_name_and_weights_that_are_there_twice(folder):
+    with pytest.raises(ValueError, match="no model is named"):
+        load_model("")
+    with pytest.raises(ValueError, match="NoneType is no language model"):
+        load_model(None)
+    (folder / "model.safetensors.index.json").write_text("{}")
+    with pytest.raises(ValueError, match="has its weights twice"):
+        load_model(folder)

