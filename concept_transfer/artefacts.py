@@ -498,7 +498,7 @@ def _said(x, memo):
             *x.shape,
             hashlib.sha256(_bytes(torch.as_tensor(x).contiguous().cpu())).hexdigest(),
         ]
-    x = x.tolist() if hasattr(x, "tolist") else x
+    x = x.tolist() if hasattr(x, "tolist") and not isinstance(x, type) else x
     parts: Any
     match x:
         case None | bool() | int() | float() | str() | bytes():

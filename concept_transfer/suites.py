@@ -495,7 +495,9 @@ def measure_suite(
         nats = kind == "reworded"
         how = (two, tokens, "margin") if nats else (arms, tokens)
         scorers = [i.scorer for i in some.items] if isinstance(some, GenerationTask) else []
-        scores = journal(f"{name} {some.hash} {fingerprint(scorers)}", partial(_scored, bench, some, *how))
+        scores = journal(
+            f"{name} {some.hash} {path and fingerprint(scorers)}", partial(_scored, bench, some, *how)
+        )
         chance, (groups, _) = None if nats else _chance(some), pd.factorize(np.array(some.groups))
         measured.append(Measured(name, kind, some.name, chance, groups.tolist(), scores))
     steered = {k: x for k, (words, x) in arms.items() if x and not words}
