@@ -67,6 +67,7 @@ from nnsight import TransformersModel, save
 from nnsight._c import mount, unmount
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
+from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 
 from .data import as_tuple
@@ -696,20 +697,31 @@ def _amd():
 
 
 # %% ../nbs/06_engine.ipynb #2ebb0da8
+class _Attention(TorchFunctionMode):
+    "Within: attention in PyTorch's own products, which are several times faster for short texts."
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is not torch.nn.functional.scaled_dot_product_attention:
+            return func(*args, **(kwargs or {}))
+        torch.set_float32_matmul_precision("highest")
+        try:
+            return func(*args, **(kwargs or {}))
+        finally:
+            torch.set_float32_matmul_precision("medium")
+
+
 _TURN = threading.RLock()
 
 
 @contextmanager
 def fast_matmul(device: torch.device):
     "Within: the fastest matrix products that are still float32, and no pass of another thread."
-    with _TURN:
-        old = torch.get_float32_matmul_precision()
+    with _TURN, ExitStack() as within:
         if device.type == "cpu" and _amd():
+            within.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
             torch.set_float32_matmul_precision("medium")
-        try:
-            yield
-        finally:
-            torch.set_float32_matmul_precision(old)
+            within.enter_context(_Attention())
+        yield
 
 
 # %% ../nbs/06_engine.ipynb #c4fcbca5
