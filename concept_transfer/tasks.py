@@ -569,8 +569,10 @@ class GenerationTask(Task):
 
     def score(self, texts: Sequence[str]) -> list[float]:
         "What the scorers say of the continuations, in order. Raises ValueError where that is no number."
-        if len(texts) != len(self):
-            raise ValueError(f"{len(texts)} texts for the {len(self)} prompts of task {self.name!r}.")
+        if len(texts) != len(self) or not all(isinstance(t, str) for t in texts):
+            raise ValueError(
+                f"{len(texts)} values for the {len(self)} prompts of task {self.name!r}; give texts."
+            )
         scores = [item.scorer(t) for item, t in zip(self.items, texts, strict=True)]
         return checked(scores, list[FiniteFloat], f"task {self.name!r}: scores", strict=False)
 

@@ -40,6 +40,7 @@ import platformdirs
 import torch
 import transformers
 from filelock import FileLock
+from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as hf_logging
 
@@ -100,6 +101,16 @@ def download(
 _BUFFERS = "inv_freq", "masked_bias", "position_ids"  # are computed, and stand in older files
 
 
+def _packed(folder):
+    "The first weight of eight bits in a folder's files, if there is one."
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, "pt") as f:
+            for k in f.keys():  # noqa: SIM118
+                if k.endswith("weight") and f.get_slice(k).get_dtype() in ("I8", "U8", "F8_E4M3", "F8_E5M2"):
+                    return k
+    return None
+
+
 def pretrained(
     where: str | Path,
     **options: Any,  # of transformers' `from_pretrained`
@@ -116,6 +127,10 @@ def pretrained(
             raise ValueError(
                 f"weights and configuration do not fit: {len(names)} {kind}, {some}. Get all of it."
             )
+    if (packed := _packed(Path(where))) and not getattr(module.config, "quantization_config", None):
+        raise ValueError(
+            f"{packed} has eight bits, and the configuration does not say of what. Get it whole."
+        )
     return module
 
 

@@ -789,3 +789,12 @@ def test_a_model_without_a_name_and_weights_that_are_there_twice(folder):
     (folder / "model.safetensors.index.json").write_text("{}")
     with pytest.raises(ValueError, match="has its weights twice"):
         load_model(folder)
+
+
+def test_packed_weights_of_which_nothing_is_said_are_refused(folder):
+    file = folder / "model.safetensors"
+    weights = load_file(file)
+    weights["model.layers.0.mlp.up_proj.weight"] = weights["model.layers.0.mlp.up_proj.weight"].to(torch.int8)
+    save_file(weights, file, {"format": "pt"})
+    with pytest.raises(OSError, match="up_proj.weight has eight bits"):
+        load_model(folder)

@@ -423,7 +423,7 @@ def test_choices_beside_a_built_in_task_are_refused():
 
 
 def test_as_many_texts_as_prompts_are_scored():
-    with pytest.raises(ValueError, match="2 texts for the 1 prompts"):
+    with pytest.raises(ValueError, match="2 values for the 1 prompts"):
         generation_task("loud", ["It rained"], len).score(["a", "b"])
 
 
