@@ -667,7 +667,8 @@ def _proved(t, to, made) -> Receipt:
             f"{who} serves unsteered: at strength 1 its log-probabilities move by {found[1.0]['moved']:.1g} "
             "nats, or the dose is too small to tell. Nothing was written."
         )
-    if found and not receipt.difference <= way.tolerance:
+    own = found[0.0]["difference"] if found else 0  # of the base model there, which steering adds to
+    if found and not (own <= way.tolerance and receipt.difference <= own + way.tolerance):
         raise ValueError(f"{receipt}: more than the {way.tolerance} for {to}. Nothing was written.")
     return receipt
 

@@ -336,6 +336,24 @@ def test_an_engine_that_does_something_else_is_found_and_leaves_nothing(llama, t
     assert not [*tmp_path.iterdir()]
 
 
+@pytest.mark.parametrize("base, steered, fits", [(0.8, 1.5, True), (0.1, 1.5, False), (1.2, 1.2, False)])
+def test_an_engine_may_be_off_by_itself_within_the_same_tolerance(
+    llama, tmp_path, monkeypatch, base, steered, fits
+):
+    def ask(*_):
+        told = answers(llama)
+        return "an engine", {
+            s: (z + 1e-3 * (steered if s else base), texts) for s, (z, texts) in told.items()
+        }
+
+    monkeypatch.setitem(FORMATS, "rounded", replace(FORMATS["vllm"], ask=ask))
+    if fits:
+        assert llama.export(tmp_path / "joy.safetensors", to="rounded").difference > 1.4e-3
+    else:
+        with pytest.raises(ValueError, match="more than the 0.001 for rounded"):
+            llama.export(tmp_path / "joy.safetensors", to="rounded")
+
+
 def test_a_file_that_was_there_stays_when_an_export_fails(llama, tmp_path, monkeypatch):
     (tmp_path / "joy.gguf").write_text("mine")
     monkeypatch.setitem(FORMATS, "wrong", like(replace(llama, dose=0.4)))
