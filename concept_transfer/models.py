@@ -73,6 +73,8 @@ class ModelInfo:
     def __post_init__(self):
         if not re.fullmatch(r"(remote:[\w.]+:)?\w+", self.weights):
             raise ValueError(f"{self.weights!r} is no fingerprint of weights; this was not written by us.")
+        if len(self.reply) not in (0, 32):
+            raise ValueError(f"a reply has 32 numbers, not {len(self.reply)}; this was not written by us.")
 
     def __str__(self):
         *remote, mark = self.weights.split(":")

@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
 
+from concept_transfer.artefacts import save_fields
 from concept_transfer.cli import main
 from concept_transfer.concepts import Concept, activations, extract_concept
 from concept_transfer.data import Corpus, load_corpus, load_pairs
@@ -798,3 +799,11 @@ def test_packed_weights_of_which_nothing_is_said_are_refused(folder):
     save_file(weights, file, {"format": "pt"})
     with pytest.raises(OSError, match="up_proj.weight has eight bits"):
         load_model(folder)
+
+
+def test_a_reply_of_another_length_is_refused(folder, tmp_path):
+    m = load_model(folder)
+    t = place(torch.ones(48), m, 1)
+    save_fields(t, tmp_path / "t.safetensors", target=vars(t.target) | {"reply": t.target.reply[:-1]})
+    with pytest.raises(ValueError, match="t.safetensors.*a reply has 32 numbers, not 31"):
+        Transplant.load(tmp_path / "t.safetensors", m)
