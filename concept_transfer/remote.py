@@ -19,6 +19,7 @@ __all__ = [
     "other_versions",
     "server",
     "Job",
+    "ServerUnpickler",
     "Simulated",
     "job",
     "in_flight",
@@ -27,6 +28,7 @@ __all__ = [
 # %% ../nbs/07_remote.ipynb #9baa36d9
 import contextlib
 import functools
+import importlib.util
 import io
 import json
 import logging
@@ -50,10 +52,13 @@ import torch
 import zstandard
 from fastcore.basics import patch
 from nnsight import CONFIG, TransformersModel
-from nnsight.intervention.backends.local import LocalSimulationBackend
+from nnsight.intervention.backends.local import _SERVER_MODULES as SERVER_MODULES
 from nnsight.intervention.backends.remote import RemoteBackend
+from nnsight.intervention.serialization import CustomCloudUnpickler, loads
+from nnsight.ndif import pull_env
 from nnsight.schema.request import RequestModel
 from nnsight.schema.response import Status
+from nnsight.tracing.backend import Backend
 from pydantic import AfterValidator, Field, PositiveFloat, PositiveInt, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 from tqdm import tqdm
@@ -514,13 +519,48 @@ def result(self: Job) -> dict:
 
 
 # %% ../nbs/07_remote.ipynb #6ec50ba8
-class Simulated(LocalSimulationBackend):
-    "A job that runs here."
+@functools.cache
+def _cloudpickle():
+    "A copy of the module: the module itself knows the classes of this process, and would fill those anew."
+    found = importlib.util.find_spec("cloudpickle.cloudpickle")
+    copy = importlib.util.module_from_spec(found)
+    found.loader.exec_module(copy)
+    return copy
+
+
+class ServerUnpickler(CustomCloudUnpickler):
+    "Unpacks a request as a server does, which has none of the user's own modules."
+
+    def find_class(self, module, name):
+        root = module.partition(".")[0]
+        if root == "cloudpickle":
+            return getattr(_cloudpickle(), name)
+        if root in {*SERVER_MODULES, *sys.stdlib_module_names}:
+            return super().find_class(module, name)
+        raise ModuleNotFoundError(
+            f"{module}.{name} is not sent with a request, and a server does not have {root}."
+        )
+
+
+class Simulated(Backend):
+    """A job that runs here, packed and unpacked as for a server.
+
+    nnsight's own simulation takes modules out of `sys.modules` while it unpacks, and what another thread
+    imports in that moment fails.
+    """
 
     job_id = None
 
+    def __init__(self, model: TransformersModel):
+        self.model = model
+
     def __call__(self, tracer=None):
-        super().__call__(tracer)
+        pull_env()
+        request = RequestModel.serialize(tracer)
+        _, (source, *_) = loads(request, self.model._remoteable_persistent_objects(), ServerUnpickler)
+        code = tracer.info.frame.f_code
+        tracer.info.code = compile(source, code.co_filename, "exec").replace(co_name=code.co_name)
+        tracer.execute(tracer.info.code)
         self.saved = dict(tracer.info.frame.f_locals)
 
     def result(self) -> dict:

@@ -45,6 +45,7 @@ from concept_transfer.maps import fit_maps
 from concept_transfer.measure import Bench
 from concept_transfer.models import load_model, model_info, tiny_model
 from concept_transfer.pairing import paired_tokens
+from concept_transfer.remote import Remote, job
 from concept_transfer.steering import generate, place
 from concept_transfer.tasks import load_task, multiple_choice
 from concept_transfer.toys import TINY, tiny_module, tiny_tokenizer
@@ -418,6 +419,36 @@ def test_114_threads_read_one_model(remote):
     with ThreadPoolExecutor(4) as pool:
         for got in pool.map(lambda _: activations(m, texts), range(16)):
             assert torch.equal(got, want)
+
+
+def test_simulated_jobs_leave_the_modules_of_other_threads_alone():
+    m = load_model(tiny_model("llama"), remote="local")
+    before, done, missed = (
+        {"pydantic", "matplotlib", "concept_transfer.data"} & {*sys.modules},
+        threading.Event(),
+        [],
+    )
+
+    def look():
+        while not done.is_set():
+            missed.extend(before - {*sys.modules})
+
+    other = threading.Thread(target=look)
+    other.start()
+    for _ in range(5):
+        activations(m, ["Rain."])
+    done.set()
+    other.join()
+    assert not missed
+
+
+def test_a_request_with_what_a_server_does_not_have_is_refused():
+    from fastcore.basics import first  # of no server
+
+    m = load_model(tiny_model("llama"), remote="local")
+    missing = pytest.raises(ModuleNotFoundError, match="a server does not have fastcore")
+    with missing, m.trace([3, 5, 7], backend=job(m, Remote(simulated=True))):
+        first(m.lm_head.output.save())
 
 
 def test_111_a_served_model_is_steered_for_one_thread_at_a_time():
