@@ -38,6 +38,7 @@ import math
 import os
 import re
 import shutil
+import sys
 import tempfile
 import threading
 import warnings
@@ -48,7 +49,7 @@ from contextvars import ContextVar
 from dataclasses import fields, is_dataclass
 from functools import cache, cached_property, partial
 from importlib.metadata import version
-from inspect import getclosurevars, isfunction
+from inspect import isfunction
 from pathlib import Path
 from types import CodeType, FunctionType, ModuleType
 from typing import Annotated, Any, Literal, Self, get_args
@@ -451,16 +452,40 @@ _HEAD_NAMES = "kind format package site".split()
 _VALUES = np.ndarray, np.generic, Tensor, re.Pattern, partial, dict, list, set, tuple
 
 
+@cache
+def _installed(module):
+    "Whether a module came with Python or in a package, this one too: its functions count by their names."
+    root = str(module).partition(".")[0]
+    if root in {"None", __name__.partition(".")[0], *sys.stdlib_module_names}:
+        return True
+    file = getattr(sys.modules.get(root), "__file__", None) or ""
+    return root != "__main__" and not {"site-packages", "dist-packages"}.isdisjoint(Path(file).parts)
+
+
+def _names(code):
+    "Names in some code, and in what is defined within it."
+    return {*code.co_names}.union(*(_names(c) for c in code.co_consts if isinstance(c, CodeType)))
+
+
+def _used(names, found, module):
+    "Of what has these names the values, and what was written here or in other modules of one's own."
+    used = {}
+    for k in names & found.keys():
+        v = found[k]
+        where = v.__name__ if isinstance(v, ModuleType) else getattr(v, "__module__", module)
+        if isinstance(v, _VALUES) or where == module:
+            used[k] = v
+        elif not _installed(where):
+            used[k] = _used(names, vars(v), where) if isinstance(v, ModuleType) else v
+    return used
+
+
 def _code(f):
     "What a function does."
-    around = getclosurevars(f)
-    used = {
-        k: v
-        for k, v in around.globals.items()
-        if isinstance(v, _VALUES) or getattr(v, "__module__", f.__module__) == f.__module__
-    }
-    names = sorted({**around.globals, **around.builtins}.keys() - used)
-    return names, f.__code__, f.__defaults__, f.__kwdefaults__, dict(around.nonlocals), used
+    names, free = _names(f.__code__), f.__code__.co_freevars
+    around = {k: cell.cell_contents for k, cell in zip(free, f.__closure__ or (), strict=True)}
+    used = _used(names, f.__globals__, f.__module__)
+    return sorted(names - used.keys()), f.__code__, f.__defaults__, f.__kwdefaults__, around, used
 
 
 _PLAIN = int, float, str, bytes, bool, tuple, frozenset
@@ -471,8 +496,8 @@ _HOLDS |= {type(cache(len)): "__wrapped__"}
 
 
 def _members(x):
-    "Functions and constants of a class, and of those in its module that it inherits from."
-    own = [vars(c) for c in x.__mro__ if c.__module__ == x.__module__]
+    "Functions and constants of a class, and of those of one's own that it inherits from."
+    own = [vars(c) for c in x.__mro__ if c.__module__ == x.__module__ or not _installed(c.__module__)]
     found = {k: v for names in reversed(own) for k, v in names.items()}
     bare = {k: getattr(v, _HOLDS[type(v)]) if type(v) in _HOLDS else v for k, v in found.items()}
     functions = {k: v for k, v in bare.items() if isfunction(v)}
@@ -651,6 +676,7 @@ def _read(self: Journal, first):
         if _row(self._chain, half[:-1]):
             self._refuse("is damaged at its end")
     elif linked("", first)[1].startswith(half):
+        self.path.parent.mkdir(parents=True, exist_ok=True)  # type: ignore[union-attr]
         self._append([first])
     else:
         self._refuse("holds something else than a journal")

@@ -21,6 +21,7 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
+from inspect import signature
 from os.path import commonprefix
 from pathlib import Path
 from threading import local
@@ -32,12 +33,12 @@ from fastcore.basics import patch
 from nnsight import TransformersModel
 from pydantic import Field, InstanceOf, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor
-from transformers import GenerationConfig
+from transformers import GenerationConfig, GenerationMixin
 
 from .artefacts import Artefact, Count, Layers, Notes, Size, load_fields, save_fields, sized
 from .cards import card
 from .concepts import Concept, PositionLike, position_name, position_rule
-from .data import checked, load_corpus
+from .data import checked, load_corpus, nearest
 from .engine import Change, Ids, encode, engine, layer_numbers, out_of_memory, pad, stream
 from .maps import AffineMap
 from .models import ModelInfo, model_info
@@ -299,7 +300,9 @@ def __call__(
     strength: float | Sequence[float] = 1.0,  # or one for each text of a batch
     alpha: float | None = None,  # the paper's raw multiple of the direction, instead of a strength
 ) -> Iterator[TransformersModel]:
-    "Within: the target is steered. Contexts nest. Raises ValueError for a transplant without its model."
+    """Within: the target is steered. Contexts nest. Raises ValueError for a transplant without its model.
+
+    A generator that yields within leaves it open for whoever goes on, as Python has it for every context."""
     if self.model is None:
         raise ValueError(
             f"transplant {self.name!r} has no model: load it with Transplant.load(path, target=model)."
@@ -329,6 +332,9 @@ _SHARES = "top_p min_p typical_p epsilon_cutoff eta_cutoff".split()  # transform
 _SHARE: Any = Annotated[float, Field(ge=0, le=1)]
 _HINTS = {k: _KINDS[kind] for k, kind in _SAID} | {"stop_strings": str | Sequence[str]}
 _HINTS |= dict.fromkeys(_SHARES, _SHARE)
+_NEGATIVE = "negative_prompt_ids", "negative_prompt_attention_mask"
+_KNOWN = {"tokenizer", *vars(GenerationConfig()), *signature(GenerationMixin.generate).parameters}
+_KNOWN -= {"self", "kwargs"}
 
 
 def _ids(x):
@@ -346,7 +352,15 @@ def _options(tokenizer, given):
             f"{', '.join(bad)}: options are given one by one, and a prompt gets one text of max_new_tokens; "
             "repeat it for several. For more than text, call model.generate within `with transplant():`."
         )
-    given = fits({k: x for k, x in given.items() if x is not None}, _HINTS, "generate")
+    given = {k: x for k, x in given.items() if x is not None}
+    for name in given.keys() - _KNOWN:  # transformers passes over some of these
+        meant = "".join(f" Did you mean {near!r}?" for near in nearest(name, _KNOWN))
+        raise ValueError(f"generate has no option {name!r}.{meant}")
+    given = fits(given, _HINTS, "generate")
+    if not all(given.get("stop_strings", "-")):
+        raise ValueError(f"stop_strings={given['stop_strings']!r}: an empty text stops nothing.")
+    if {*given} & {*_NEGATIVE} and given.get("guidance_scale", 1) == 1:
+        raise ValueError(f"{' and '.join(_NEGATIVE)} do nothing without guidance_scale, such as 1.5.")
     given = _PLAIN | {"pad_token_id": tokenizer.pad_token_id} | given
     GenerationConfig(**{k: given[k] for k in _PLAIN}).validate(strict=True)
     return given if given["stop_strings"] is None else given | {"tokenizer": tokenizer}

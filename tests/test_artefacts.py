@@ -6,6 +6,7 @@ import resource
 import stat
 import subprocess
 import sys
+import types
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -455,6 +456,42 @@ def test_37_what_stands_around_a_function_counts(text):
         return fingerprint(names["Mine"])
 
     assert made(1) == made(1) != made(2)
+
+
+USES = [
+    "from helpful import help\ndef mine(x): return help(x)",
+    "import helpful as h\ndef mine(x): return h.help(x)",
+    "from helpful import help\ndef mine(x): return [(lambda z: help(z))(y) for y in x]",
+    "from helpful import Helper\nclass mine(Helper): pass",
+    "from helpful import k\ndef mine(x): return k.of()",
+]
+HELPER = """
+class Helper:
+    def of(self): return {0}
+def other(x): return {0}
+def help(x): return other(x)
+k, never_asked = Helper(), open(__file__)
+"""
+
+
+@pytest.mark.parametrize("text", USES)
+def test_helpers_in_modules_of_ones_own_count(text, tmp_path, monkeypatch):
+    def made(k):
+        helpful = types.ModuleType("helpful")
+        helpful.__file__ = str(tmp_path / "helpful.py")
+        Path(helpful.__file__).touch()
+        exec(HELPER.format(k), vars(helpful))
+        monkeypatch.setitem(sys.modules, "helpful", helpful)
+        exec(text, names := {"__name__": "mine"})
+        helpful.never_asked.close()
+        return fingerprint(names["mine"])
+
+    assert made(1) == made(1) != made(2)
+
+
+def test_a_journal_makes_its_folder(tmp_path):
+    Journal(tmp_path / "a" / "b" / "kept", "values")("one", lambda: 1)
+    assert Journal(tmp_path / "a" / "b" / "kept", "values").done == {"one": 1}
 
 
 @pytest.mark.parametrize("work", [fuzz.fuzz, fuzz.flips])

@@ -279,8 +279,12 @@ def test_G4_options_are_honoured_or_refused(llama, push):
     assert generate(llama, two, 5, num_return_sequences=1, output_scores=False) == generate(llama, two, 5)
     with pytest.raises(ValueError, match="do_sample"):
         generate(llama, two, 5, temperature=0.7)
-    with pytest.raises(ValueError, match="do_smaple"):
+    with pytest.raises(ValueError, match="'do_smaple'. Did you mean 'do_sample'"):
         generate(llama, two, 5, do_smaple=True)
+    passed_over = {"labels": [[1]], "position_ids": [[0]], "negative_prompt_ids": torch.ones(2, 3).long()}
+    for option, value in (passed_over | {"stop_strings": [""], "self": 1, "kwargs": {}}).items():
+        with pytest.raises(ValueError, match=option):
+            generate(llama, two, 5, **{option: value})
     for n in (0, -1, 2.5, "4", None):
         with pytest.raises(ValueError, match="max_new_tokens"):
             generate(llama, two, n)
