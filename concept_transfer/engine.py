@@ -86,7 +86,7 @@ _BLOCKS = """model.layers transformer.h gpt_neox.layers model.decoder.layers tra
 
 # %% ../nbs/06_engine.ipynb #eb8b04a8
 def _contiguous(module, args):
-    return args[0].contiguous(), *args[1:]
+    return args[0].clone(memory_format=torch.contiguous_format), *args[1:]
 
 
 # %% ../nbs/06_engine.ipynb #5c9d7848
