@@ -193,7 +193,8 @@ def report(title, times, ratios, a, notes=()):
         return
     load = f"other work took {a.before:.0%} of the processors before and {others(a.begun):.0%} meanwhile"
     print(f"## {processor()}\n\n### {title}\n\ntorch {torch.__version__}; {load}.", *notes, sep="\n")
-    print("\n| | median seconds | least to most |\n|---|---|---|")
+    if times:
+        print("\n| | median seconds | least to most |\n|---|---|---|")
     for name, x in times.items():
         print(f"| {name} | {np.median(x):.2f} | {min(x):.2f} to {max(x):.2f} |")
     print(f"\n| ratio | median | 95 % interval, of fewer than {SURE} rounds their range | rounds |")

@@ -18,6 +18,8 @@ __all__ = [
     "Bench",
     "word_tokens",
     "word_direction",
+    "pushes",
+    "ranked_words",
     "CurvePoint",
     "dose_curve",
     "steerability",
@@ -39,6 +41,7 @@ from fastcore.basics import patch
 from nnsight import TransformersModel
 from pydantic import Field, InstanceOf
 from torch import Tensor
+from torch.nn.functional import normalize
 from tqdm import tqdm
 
 from .cards import Entry, card
@@ -608,6 +611,53 @@ def raise_to_damage(self: Bench, tokens: Sequence[int]) -> tuple[float, Damage]:
     mass = neutral_text(self.model, self.layer, self.hurt.texts, tokens=tokens)()  # (2, texts, keep)
     nats = brentq(lambda b: _after_raise(b, mass).mean - self.damage, 0, 100)
     return nats, _after_raise(nats, mass)
+
+
+# %% ../nbs/16_measure.ipynb #030e8e74
+def _summed(logits, base, extra):
+    "Logits summed over all that was asked, (vocabulary,)."
+    return logits.double().sum((0, 1))
+
+
+# %% ../nbs/16_measure.ipynb #02d36777
+def _stepping(batch, layer, v):
+    return {layer: adding(v, "all", batch.mask)}
+
+
+# %% ../nbs/16_measure.ipynb #ce7c61b9
+def pushes(
+    model: TransformersModel,
+    direction: Tensor,  # (d,)
+    layer: int = -1,  # after which the step is taken; an earlier one adds what later layers make of it
+) -> Tensor:  # (vocabulary,) in standard deviations over the vocabulary
+    "By how much a small step along a direction raises the logit of each token."
+    (layer,) = layer_numbers(model, [layer])
+    ids = [x[: 1 + len(x) // 2] for x in encode(model, load_corpus("neutral").texts[:32])]
+    batches = left_batches(model, ids, [[len(x) - 1] for x in ids])
+    step = normalize(direction, dim=0) * 0.1 * residual_norm(model, layer)
+    scores = engine(model).scores(layer, batches, _summed)
+    up, down = (
+        torch.stack(parts).sum(0)
+        for parts in scores([partial(_stepping, layer=layer, v=v) for v in (step, -step)])
+    )
+    return (up - down - (up - down).mean()) / (up - down).std()
+
+
+# %% ../nbs/16_measure.ipynb #009e9775
+def ranked_words(
+    model: TransformersModel,
+    score: Tensor,  # (vocabulary,)
+    n: int = 10,
+) -> list[tuple[str, float]]:
+    "The words that score highest, without marks, and without doubles that differ in case or space alone."
+    tok, found = model.tokenizer, {}  # type: ignore[var-annotated]
+    for i in score.argsort(descending=True).tolist():
+        word = tok.decode([i]).strip() if i < len(tok) and i not in tok.all_special_ids else ""
+        if re.fullmatch(r"[^\W\d_][\w'’-]*", word):
+            found.setdefault(word.casefold(), (word, float(score[i])))
+        if len(found) == n:
+            break
+    return [*found.values()]
 
 
 # %% ../nbs/16_measure.ipynb #750b7d54

@@ -23,7 +23,7 @@ from .artefacts import KEPT, Journal, fingerprint, versions
 from .concepts import Concept, PositionLike, activations, position_rule
 from .data import ContrastPairs, Corpus, data_hash, load_corpus
 from .maps import AffineMap, LayerGrid, downstream
-from .measure import Bench
+from .measure import Bench, pushes, ranked_words
 from .models import model_info
 from .moments import strict
 from .stats import permutation_p
@@ -239,6 +239,13 @@ def choose(
 
 
 # %% ../nbs/20_selection.ipynb #868b14a8
+def _words(t):
+    "The words of a transplant, for its card."
+    score = pushes(t.model, t.direction)
+    sides = {"nearest_words": score, "farthest_words": -score}
+    return {k: ", ".join(word for word, _ in ranked_words(t.model, x, 6)) for k, x in sides.items()}
+
+
 @strict
 def transplant(
     concept: Concept,
@@ -258,11 +265,12 @@ def transplant(
             raise ValueError(f"layers {layers!r}: use 'auto' or a pair (source layer, target layer).")
         (score, layers), *_ = best = offline_scores(concept, maps, target, pairs)[:12]
         if task is not None:
-            return choose(concept, maps, target, task, neutral, damage, [pair for _, pair in best])
+            t = choose(concept, maps, target, task, neutral, damage, [pair for _, pair in best])
+            return replace(t, notes=t.notes | _words(t))
         say = f"layers {layers[0]}:{layers[1]} were chosen without a task, by an offline score of {score:.2f}"
         warnings.warn(f"{say}. That is a guess: give a task to choose with, or layers.", stacklevel=3)
     pair = _pair(maps, layers)
     bench = Bench(target, int(np.min(pair[1])), neutral=neutral, damage=damage)
     t = bench.at_damage(_placed(bench, concept, maps, pair))
     of = {"map": maps.texts_hash, "method": maps.method, "neutral": bench.neutral_hash}
-    return replace(t, notes=t.notes | of)
+    return replace(t, notes=t.notes | of | _words(t))

@@ -234,6 +234,7 @@ def _repr_html_(self: Transplant) -> str:
         "KL, nats a token": self.notes.get("kl"),
         "pairs": self.notes.get("n_pairs"),
         "map": self.notes.get("method"),
+        "nearest words": self.notes.get("nearest_words"),
     }
     return card(f"Transplant {self.name}", facts)
 

@@ -11,8 +11,6 @@ __all__ = [
     "Rung",
     "Ladder",
     "ladder",
-    "pushes",
-    "ranked_words",
     "DirectionWords",
     "words_of",
     "word_alone",
@@ -40,7 +38,6 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from difflib import SequenceMatcher
-from functools import partial
 from textwrap import shorten
 from typing import Any
 
@@ -61,15 +58,15 @@ from .cards import TEMPLATES, card
 from .cards import table as html_table
 from .concepts import POSITIONS, Concept, PositionLike, activations, extract_concept
 from .data import PAIRS, ContrastPairs, Corpus, fill, load_corpus, load_pairs
-from .engine import encode, engine, layer_numbers, left_batches, rows_of, tokenized
+from .engine import encode, engine, left_batches, rows_of, tokenized
 from .evidence import Evidence
 from .maps import AffineMap, LayerGrid, downstream
-from .measure import KEEP, Answers, Bench, Probe, neutral_text
+from .measure import KEEP, Answers, Bench, Probe, neutral_text, pushes, ranked_words
 from .models import model_info
 from .moments import strict
 from .plots import canvas, numbered
 from .stats import auc
-from .steering import Transplant, adding, joined, residual_norm, seeded
+from .steering import Transplant, joined, seeded
 from .tasks import ChoiceTask
 
 # %% ../nbs/25_views.ipynb #f2b5c100
@@ -327,53 +324,6 @@ def ladder(
     rungs = [_rung(t, prompt, s, text, base, x) for s, text, x in rows]
     options |= {"seed": seed} if options.get("do_sample") else {}
     return Ladder(t.name, prompt, tuple(rungs), options)
-
-
-# %% ../nbs/25_views.ipynb #030e8e74
-def _summed(logits, base, extra):
-    "Logits summed over all that was asked, (vocabulary,)."
-    return logits.double().sum((0, 1))
-
-
-# %% ../nbs/25_views.ipynb #02d36777
-def _stepping(batch, layer, v):
-    return {layer: adding(v, "all", batch.mask)}
-
-
-# %% ../nbs/25_views.ipynb #ce7c61b9
-def pushes(
-    model: TransformersModel,
-    direction: Tensor,  # (d,)
-    layer: int = -1,  # after which the step is taken; an earlier one adds what later layers make of it
-) -> Tensor:  # (vocabulary,) in standard deviations over the vocabulary
-    "By how much a small step along a direction raises the logit of each token."
-    (layer,) = layer_numbers(model, [layer])
-    ids = [x[: 1 + len(x) // 2] for x in encode(model, load_corpus("neutral").texts[:32])]
-    batches = left_batches(model, ids, [[len(x) - 1] for x in ids])
-    step = normalize(direction, dim=0) * 0.1 * residual_norm(model, layer)
-    scores = engine(model).scores(layer, batches, _summed)
-    up, down = (
-        torch.stack(parts).sum(0)
-        for parts in scores([partial(_stepping, layer=layer, v=v) for v in (step, -step)])
-    )
-    return (up - down - (up - down).mean()) / (up - down).std()
-
-
-# %% ../nbs/25_views.ipynb #009e9775
-def ranked_words(
-    model: TransformersModel,
-    score: Tensor,  # (vocabulary,)
-    n: int = 10,
-) -> list[tuple[str, float]]:
-    "The words that score highest, without marks, and without doubles that differ in case or space alone."
-    tok, found = model.tokenizer, {}  # type: ignore[var-annotated]
-    for i in score.argsort(descending=True).tolist():
-        word = tok.decode([i]).strip() if i < len(tok) and i not in tok.all_special_ids else ""
-        if re.fullmatch(r"[^\W\d_][\w'’-]*", word):
-            found.setdefault(word.casefold(), (word, float(score[i])))
-        if len(found) == n:
-            break
-    return [*found.values()]
 
 
 # %% ../nbs/25_views.ipynb #0bdaa3ad

@@ -15,9 +15,12 @@ import pytest
 import torch
 
 from concept_transfer.maps import SourceLayer, control, ridge
+from concept_transfer.models import tiny_model
+from concept_transfer.steering import place
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
+import gelu
 import growth
 import shared
 
@@ -160,3 +163,10 @@ def test_its_grid_is_that_of_the_package(gpu):
         assert torch.allclose(W[s], ridge(u).float()) and u.R.shape == (40, 40)
         scale = (m.n_shuffled / u.n).sqrt().float()
         assert torch.allclose(N[s].float() * scale, control(u), rtol=0.02, atol=1e-3)
+
+
+def test_gelu_of_float16_is_a_little_off():
+    model = tiny_model("gemma3_text")
+    t = place(torch.ones(48), model, 1, dose=0.05)
+    (plain, rounded), (again, _) = gelu.here(t), gelu.here(t)
+    assert torch.equal(plain, again) and 0 < (plain - rounded).abs().max() < 0.01
