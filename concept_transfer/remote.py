@@ -522,7 +522,7 @@ def result(self: Job) -> dict:
 @functools.cache
 def _cloudpickle():
     "A copy of the module: the module itself knows the classes of this process, and would fill those anew."
-    found = importlib.util.find_spec("cloudpickle.cloudpickle")
+    found: Any = importlib.util.find_spec("cloudpickle.cloudpickle")
     copy = importlib.util.module_from_spec(found)
     found.loader.exec_module(copy)
     return copy
