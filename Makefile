@@ -10,7 +10,7 @@ NOTEBOOKS := OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2 --do_print
 QUICK := not real and not study and not slow and not remote and not engines
 ENGINES ?=
 SELECT ?= engines
-BENCHMARKS ?= peers extraction alignment evidence remote rollout engines gelu growth gpu
+BENCHMARKS ?= peers extraction alignment evidence remote rollout engines gelu precision growth gpu
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help

@@ -47,10 +47,13 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import fields, is_dataclass
+from dis import get_instructions
 from functools import cache, cached_property, partial
+from importlib import import_module
 from importlib.metadata import version
 from inspect import isfunction
 from pathlib import Path
+from sysconfig import get_path
 from types import CodeType, FunctionType, ModuleType
 from typing import Annotated, Any, Literal, Self, get_args
 from uuid import uuid4
@@ -448,47 +451,69 @@ def load_fields(
 
 _HEAD_NAMES = "kind format package site".split()
 
+
 # %% ../nbs/04_artefacts.ipynb #67555e1b
-_VALUES = np.ndarray, np.generic, Tensor, re.Pattern, partial, dict, list, set, tuple
-
-
 @cache
 def _installed(module):
-    "Whether a module came with Python or in a package, this one too: its functions count by their names."
+    "Whether a module came with Python or in a package, this one too: what it defines counts by its name."
     root = str(module).partition(".")[0]
-    if root in {"None", __name__.partition(".")[0], *sys.stdlib_module_names}:
-        return True
     file = getattr(sys.modules.get(root), "__file__", None) or ""
-    return root != "__main__" and not {"site-packages", "dist-packages"}.isdisjoint(Path(file).parts)
+    if root in sys.stdlib_module_names:  # a file of one's own may have such a name
+        return not file or Path(file).is_relative_to(get_path("stdlib"))
+    packed = not {"site-packages", "dist-packages"}.isdisjoint(Path(file).parts)
+    return root == __name__.partition(".")[0] or (packed and root != "__main__")
 
 
-def _names(code):
-    "Names in some code, and in what is defined within it."
-    return {*code.co_names}.union(*(_names(c) for c in code.co_consts if isinstance(c, CodeType)))
+def _codes(code):
+    "Some code, and what is defined within it."
+    return [code, *(x for c in code.co_consts if isinstance(c, CodeType) for x in _codes(c))]
 
 
-def _used(names, found, module):
-    "Of what has these names the values, and what was written here or in other modules of one's own."
-    used = {}
-    for k in names & found.keys():
-        v = found[k]
-        where = v.__name__ if isinstance(v, ModuleType) else getattr(v, "__module__", module)
-        if isinstance(v, _VALUES) or where == module:
-            used[k] = v
-        elif not _installed(where):
-            used[k] = _used(names, vars(v), where) if isinstance(v, ModuleType) else v
-    return used
+def _looked_up(codes, *how):
+    "Names that some code takes from its module, or imports."
+    return {i.argval for c in codes for i in get_instructions(c) if i.opname in how}
 
 
+def _imported(codes, package):
+    "Modules of one's own that a function imports itself, by name."
+    found: dict = {}
+    for name in _looked_up(codes, "IMPORT_NAME"):
+        for k in (name, f".{name}"):
+            with suppress(ImportError, TypeError, ValueError):
+                found.setdefault(name, import_module(k, package))
+    return {k: m for k, m in found.items() if not _installed(m.__name__)}
+
+
+def _within(names, x, seen=frozenset()):
+    "A value; of a module of one's own, what has some of these names."
+    if not isinstance(x, ModuleType) or _installed(x.__name__) or x in seen:
+        return x
+    there = vars(x)
+    return {k: _within(names, there[k], seen | {x}) for k in sorted(names & there.keys())}
+
+
+def _cell(cell):
+    "A variable around a function, which may not be there yet."
+    try:
+        return cell.cell_contents
+    except ValueError:
+        return "nothing yet"
+
+
+# %% ../nbs/04_artefacts.ipynb #67555e1c
 def _code(f):
-    "What a function does."
-    names, free = _names(f.__code__), f.__code__.co_freevars
-    around = {k: cell.cell_contents for k, cell in zip(free, f.__closure__ or (), strict=True)}
-    used = _used(names, f.__globals__, f.__module__)
-    return sorted(names - used.keys()), f.__code__, f.__defaults__, f.__kwdefaults__, around, used
-
-
-_PLAIN = int, float, str, bytes, bool, tuple, frozenset
+    "What a function does; of one that came in a package, what it was made with."
+    around = dict(zip(f.__code__.co_freevars, map(_cell, f.__closure__ or ()), strict=True))
+    own = {k: v for k, v in vars(f).items() if k != "__wrapped__"}
+    given = f.__defaults__ or (), f.__kwdefaults__, own
+    if (home := f.__globals__.get("__name__")) and _installed(home):
+        return around, given
+    codes = _codes(f.__code__)
+    names = {k for c in codes for k in c.co_names}
+    there = f.__globals__ | _imported(codes, f.__globals__.get("__package__"))
+    asked = sorted(_looked_up(codes, "LOAD_GLOBAL", "LOAD_NAME", "IMPORT_NAME") & there.keys())
+    values = {k: there[k] for k in asked} | around | dict(enumerate(given[0]))
+    return sorted(names - {*asked}), f.__code__, {k: _within(names, v) for k, v in values.items()}, given[1:]
 
 
 _HOLDS = {staticmethod: "__func__", classmethod: "__func__", property: "fget", cached_property: "func"}
@@ -496,12 +521,13 @@ _HOLDS |= {type(cache(len)): "__wrapped__"}
 
 
 def _members(x):
-    "Functions and constants of a class, and of those of one's own that it inherits from."
-    own = [vars(c) for c in x.__mro__ if c.__module__ == x.__module__ or not _installed(c.__module__)]
-    found = {k: v for names in reversed(own) for k, v in names.items()}
-    bare = {k: getattr(v, _HOLDS[type(v)]) if type(v) in _HOLDS else v for k, v in found.items()}
-    functions = {k: v for k, v in bare.items() if isfunction(v)}
-    return functions | {k: v for k, v in bare.items() if isinstance(v, _PLAIN) and not k.startswith("__")}
+    "What a class holds, and those of one's own that it inherits from; nothing where it came in a package."
+    if _installed(x.__module__):
+        return ()
+    own = [vars(c) for c in x.__mro__ if not _installed(c.__module__)]
+    found = {k: v for names in reversed(own) for k, v in names.items() if k != "_abc_impl"}
+    kept = {k: v for k, v in found.items() if isfunction(v) or type(v) in _HOLDS or not k.startswith("__")}
+    return type(x), kept
 
 
 def _told_once(x, memo):
@@ -514,17 +540,32 @@ def _told_once(x, memo):
 
 
 # %% ../nbs/04_artefacts.ipynb #84882ca9
+_SHAPED = int, float, str, bytes, list, tuple, set, frozenset, dict
+
+
+def _made_again(x):
+    "What pickle would make a value of."
+    parts = x.__reduce_ex__(2)
+    return [parts] if isinstance(parts, str) else [[*p] if isinstance(p, Iterator) else p for p in parts]
+
+
 def _said(x, memo):
     "A value as nested lists of what `repr` tells apart."
     said = partial(_said, memo=memo)
-    if isinstance(x, np.ndarray | Tensor) and math.prod(x.shape) > 10_000:  # as a list it is huge
+    if isinstance(x, Tensor):
+        x = x.detach().cpu().resolve_conj().resolve_neg().contiguous()
+        return ["tensor", str(x.dtype), *x.shape, hashlib.sha256(_bytes(x)).hexdigest()]
+    if isinstance(x, np.ndarray) and x.dtype != object:
         return [
+            "array",
             str(x.dtype),
             *x.shape,
-            hashlib.sha256(_bytes(torch.as_tensor(x).contiguous().cpu())).hexdigest(),
+            hashlib.sha256(x.tobytes()).hexdigest(),
         ]
-    x = x.tolist() if hasattr(x, "tolist") and not isinstance(x, type) else x
+    x = x.tolist() if isinstance(x, np.generic | np.ndarray) else x
     parts: Any
+    if isinstance(x, _SHAPED) and not _installed(type(x).__module__):  # with methods of its own
+        return [type(x).__name__, *map(said, _made_again(x))]
     match x:
         case None | bool() | int() | float() | str() | bytes():
             return x
@@ -539,15 +580,16 @@ def _said(x, memo):
         case dict():
             parts = sorted(repr((said(k), said(v))) for k, v in x.items())
         case CodeType():
-            parts = x.co_code, x.co_names, said(x.co_consts)
+            parts = x.co_code, x.co_names, said(x.co_consts), x.co_exceptiontable, x.co_flags
+            parts += x.co_argcount, x.co_posonlyargcount, x.co_kwonlyargcount
         case re.Pattern():
             parts = x.pattern, x.flags
-        case _ if is_dataclass(x):
+        case _ if is_dataclass(x) and _installed(type(x).__module__):
             parts = [said(_values(x))]
         case _ if type(x) in _HOLDS:
             return said(getattr(x, _HOLDS[type(x)]))
         case _:
-            parts = map(said, x.__reduce_ex__(2))
+            parts = map(said, _made_again(x))
     return [type(x).__name__, getattr(x, "__module__", ""), *parts]
 
 
@@ -555,10 +597,10 @@ def fingerprint(*values: Any) -> str:  # 16 hex digits
     "Hash of values. Functions count by what they do. Raises ValueError for what cannot be said."
     try:
         return hashlib.sha256(repr(_said(values, {})).encode()).hexdigest()[:16]
-    except (TypeError, RecursionError) as e:
+    except Exception as e:  # whatever pickling it raises
         raise ValueError(
-            f"{values} cannot be told from others of its kind ({e}); give texts, numbers, or functions of "
-            "these."
+            f"{values!r:.200} cannot be told from others of its kind ({e}); give texts, numbers, or "
+            "functions of these."
         ) from None
 
 

@@ -446,6 +446,22 @@ OF_CLASSES = [
     "import torch\nwhat = torch.tensor([{}])\ndef Mine(): return what",
     "import functools\nwhat = functools.partial(max, {})\ndef Mine(): return what",
     "import collections\nwhat = collections.Counter(a={})\ndef Mine(): return what",
+    "import torch\nwhat = torch.nn.Linear(1, 1, False)\nwhat.weight.data[:] = {}\ndef Mine(): return what",
+    "import pandas\nwhat = pandas.DataFrame(dict(a=[{}]))\ndef Mine(): return what",
+    "import decimal\nwhat = decimal.Decimal({})\ndef Mine(): return what",
+    "import torch\nwhat = [torch.tanh, torch.relu][{} - 1]\ndef Mine(): return what",
+    "import torch.nn.functional as F\nwhat = [F.gelu, F.silu][{} - 1]\ndef Mine(): return what",
+    "import torch, numpy\nwhat = [torch, numpy][{} - 1]\ndef Mine(): return what.exp",
+    "import dataclasses\n@dataclasses.dataclass\nclass A:\n k: int = 1\n def of(self): return {}\nMine = A()",
+    "class Mine:\n k = [{}]",
+    "class Mine:\n class Inner:\n  def of(self): return {}",
+    "import enum\nclass Mine(enum.Enum):\n a = {}",
+    "class A(list):\n def of(self): return {}\nMine = A([1])",
+    "Mine = [lambda *x: x, lambda x: x][{} - 1]",
+    "Mine = [lambda x: x, lambda *, x: x][{} - 1]",
+    "import numpy\nMine = numpy.ones(3, ['f4', 'f8'][{} - 1])",
+    "def Mine(): return 1\nMine.k = {}",
+    "import operator\nwhat = operator.itemgetter({})\ndef Mine(): return what",
 ]
 
 
@@ -487,6 +503,39 @@ def test_helpers_in_modules_of_ones_own_count(text, tmp_path, monkeypatch):
         return fingerprint(names["mine"])
 
     assert made(1) == made(1) != made(2)
+
+
+def test_what_leads_back_to_itself_or_is_not_there_yet_is_told(tmp_path, monkeypatch):
+    for name, text in {"__init__": "", "b": "def h(x): return x", "a": "import pkgq.b"}.items():
+        (tmp_path / "pkgq").mkdir(exist_ok=True)
+        (tmp_path / "pkgq" / f"{name}.py").write_text(text + "\ndef g(x): return pkgq.b.h(x)\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    exec("import pkgq.a\ndef mine(x): return pkgq.a.g(x)", names := {"__name__": "mine"})
+
+    def later():
+        return undone
+
+    assert fingerprint(names["mine"]) == fingerprint(names["mine"]) != fingerprint(later)
+    undone = 1
+    assert later() == undone
+
+
+CAUGHT: dict = dict(capture_output=True, text=True)
+CIRCLE = """
+from concept_transfer.artefacts import fingerprint
+def a(x): return b(x) + c(x)
+def b(x): return c(x - 1) if x else 0
+def c(x): return b(x - 1) if x else 1
+print(fingerprint(a))
+"""
+
+
+def test_fingerprints_are_those_of_another_process():
+    told = [
+        subprocess.run([sys.executable, "-c", CIRCLE], env=os.environ | {"PYTHONHASHSEED": k}, **CAUGHT)
+        for k in "12"
+    ]
+    assert told[0].stdout == told[1].stdout != ""
 
 
 def test_a_journal_makes_its_folder(tmp_path):

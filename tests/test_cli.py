@@ -15,6 +15,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from tqdm import tqdm
 from typer.main import get_command
 
@@ -265,6 +266,8 @@ def test_layers_and_number_of_texts_of_the_maps_are_chosen(here, capsys):
 
 
 def test_a_long_step_says_how_long(here, made, monkeypatch, capsys):
+    able: dict = {}
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: able)
     clock = count(0, 40)  # at least 40 seconds for eight of the 60 texts, twice
     monkeypatch.setattr(cli, "time", SimpleNamespace(monotonic=lambda: next(clock)))
     assert main(*TO_LARGE, "--corpus", "short.txt", "--out", "long.safetensors") == 0
@@ -273,6 +276,11 @@ def test_a_long_step_says_how_long(here, made, monkeypatch, capsys):
     assert main(*made, "--out", "long.safetensors", "--task", "task.json") == 0
     said = re.search(r"choosing layers: at least (\d+) min\n", capsys.readouterr().err)
     assert said and int(said[1]) >= 6  # nine times 40 seconds
+    able["avx512_bf16"] = True
+    assert main(*made, "--out", "long.safetensors", "--task", "task.json") == 0
+    assert re.search(r"at least \d+ min \(\d+ with --dtype bfloat16\)\n", capsys.readouterr().err)
+    assert main(*made, "--out", "long.safetensors", "--task", "task.json", "--dtype", "float32") == 0
+    assert "bfloat16" not in capsys.readouterr().err
 
 
 def test_a_corpus_may_be_jsonl(here):
