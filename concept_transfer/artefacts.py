@@ -350,12 +350,13 @@ class Artefact:
         _check_shapes(self)
 
     def __init_subclass__(cls):  # comes before `dataclass`, which keeps a comparison that is there
-        cls.__eq__ = Artefact.__eq__  # type: ignore[method-assign]
+        cls.__eq__, cls.__hash__ = Artefact.__eq__, Artefact.__hash__  # type: ignore[method-assign]
 
     def __eq__(self, other: object) -> bool:
         return type(self) is type(other) and _same(self, other)
 
-    __hash__ = object.__hash__
+    def __hash__(self):
+        return hash((type(self), *(x for x in vars(self).values() if isinstance(x, str | int))))
 
     def save(self, path: str | Path):
         "Write to one safetensors file, whole or not at all."
@@ -452,7 +453,7 @@ def load_fields(
 _HEAD_NAMES = "kind format package site".split()
 
 
-# %% ../nbs/04_artefacts.ipynb #67555e1b
+# %% ../nbs/04_artefacts.ipynb #fff62008
 @cache
 def _installed(module):
     "Whether a module came with Python or in a package, this one too: what it defines counts by its name."
@@ -464,6 +465,7 @@ def _installed(module):
     return root == __name__.partition(".")[0] or (packed and root != "__main__")
 
 
+# %% ../nbs/04_artefacts.ipynb #0d2fa90f
 def _codes(code):
     "Some code, and what is defined within it."
     return [code, *(x for c in code.co_consts if isinstance(c, CodeType) for x in _codes(c))]
@@ -474,6 +476,7 @@ def _looked_up(codes, *how):
     return {i.argval for c in codes for i in get_instructions(c) if i.opname in how}
 
 
+# %% ../nbs/04_artefacts.ipynb #eff1a0b2
 def _imported(codes, package):
     "Modules of one's own that a function imports itself, by name."
     found: dict = {}
@@ -484,6 +487,7 @@ def _imported(codes, package):
     return {k: m for k, m in found.items() if not _installed(m.__name__)}
 
 
+# %% ../nbs/04_artefacts.ipynb #4be5ba6f
 def _within(names, x, seen=frozenset()):
     "A value; of a module of one's own, what has some of these names."
     if not isinstance(x, ModuleType) or _installed(x.__name__) or x in seen:
@@ -492,6 +496,7 @@ def _within(names, x, seen=frozenset()):
     return {k: _within(names, there[k], seen | {x}) for k in sorted(names & there.keys())}
 
 
+# %% ../nbs/04_artefacts.ipynb #058a281b
 def _cell(cell):
     "A variable around a function, which may not be there yet."
     try:
@@ -500,13 +505,14 @@ def _cell(cell):
         return "nothing yet"
 
 
-# %% ../nbs/04_artefacts.ipynb #67555e1c
+# %% ../nbs/04_artefacts.ipynb #a19290fc
 def _code(f):
     "What a function does; of one that came in a package, what it was made with."
     around = dict(zip(f.__code__.co_freevars, map(_cell, f.__closure__ or ()), strict=True))
     own = {k: v for k, v in vars(f).items() if k != "__wrapped__"}
     given = f.__defaults__ or (), f.__kwdefaults__, own
-    if (home := f.__globals__.get("__name__")) and _installed(home):
+    home = f.__globals__.get("__name__", "builtins")  # which is what code that stands in no module gets
+    if home != "builtins" and _installed(home):
         return around, given
     codes = _codes(f.__code__)
     names = {k for c in codes for k in c.co_names}
@@ -516,20 +522,24 @@ def _code(f):
     return sorted(names - {*asked}), f.__code__, {k: _within(names, v) for k, v in values.items()}, given[1:]
 
 
+# %% ../nbs/04_artefacts.ipynb #2b8112fa
 _HOLDS = {staticmethod: "__func__", classmethod: "__func__", property: "fget", cached_property: "func"}
 _HOLDS |= {type(cache(len)): "__wrapped__"}
+_HEAP = 1 << 9  # flag of classes that Python made
 
 
 def _members(x):
     "What a class holds, and those of one's own that it inherits from; nothing where it came in a package."
-    if _installed(x.__module__):
+    nameless = x.__module__ == "builtins" and x.__flags__ & _HEAP
+    if _installed(x.__module__) and not nameless:
         return ()
-    own = [vars(c) for c in x.__mro__ if not _installed(c.__module__)]
+    own = [vars(c) for c in x.__mro__ if c is x or not _installed(c.__module__)]
     found = {k: v for names in reversed(own) for k, v in names.items() if k != "_abc_impl"}
     kept = {k: v for k, v in found.items() if isfunction(v) or type(v) in _HOLDS or not k.startswith("__")}
     return type(x), kept
 
 
+# %% ../nbs/04_artefacts.ipynb #b39b8d6a
 def _told_once(x, memo):
     "Hash of a function or a class, which may lead back to itself."
     if x not in memo:
@@ -539,7 +549,7 @@ def _told_once(x, memo):
     return memo[x]
 
 
-# %% ../nbs/04_artefacts.ipynb #84882ca9
+# %% ../nbs/04_artefacts.ipynb #050206a9
 _SHAPED = int, float, str, bytes, list, tuple, set, frozenset, dict
 
 
@@ -549,6 +559,7 @@ def _made_again(x):
     return [parts] if isinstance(parts, str) else [[*p] if isinstance(p, Iterator) else p for p in parts]
 
 
+# %% ../nbs/04_artefacts.ipynb #46ba751d
 def _said(x, memo):
     "A value as nested lists of what `repr` tells apart."
     said = partial(_said, memo=memo)
@@ -593,6 +604,7 @@ def _said(x, memo):
     return [type(x).__name__, getattr(x, "__module__", ""), *parts]
 
 
+# %% ../nbs/04_artefacts.ipynb #cc961c3c
 def fingerprint(*values: Any) -> str:  # 16 hex digits
     "Hash of values. Functions count by what they do. Raises ValueError for what cannot be said."
     try:

@@ -669,8 +669,6 @@ def cmd_transplant(
             raise BadParameter(f"--layers {layers}: a layer stands twice.")
         for k in several:  # layers without a map: say so before the model is loaded
             maps[int(pair[1]), k]
-    if task and layers != "auto":
-        _warn(f"--task is not used: --layers {layers} leaves nothing to choose.")
     target = load_model(model) if model else maps.target.load()
     if items and layers == "auto":
         first = place(read, target, map=maps[maps.layer_pairs[-1]], dose=damage)

@@ -39,6 +39,7 @@ __all__ = [
     "stream",
     "rows_of",
     "steered",
+    "sound",
     "text_tokens",
     "checked",
 ]
@@ -854,6 +855,17 @@ def steered(model: TransformersModel, layer: int, change: Change, masked: bool =
 
 
 # %% ../nbs/06_engine.ipynb #0828c64a
+def sound(ids: Tensor, z: Tensor) -> Tensor:  # (b, t), (b, vocabulary)
+    "Logits as they are. Raises ValueError where they are no finite numbers, or not of each text."
+    if z.ndim != 2 or len(z) != len(ids):
+        raise ValueError(
+            f"a logits_processor gives {tuple(z.shape)} for {len(ids)} texts: give a row for each."
+        )
+    if not (z < torch.inf).all():
+        raise ValueError("logits are not finite. Load the model in float32, or change it less.")
+    return z
+
+
 @patch
 def steer(self: Local, layer, change, masked=False):
     "As of `Engine.steer`."
@@ -862,14 +874,8 @@ def steer(self: Local, layer, change, masked=False):
 
 @patch
 def generate(self: Local, ids, mask, **options):
-    "As of `Engine.generate`. Raises ValueError for logits that are not finite."
-
-    def finite(ids, z):  # (b, vocabulary)
-        if not (z < torch.inf).all():
-            raise ValueError("logits are not finite. Load the model in float32, or change it less.")
-        return z
-
-    options["logits_processor"] = [*options.get("logits_processor", ()), finite]
+    "As of `Engine.generate`."
+    options["logits_processor"] = [*options.get("logits_processor", ()), sound]
     with passing(self.model):
         return self.model.generate(input_ids=ids, attention_mask=mask, **options)
 

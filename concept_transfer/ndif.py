@@ -38,6 +38,7 @@ from concept_transfer.engine import (
     passing,
     rewritten,
     so_far,
+    sound,
     text_tokens,
     with_hidden,
     wrapped,
@@ -253,6 +254,7 @@ def steer(self: Ndif, layer, change, masked=False):
 def generate(self: Ndif, ids, mask, **options) -> Tensor:
     "As of `Engine.generate`."
     made = self.job(False)
+    options["logits_processor"] = [*options.get("logits_processor", ()), sound]
     with (
         self.turn(),
         self.model.generate(input_ids=ids, attention_mask=mask, backend=made, **options) as tracer,

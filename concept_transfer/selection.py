@@ -269,6 +269,8 @@ def transplant(
             return replace(t, notes=t.notes | _words(t))
         say = f"layers {layers[0]}:{layers[1]} were chosen without a task, by an offline score of {score:.2f}"
         warnings.warn(f"{say}. That is a guess: give a task to choose with, or layers.", stacklevel=3)
+    elif task or pairs:
+        warnings.warn(f"task and pairs are not used: layers {layers} leave nothing to choose.", stacklevel=3)
     pair = _pair(maps, layers)
     bench = Bench(target, int(np.min(pair[1])), neutral=neutral, damage=damage)
     t = bench.at_damage(_placed(bench, concept, maps, pair))

@@ -25,7 +25,7 @@ from inspect import signature
 from os.path import commonprefix
 from pathlib import Path
 from threading import local
-from typing import Annotated, Any, final
+from typing import Annotated, Any, Literal, final
 
 import numpy as np
 import torch
@@ -242,7 +242,7 @@ def _repr_html_(self: Transplant) -> str:
 # %% ../nbs/15_steering.ipynb #59463128
 class _Going(local):
     """What `generate` goes on from in this thread: tokens of its prompts, how many there are, which go on
-    together. A request takes it along."""
+    together, and whether each is read a second time without its prompt. A request takes it along."""
 
     def __init__(self, *now):
         self.now = now
@@ -275,7 +275,7 @@ def adding(
     vector, rule = torch.as_tensor(vector), position_rule(positions, "write")
 
     def add(h, mask=mask):
-        v, (width, n, rows) = vector.to(h), _GOING.now or (0, len(h), slice(None))
+        v, (width, n, rows, guided) = vector.to(h), _GOING.now or (0, len(h), slice(None), False)
         if v.ndim > 1:
             if len(v) != n:
                 raise ValueError(f"{len(v)} strengths for {n} texts: give one, or one for each.")
@@ -284,8 +284,14 @@ def adding(
         if mask is None:
             mask = h.new_ones(h.shape[:2])
         elif mask.ndim > 2:  # several answers to a prompt; the last token sees where that begins
-            mask = (mask[:, 0, -1] == mask.amax()).cummax(-1).values  # (b, T)
+            seen = mask[:, 0, -1] == mask.amax()  # (b, T); a static cache holds places that are still free
+            mask = seen[:, : int(seen.any(0).nonzero()[-1]) + 1].cummax(-1).values
         at = rule.write(h, mask)  # type: ignore[misc]
+        if rule.asked and guided:
+            raise ValueError(
+                f"positions {rule.name!r} do not go with guidance_scale, which reads each text a second time "
+                "without its prompt: use positions='all'."
+            )
         if rule.asked and width:  # the end of the prompts and all behind it, whatever a pass holds
             at = torch.arange(mask.shape[1])[-h.shape[1] :] >= width - 1  # (t,)
         return h + v if at is None else h + _everywhere(at, h, rule)[..., None] * v  # (b, t, 1) * (d,)
@@ -333,21 +339,30 @@ _SHARES = "top_p min_p typical_p epsilon_cutoff eta_cutoff".split()  # transform
 _SHARE: Any = Annotated[float, Field(ge=0, le=1)]
 _HINTS = {k: _KINDS[kind] for k, kind in _SAID} | {"stop_strings": str | Sequence[str]}
 _HINTS |= dict.fromkeys(_SHARES, _SHARE)
-_NEGATIVE = "negative_prompt_ids", "negative_prompt_attention_mask"
+_HINTS |= {"max_time": PositiveFloat, "num_beams": PositiveInt, "early_stopping": bool | Literal["never"]}
+_NEEDS = {
+    "negative_prompt_ids": "guidance_scale",
+    "negative_prompt_attention_mask": "negative_prompt_ids",
+    "num_assistant_tokens": "assistant_model",
+    "assistant_confidence_threshold": "assistant_model",
+    "max_matching_ngram_size": "prompt_lookup_num_tokens",
+}
+_DEAD = "bos_token_id decoder_start_token_id forced_bos_token_id cache_config low_memory".split()
 _KNOWN = {"tokenizer", *vars(GenerationConfig()), *signature(GenerationMixin.generate).parameters}
 _KNOWN -= {"self", "kwargs"}
 
 
 def _ids(x):
-    "All whole numbers in lists of lists."
+    "All that stands in lists of lists, or in a tensor."
+    x = x.tolist() if hasattr(x, "tolist") else x
     return [k for part in x for k in _ids(part)] if isinstance(x, list | tuple) else [x]
 
 
 def _options(tokenizer, given):
     "All options of a generation. Raises ValueError for those that do not go together, or with us."
     for name in _TOKENS:
-        if odd := [k for k in _ids(given.get(name)) if isinstance(k, int) and not 0 <= k < len(tokenizer)]:
-            raise ValueError(f"{name}={given[name]!r}: this tokenizer has no token {odd[0]}.")
+        if odd := [k for k in _ids(given.get(name)) if k is not None and k not in range(len(tokenizer))]:
+            raise ValueError(f"{name}={given[name]!r}: this tokenizer has no token {odd[0]!r}.")
     if bad := [k for k in _OURS if given.get(k) not in (None, _PLAIN.get(k))]:
         raise ValueError(
             f"{', '.join(bad)}: options are given one by one, and a prompt gets one text of max_new_tokens; "
@@ -360,10 +375,16 @@ def _options(tokenizer, given):
     given = fits(given, _HINTS, "generate")
     if not all(given.get("stop_strings", "-")):
         raise ValueError(f"stop_strings={given['stop_strings']!r}: an empty text stops nothing.")
-    if {*given} & {*_NEGATIVE} and given.get("guidance_scale", 1) == 1:
-        raise ValueError(f"{' and '.join(_NEGATIVE)} do nothing without guidance_scale, such as 1.5.")
+    for name in given.keys() & _NEEDS:
+        if given.get(other := _NEEDS[name]) is None or (other == "guidance_scale" and given[other] == 1):
+            raise ValueError(f"{name}={given[name]!r} does nothing without {other}.")
+    if dead := [k for k in _DEAD if k in given]:
+        raise ValueError(f"{dead[0]}={given[dead[0]]!r} does nothing here: leave it away.")
     given = _PLAIN | {"pad_token_id": tokenizer.pad_token_id} | given
-    GenerationConfig(**{k: given[k] for k in _PLAIN}).validate(strict=True)
+    try:
+        GenerationConfig(**{k: given[k] for k in _PLAIN}).validate(strict=True)
+    except (TypeError, AttributeError) as e:
+        raise ValueError(f"generating with {given}: {e}") from e
     return given if given["stop_strings"] is None else given | {"tokenizer": tokenizer}
 
 
@@ -384,7 +405,8 @@ def continuations(
 # %% ../nbs/15_steering.ipynb #7cf30216
 def _continued(model, x, mask, given, rows):  # ids and mask (b, t), options, and which of the prompts
     "Token ids that follow on some prompts; these are taken in halves where memory does not suffice."
-    was, _GOING.now = _GOING.now, (x.shape[1], len(x), rows)
+    guided = given["guidance_scale"] not in (None, 1)
+    was, _GOING.now = _GOING.now, (x.shape[1], len(x), rows, guided)
     try:
         return engine(model).generate(x[rows], mask[rows], **given)[:, x.shape[1] :].tolist()
     except Exception as e:
@@ -397,6 +419,11 @@ def _continued(model, x, mask, given, rows):  # ids and mask (b, t), options, an
 
 
 # %% ../nbs/15_steering.ipynb #8d971675
+def _single(prompts):
+    "Whether this is one prompt, a text or the messages of a chat."
+    return isinstance(prompts, str) or any(isinstance(x, dict) for x in prompts)
+
+
 @strict
 def generate(
     model: TransformersModel,  # steered or not
@@ -406,13 +433,21 @@ def generate(
 ) -> str | list[str]:
     """Continuations, without the prompts. Prompts of different length are batched.
     Raises ValueError for options that would change the shape of what comes back, or are not known."""
-    one = isinstance(prompts, str) or any(isinstance(x, dict) for x in prompts)  # a text; messages of a chat
+    one = _single(prompts)
     given = _options(model.tokenizer, options | {"max_new_tokens": max_new_tokens})
     ids = encode(model, [prompts] if one else [*prompts], room=max_new_tokens)
     x, mask = pad(model, ids, left=True)  # (b, t)
     try:
         new = _continued(model, x, mask, given, [*range(len(x))])
-    except (TypeError, ValueError, AttributeError, LookupError) as e:
+    except (
+        TypeError,
+        ValueError,
+        AttributeError,
+        LookupError,
+        RuntimeError,
+        AssertionError,
+        ImportError,
+    ) as e:
         if not options:
             raise
         raise ValueError(f"generating with {options}: {e}") from e
@@ -429,7 +464,10 @@ def generate(
     max_new_tokens: int = 40,
     **options,  # as for the function `generate`
 ) -> str | list[str]:
-    "Continuations by the steered target."
+    """Continuations by the steered target. Raises ValueError for another number of strengths than prompts."""
+    n, m = np.size(strength), 1 if _single(prompts) else len(prompts)
+    if np.ndim(strength) and n not in (0, m):
+        raise ValueError(f"{n} strengths for {m} texts: give one, or one for each.")
     with self(strength) as model:
         return generate(model, prompts, max_new_tokens, **options)
 
@@ -478,6 +516,8 @@ def place(
     info = model_info(target)
     if map:
         map.target.require(info, "this map (target side)")
+        if layer is not None and layer_numbers(target, [layer]) != [map.layers[1]]:
+            raise ValueError(f"layer {layer}, but this map ends at layer {map.layers[1]}: give one of them.")
         layer = map.layers[1]
     elif layer is None:
         raise ValueError("say where: place(..., layer=k), or give a map.")

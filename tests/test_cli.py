@@ -354,7 +354,7 @@ def test_pairs_that_are_no_task_say_so(here, made, task, more, says, capsys):
 
 def test_a_task_beside_layers_is_not_used_and_says_so(here, made, capsys):
     assert main(*made, "--out", "fixed.safetensors", "--task", "task.json", "--layers", "1:2") == 0
-    assert "warning: --task is not used" in capsys.readouterr().err
+    assert "warning: task and pairs are not used" in capsys.readouterr().err
     assert Transplant.load("fixed.safetensors").notes.get("tuning") is None
 
 

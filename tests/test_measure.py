@@ -257,6 +257,12 @@ def test_the_search_takes_the_candidates_it_is_given(pair):
     assert (fixed.source_layer, fixed.layer) == best and "search" not in fixed.notes
     with pytest.raises(ValueError, match="positive KL"):
         transplant(joy, maps, target, task, damage=0.0)
+    with pytest.warns(UserWarning, match="are not used"):
+        there = transplant(joy, maps, target, task, best, neutral=NEUTRAL)
+    assert there == fixed and len(fixed.notes["nearest_words"].split(", ")) == 6
+    assert fixed.notes["nearest_words"].split(", ")[0] in fixed._repr_html_()
+    with pytest.raises(ValueError, match=f"layer {best[1] - 1}, but this map ends at layer {best[1]}"):
+        place(joy, target, best[1] - 1, maps[best])
 
 
 def test_a_search_through_noise_is_rarely_taken_for_an_effect():

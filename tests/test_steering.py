@@ -281,13 +281,82 @@ def test_G4_options_are_honoured_or_refused(llama, push):
         generate(llama, two, 5, temperature=0.7)
     with pytest.raises(ValueError, match="'do_smaple'. Did you mean 'do_sample'"):
         generate(llama, two, 5, do_smaple=True)
-    passed_over = {"labels": [[1]], "position_ids": [[0]], "negative_prompt_ids": torch.ones(2, 3).long()}
-    for option, value in (passed_over | {"stop_strings": [""], "self": 1, "kwargs": {}}).items():
-        with pytest.raises(ValueError, match=option):
-            generate(llama, two, 5, **{option: value})
     for n in (0, -1, 2.5, "4", None):
         with pytest.raises(ValueError, match="max_new_tokens"):
             generate(llama, two, n)
+
+
+PASSED_OVER = {
+    "labels": [[1]],
+    "position_ids": [[0]],
+    "negative_prompt_ids": torch.ones(2, 3).long(),
+    "negative_prompt_attention_mask": torch.ones(2, 3).long(),
+    "stop_strings": [""],
+    "self": 1,
+    "kwargs": {},
+    "bos_token_id": 3,
+    "low_memory": True,
+    "num_assistant_tokens": 3,
+    "max_time": -1.0,
+    "num_beams": 0,
+    "eos_token_id": torch.tensor([10**6]),
+    "suppress_tokens": torch.tensor([10**6]),
+    "pad_token_id": 1.5,
+    "prefill_chunk_size": 0,
+    "cache_implementation": "offloaded",
+    "watermarking_config": {"x": 1},
+}
+
+
+@pytest.mark.parametrize("option", PASSED_OVER)
+def test_options_that_transformers_passes_over_are_refused_in_words(llama, option):
+    with pytest.raises(ValueError, match=option):
+        generate(llama, PROMPTS, 5, **{option: PASSED_OVER[option]})
+
+
+def test_early_stopping_may_be_never(llama):
+    assert generate(llama, PROMPTS, 5, num_beams=2, early_stopping="never")
+
+
+@pytest.fixture
+def last(llama):
+    v = torch.randn(48, generator=torch.Generator().manual_seed(1))
+    return place(v, llama, 1, dose=2.0, norm=5.0, positions="last")
+
+
+@pytest.mark.parametrize("cache", ["static", "sliding_window"])
+def test_a_cache_of_fixed_size_changes_nothing(last, cache):
+    want = [last.generate(p, 1.0, 6) for p in PROMPTS]
+    assert last.generate(PROMPTS, 1.0, 6, cache_implementation=cache) == want
+
+
+def test_guidance_goes_with_all_positions_alone(llama, last):
+    with pytest.raises(ValueError, match="do not go with guidance_scale"):
+        last.generate(PROMPTS, 1.0, 6, guidance_scale=2.0)
+    t = replace(last, positions="all")
+    assert t.generate(PROMPTS, 1.0, 6, guidance_scale=2.0) == [
+        t.generate(p, 1.0, 6, guidance_scale=2.0) for p in PROMPTS
+    ]
+
+
+@pytest.mark.parametrize("remote", [False, "local"])
+def test_logits_that_are_no_numbers_or_not_of_each_text_are_refused(llama, last, remote):
+    m = load_model(llama, remote=remote) if remote else llama
+    t = replace(last, model=m)
+    with pytest.raises(ValueError, match="logits are not finite"):
+        t.generate(PROMPTS, 1e38, 3)
+    for processor, why in (
+        (lambda i, s: s * float("nan"), "not finite"),
+        (lambda i, s: s[:1], "a row for each"),
+    ):
+        with pytest.raises(ValueError, match=why):
+            generate(m, PROMPTS, 3, logits_processor=[processor])
+
+
+def test_what_is_given_twice_or_for_nothing_is_said(llama, last, tmp_path):
+    with pytest.raises(ValueError, match="3 strengths for 2 texts"):
+        last.generate(PROMPTS[:2], [0.0, 0.0, 0.0])
+    assert hash(last) == hash(replace(last)) and {last, replace(last)} == {last}
 
 
 WISHES = {
