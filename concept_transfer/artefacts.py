@@ -462,7 +462,7 @@ def _installed(module):
     if root in sys.stdlib_module_names:  # a file of one's own may have such a name
         return not file or Path(file).is_relative_to(get_path("stdlib"))
     packed = not {"site-packages", "dist-packages"}.isdisjoint(Path(file).parts)
-    return root == __name__.partition(".")[0] or (packed and root != "__main__")
+    return root == "concept_transfer" or (packed and root != "__main__")
 
 
 # %% ../nbs/04_artefacts.ipynb #0d2fa90f
