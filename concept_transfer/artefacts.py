@@ -325,6 +325,7 @@ _TRIED: Any = with_config({"extra": "allow"})(_Tried)
 _LISTS = {"precision": list[str], "tuning_items": list[str], "search": list[_TRIED]}
 _SAID = _FLOATS | _COUNTS | _WORDS | _LISTS | {"template": Template, "r2": Score, "auc": Score}
 _NOTES = schema("allow", *_SAID.items(), total=False)
+_DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
 
 # %% ../nbs/04_artefacts.ipynb #27d612ad
@@ -392,9 +393,6 @@ def _check_values(x):
             raise ValueError(f"{k!r}: a direction is zero, or too long for float32: it points nowhere.")
     rest = {f.name: getattr(x, f.name) for f in fields(x) if f.compare and f.name not in {*tensors, *x.apart}}
     vars(x).update(_valid(others.validate_json, json.dumps(rest, default=_listed)))
-
-
-_DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
 
 # %% ../nbs/04_artefacts.ipynb #c3cb1c99
