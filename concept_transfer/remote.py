@@ -18,6 +18,7 @@ __all__ = [
     "hosted",
     "other_versions",
     "server",
+    "packed",
     "Job",
     "ServerUnpickler",
     "Simulated",
@@ -44,6 +45,7 @@ from dataclasses import replace
 from difflib import get_close_matches
 from email.utils import parsedate_to_datetime
 from importlib.metadata import version
+from pickle import PicklingError
 from typing import Annotated, Any, Required
 from urllib.parse import quote
 
@@ -342,6 +344,21 @@ def server(
     return there[found] if found else {"repo_id": name}
 
 
+# %% ../nbs/07_remote.ipynb #b1c9d2e3
+def packed(
+    pack: Callable,  # tracer -> bytes
+    tracer: Any,  # of nnsight
+) -> bytes:
+    "A request as it is sent. Raises ValueError for what cannot be."
+    try:
+        return pack(tracer)
+    except (TypeError, PicklingError) as e:
+        raise ValueError(
+            f"this cannot be sent with a request: {e}. A rule or change of yours may hold texts, numbers, "
+            "tensors and functions of these."
+        ) from None
+
+
 # %% ../nbs/07_remote.ipynb #343dc68b
 class Job(RemoteBackend):
     "One request over plain HTTP, sent again when it is lost."
@@ -365,7 +382,7 @@ class Job(RemoteBackend):
         )  # goes to the host, and nowhere else
 
     def __call__(self, tracer=None):
-        self.blob = self._serialize(tracer)
+        self.blob = packed(self._serialize, tracer)
         if not self.job_id or self.state().get("status", "ERROR") == "ERROR":  # else an earlier run sent it
             self.send()
         if self.wait:  # no variable is set but those that stand in the block
@@ -556,7 +573,7 @@ class Simulated(Backend):
 
     def __call__(self, tracer=None):
         pull_env()
-        request = RequestModel.serialize(tracer)
+        request = packed(RequestModel.serialize, tracer)
         _, (source, *_) = loads(request, self.model._remoteable_persistent_objects(), ServerUnpickler)
         code = tracer.info.frame.f_code
         tracer.info.code = compile(source, code.co_filename, "exec").replace(co_name=code.co_name)

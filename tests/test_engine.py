@@ -442,6 +442,19 @@ def test_simulated_jobs_leave_the_modules_of_other_threads_alone():
     assert not missed
 
 
+@pytest.mark.parametrize(
+    "held", [threading.Lock(), place(torch.ones(48), tiny_model("llama"), 1)], ids=["lock", "ours"]
+)
+def test_a_rule_that_cannot_be_sent_is_refused_in_words(held):
+    m = load_model(tiny_model("llama"), remote="local")
+
+    def rule(h, mask):
+        return mask[:, -h.shape[1] :] if held else None
+
+    with pytest.raises(ValueError, match="cannot be sent with a request"):
+        place(torch.ones(48), m, 1, positions=rule).generate("Rain", 1.0, 3)
+
+
 def test_a_request_with_what_a_server_does_not_have_is_refused():
     from fastcore.basics import first  # of no server
 
