@@ -6,6 +6,7 @@
 __all__ = [
     "Said",
     "app",
+    "FEW",
     "NEIGHBOURS",
     "command",
     "main",
@@ -1008,6 +1009,9 @@ def _two_parts(task):
     return [replace(test, items=part) for part in parts]
 
 
+FEW = 4  # layer pairs of a flow in some minutes
+
+
 def _smaller(texts, tune, test):
     "A corpus and items of which some minutes are enough."
     return texts.take(300), (tune.take(32), test.take(50))
@@ -1037,7 +1041,8 @@ def _beside(t, task, concept, source, maps):
 # %% ../nbs/31_cli.ipynb #4e7a9c48
 def _flow(folder, models, pairs, texts, items, settings, most, other=None):
     """From pairs to the report, each step in a file of the folder. `items` choose, and judge; `most` layer
-    pairs are tried."""
+    pairs are tried. With `FEW` of these, readouts are short too."""
+    from concept_transfer.arms import readouts_of
     from concept_transfer.concepts import Concept, extract_concept
     from concept_transfer.data import PAIRS, load_corpus, load_pairs
     from concept_transfer.evidence import Evidence, evaluate
@@ -1083,6 +1088,10 @@ def _flow(folder, models, pairs, texts, items, settings, most, other=None):
     _say(f"     {t!r}\n5/6  evidence, on {len(test)} items that made and chose nothing here")
     given: dict = dict(pairs=pairs, other=other, source=source, map=_own(maps, t))
 
+    if most == FEW and settings.readouts is None:
+        asked = readouts_of(test, t.notes.get("tuning_items", ()))
+        settings = replace(settings, readouts=[x.take(12) for x in asked])
+
     def judge():
         _expect("     at least", _asking(t, test, neutral) * (2 * settings.random + 12))
         return evaluate(t, test, neutral, settings=settings, path=folder / "arms.jsonl", **given)
@@ -1110,7 +1119,7 @@ def cmd_run(
     source: str = "smollm2-135m-instruct",  # model that has the concept
     target: str = "gemma-3-270m",  # model that gets it
     corpus: str = "general",  # file, or general
-    quick: bool = False,  # 300 texts, 32 items to choose with and 50 to judge by, 4 layer pairs
+    quick: bool = False,  # 300 texts, 32 items to choose with, 50 to judge by, 12 a readout, 4 layer pairs
 ) -> Said:
     """extract, align, transplant and evaluate in one
 
@@ -1123,7 +1132,7 @@ def cmd_run(
     if quick:
         texts, items = _smaller(texts, *items)
     folder = _writable(out, folder=True)
-    return _flow(folder, (source, target), data, texts, items, chosen, 4 if quick else 12)
+    return _flow(folder, (source, target), data, texts, items, chosen, FEW if quick else 12)
 
 
 @command
@@ -1141,4 +1150,4 @@ def cmd_demo(
     texts, items = _smaller(load_corpus("general"), *_two_parts(pairs.name))
     models = "smollm2-135m-instruct", "gemma-3-270m"
     folder = _writable(out, folder=True)
-    return _flow(folder, models, pairs, texts, items, Settings(seed=seed), 4, other)
+    return _flow(folder, models, pairs, texts, items, Settings(seed=seed), FEW, other)
