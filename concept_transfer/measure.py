@@ -47,7 +47,7 @@ from tqdm import tqdm
 from .cards import Entry, card
 from .concepts import Concept, position_rule
 from .data import Corpus, checked, load_corpus
-from .engine import bundled, context_length, encode, engine, layer_numbers, left_batches, pad
+from .engine import context_length, encode, engine, layer_numbers, left_batches, pad
 from .maps import AffineMap
 from .models import ModelInfo, model_info
 from .moments import Listed, Strict, strict
@@ -385,11 +385,11 @@ def neutral_text(
 
 
 # %% ../nbs/16_measure.ipynb #bce6b622
-def _prefixes(model, text, words=10):
-    "The beginnings of a passage, each some words longer, and all of it, as far as the model has room."
+def _fitting(model, text):
+    "A passage, or as many of its words as the model has room for."
     ends = [m.end() for m in re.finditer(r"\S+", text)]
-    found = [text[:end] for end in ends[words:-words:words]] + [text]
-    return [x for x in found if len(model.tokenizer(x).input_ids) < context_length(model)]
+    found = (text[:end] for end in ends[:0:-10])
+    return next(x for x in found if len(model.tokenizer(x).input_ids) < context_length(model))
 
 
 def prose_damage(
@@ -398,16 +398,19 @@ def prose_damage(
     changes: list[Steered],
     passages: int = 12,  # of the built-in prose, one of each register
 ) -> tuple[list[Damage], list[str]]:  # for each change; number of the passage of each text
-    "Damage on built-in prose, at the last twelve tokens of each beginning."
-    texts = {str(i): _prefixes(model, x) for i, x in enumerate(load_corpus("prose").texts[:passages])}
+    "Damage on built-in prose, at as many tokens of each passage: all but the first words of the shortest."
+    texts = [_fitting(model, x) for x in load_corpus("prose").texts[:passages]]
+    keep = max(KEEP, min(map(len, encode(model, texts))) - 16)
     parts = []
-    for some in tqdm(bundled([*texts.values()], len, 40), "prose", disable=None, leave=False):
-        parts.append(neutral_text(model, layer, sum(some, []), keep=12)(changes))
+    for k in tqdm(
+        range(0, len(texts), 4), "prose", disable=None, leave=False
+    ):  # few at once: logits are wide
+        parts.append(neutral_text(model, layer, texts[k : k + 4], keep=keep)(changes))
     found = [
         Damage(*(np.concatenate([getattr(d, k) for d in each]) for k in ("kl", "lost")))
         for each in zip(*parts, strict=True)
     ]
-    return found, [i for i, some in texts.items() for _ in some]
+    return found, [str(i) for i in range(len(texts))]
 
 
 # %% ../nbs/16_measure.ipynb #eaea05ae
