@@ -909,7 +909,7 @@ def cmd_evaluate(
     names = [x for k in more for x in (MEASURES if k == "standard" else [k]) if x not in ("", "text")]
     _ = [load_task(x) for x in names if x not in MEASURES]  # say so now where there is no such task
     t = transplant()
-    _expect("evidence: at least", _asking(t, items, texts) * (2 * chosen.random + 12))
+    _expect("evidence: at least", _asking(t, items, texts) * (4 * chosen.random + 40))
     how = dict(settings=chosen, path=folder / "arms.jsonl", pairs=own, other=foreign)
     e = evaluate(t, items, texts, None, tuple(EXPERIMENTS) if "text" in more else BY_DEFAULT, **how)
     e.save(folder / "evidence.json")
@@ -1093,7 +1093,7 @@ def _flow(folder, models, pairs, texts, items, settings, most, other=None):
         settings = replace(settings, readouts=[x.take(12) for x in asked])
 
     def judge():
-        _expect("     at least", _asking(t, test, neutral) * (2 * settings.random + 12))
+        _expect("     at least", _asking(t, test, neutral) * (4 * settings.random + 40))
         return evaluate(t, test, neutral, settings=settings, path=folder / "arms.jsonl", **given)
 
     e = keep("evidence.json", judge, Evidence.load, test.hash, other and other.hash, str(settings))
