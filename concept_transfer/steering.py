@@ -465,7 +465,8 @@ def generate(
     **options,  # as for the function `generate`
 ) -> str | list[str]:
     """Continuations by the steered target. Raises ValueError for another number of strengths than prompts."""
-    n, m = np.size(strength), 1 if _single(prompts) else len(prompts)
+    n = len(strength) if np.ndim(strength) else 1  # type: ignore[arg-type]
+    m = 1 if _single(prompts) else len(prompts)
     if np.ndim(strength) and n not in (0, m):
         raise ValueError(f"{n} strengths for {m} texts: give one, or one for each.")
     with self(strength) as model:
