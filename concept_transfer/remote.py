@@ -6,6 +6,7 @@
 __all__ = [
     "log",
     "Words",
+    "SERVER_MODULES",
     "Remote",
     "address",
     "host_name",
@@ -54,7 +55,6 @@ import torch
 import zstandard
 from fastcore.basics import patch
 from nnsight import CONFIG, TransformersModel
-from nnsight.intervention.backends.local import _SERVER_MODULES as SERVER_MODULES
 from nnsight.intervention.backends.remote import RemoteBackend
 from nnsight.intervention.serialization import CustomCloudUnpickler, loads
 from nnsight.ndif import pull_env
@@ -543,6 +543,9 @@ def _cloudpickle():
     copy = importlib.util.module_from_spec(found)
     found.loader.exec_module(copy)
     return copy
+
+
+SERVER_MODULES = "torch numpy transformers accelerate einops peft nnsight".split()
 
 
 class ServerUnpickler(CustomCloudUnpickler):
