@@ -56,7 +56,6 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import cache, cached_property, partial
 from importlib import import_module
-from itertools import takewhile
 from operator import index
 from pathlib import Path
 from typing import Any, Protocol
@@ -237,10 +236,6 @@ class Engine(Protocol):
     def weights(self) -> str:
         "Fingerprint; on a server `remote:precision:` and a hash of what it says of the model."
 
-    @property
-    def branching(self) -> int:
-        "Continuations of one prompt can be read in one pass of so many tokens; 0: not at all."
-
     def states(
         self,
         ids: Ids,  # token ids of each text
@@ -252,6 +247,9 @@ class Engine(Protocol):
         """Batch by batch the indices of texts and, for each layer, their states (r, d), text after text, or
         what `take` gave, which runs where the model is. A batch for which memory does not suffice is read in
         halves. Use `stream` rather than this."""
+
+    def branching(self, tokens: int) -> bool:
+        "Whether continuations of one prompt can be read in one pass of so many tokens."
 
     def scores(
         self, layer: int, batches: Sequence[Batch], reduce: Callable
@@ -624,6 +622,7 @@ class Local:
     name: str = ""
     tokens: int = 4000
     known: tuple = field(default=(), repr=False)  # state of the weights, and what is known of it
+    branched: dict[int, bool] = field(default_factory=dict, repr=False)  # what `branching` found
 
     own_products = True
 
@@ -658,10 +657,14 @@ class Local:
     def tuples(self) -> bool:  # whether its blocks return tuples
         return isinstance(_block_output(self.model, 0), tuple | list)
 
-    @cached_property
-    def branching(self) -> int:
-        sizes = [8 << k for k in range(8) if 8 << k <= context_length(self.model)]
-        return max(takewhile(partial(_shares_prompts, self), sizes), default=0)
+    def branching(self, tokens: int) -> bool:
+        "As of `Engine.branching`, tried with the next power of two."
+        size = max(8, 1 << (tokens - 1).bit_length())
+        if size not in self.branched:
+            self.branched[size] = size <= min(1024, context_length(self.model)) and _shares_prompts(
+                self, size
+            )
+        return self.branched[size]
 
 
 # %% ../nbs/06_engine.ipynb #f5dce656

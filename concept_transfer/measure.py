@@ -217,7 +217,7 @@ def _rows(model, task, words):
             )
         if not all(tails) or len({*map(tuple, tails)}) < len(tails):
             raise ValueError(f"{what}: a choice adds no token to its prompt, or the same as another.")
-        fits = p + sum(map(len, tails)) <= engine(model).branching
+        fits = engine(model).branching(p + sum(map(len, tails)))
         for some in [sum(each, [])] if fits or {*map(len, tails)} == {1} else each:
             row, part, asked = [*prompt], [0] * p, []
             for c, tail in some:
@@ -429,7 +429,7 @@ class Bench(_Shown, Strict):
         (self.layer,) = layer_numbers(self.model, [self.layer])
         self.neutral = self.neutral or load_corpus("neutral")
         self.neutral_hash, texts = self.neutral.hash, self.neutral.texts
-        self.norms: dict = {}  # by layer, as they are asked for
+        self.norms: dict[int, float] = {}  # by layer, as they are asked for
         half = min(len(texts) // 2, 32)
         self.texts = texts[:half], texts[half : half + 32]
         if not self.damage > 0:
@@ -493,7 +493,7 @@ def with_task(self: Bench, task: ChoiceTask) -> Bench:
     "The same bench with another task; what was read of the neutral text is shared."
     other = copy(self)
     vars(other).pop("ask", None)
-    other.task = task
+    vars(other).update(task=task, dosing=self.dosing, hurt=self.hurt)
     return other
 
 

@@ -62,11 +62,15 @@ class Ndif:
     precision: str
     edits: list = field(default_factory=list, repr=False)  # that are open, whoever opened them
 
-    branching = own_products = False  # masks and products would travel
+    own_products = False  # they would travel
 
     @property
     def tokens(self) -> int:
         return self.remote.tokens
+
+    def branching(self, tokens: int) -> bool:
+        "Masks would travel."
+        return False
 
     def job(self, wait: bool = True):
         "A backend for a trace of your own: `model.trace(..., backend=engine(model).job())`."

@@ -27,7 +27,7 @@ from .measure import Bench, pushes, ranked_words
 from .models import model_info
 from .moments import strict
 from .stats import permutation_p
-from .steering import Transplant
+from .steering import Transplant, residual_norms
 from .tasks import ChoiceTask, load_task
 
 
@@ -210,6 +210,9 @@ def choose(
     left = [(*pair, p) for pair in pairs for p in positions]
     lowest = {int(np.min(t)) for _, t, _ in left}
     benches = {t: Bench(target, t, neutral=neutral, damage=damage) for t in lowest}
+    norms = residual_norms(target, sorted({k for _, t, _ in left for k in np.atleast_1d(t)}))
+    for bench in benches.values():
+        bench.norms |= norms
     search, total, p = [], 0, None
     read_as = model_info(target)
     made_of = dict(

@@ -4,6 +4,7 @@
 
 # %% auto #0
 __all__ = [
+    "residual_norms",
     "residual_norm",
     "Transplant",
     "joined",
@@ -51,18 +52,24 @@ def _norms(h, at):  # states (b, t, d), which are wanted (b, t) -> (b, t)
     return h.float().norm(dim=-1).where(at, 0)
 
 
-def residual_norm(
+def residual_norms(
     model: TransformersModel,
-    layer: int,
+    layers: Sequence[int],
     texts: Sequence[str] | None = None,  # default: 32 sentences of the neutral corpus
-) -> float:
-    "Median norm of the residual stream after `layer`, over all tokens but the first of each text."
-    numbers = layer_numbers(model, [layer])
+) -> dict[int, float]:
+    "Median norm of the residual stream after each layer, over all tokens but the first of each text."
+    numbers = layer_numbers(model, layers)
     ids = encode(model, load_corpus("neutral").texts[:32] if texts is None else texts)
     at = [range(len(x) > 1, len(x)) for x in ids]  # a single token stands for itself
-    parts = stream(model, ids, numbers, at=at, take=_norms)
-    norms = torch.cat([n.flatten().cpu() for _, (n,) in parts])
-    return float(norms[norms > 0].median())
+    batches = [[n.flatten().cpu() for n in got] for _, got in stream(model, ids, numbers, at=at, take=_norms)]
+    norms = [torch.cat(parts) for parts in zip(*batches, strict=True)]  # for each layer (tokens,)
+    return {k: float(x[x > 0].median()) for k, x in zip(numbers, norms, strict=True)}
+
+
+def residual_norm(model: TransformersModel, layer: int, texts: Sequence[str] | None = None) -> float:
+    "The same of one layer."
+    (norm,) = residual_norms(model, [layer], texts).values()
+    return norm
 
 
 # %% ../nbs/15_steering.ipynb #ed863fdc

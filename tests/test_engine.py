@@ -54,10 +54,13 @@ from concept_transfer.toys import TINY, tiny_module, tiny_tokenizer
 class Hooks:
     "A model that runs here through plain PyTorch hooks."
 
-    name, tokens, precision, branching, own_products = "hooked", 1000, "float32", False, True
+    name, tokens, precision, own_products = "hooked", 1000, "float32", True
 
     def __init__(self, model):
         self.model, self.weights, self.calls = model, engine(model).weights, set()
+
+    def branching(self, tokens):
+        return False
 
     @contextlib.contextmanager
     def steer(self, layer, change, masked=False):
@@ -685,12 +688,13 @@ def test_E1_choices_in_a_model_with_local_attention_are_read_as_each_alone(windo
     got = Bench(m, 2, task).ask().logp[0]
     want = [alone(module, t, task.items[0].prompt, a) for a in task.items[0].choices]
     np.testing.assert_allclose(got, want, atol=1e-3)
-    assert 0 < engine(m).branching <= window
+    assert [engine(m).branching(n) for n in (8, window + 29)] == [True, False]
 
 
 def test_E1_a_sliding_window_is_found_by_asking():
-    assert engine(tiny_model("mistral", sliding_window=20)).branching == 16
-    assert engine(tiny_model("llama")).branching == 128
+    near, far = engine(tiny_model("mistral", sliding_window=20)), engine(tiny_model("llama"))
+    assert [near.branching(n) for n in (4, 16, 17)] == [True, True, False]
+    assert [far.branching(n) for n in (128, 129)] == [True, False]  # of a context of 128
 
 
 def test_A4_a_model_that_sees_the_future_is_refused():
