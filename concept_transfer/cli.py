@@ -30,6 +30,8 @@ __all__ = [
 ]
 
 # %% ../nbs/31_cli.ipynb #41520611
+import glob
+import io
 import json
 import math
 import os
@@ -148,7 +150,7 @@ def _why(e, out):
     "An error in one line; `out` is what was to be written."
     if isinstance(e, KeyboardInterrupt):
         near = (
-            *out.parent.glob(f"{out.name}.*.part"),
+            *out.parent.glob(f"{glob.escape(out.name)}.*.part"),
             *(x for k in ("arms", "suite", "made_of") for x in out.glob(f"{k}.jsonl")),
         )
         rest = ", ".join(map(str, near)) or "nothing yet"
@@ -159,8 +161,9 @@ def _why(e, out):
 
 # %% ../nbs/31_cli.ipynb #49c1bbab
 def _error(e, why):
-    "An error for a program."
-    print(json.dumps({"error": why, "kind": type(e).__name__}), flush=True)
+    "An error for a program, where it can be told."
+    with suppress(OSError):
+        print(json.dumps({"error": why, "kind": type(e).__name__}), flush=True)
 
 
 # %% ../nbs/31_cli.ipynb #ebdfc864
@@ -296,6 +299,8 @@ def command(run: Callable) -> Callable:
     options = [_declared(p, _comments(f)[k]) for f, k, p in listed if k not in made]
 
     def call(**given):
+        if empty := [k for _, k, p in listed if given.get(k) == "" and p.default != ""]:
+            raise BadParameter(f"--{empty[0].replace('_', '-')} is empty: give it a value, or leave it away.")
         mine = {k: given.get(k) for k in own}
         if "settings" in own:
             mine["settings"] = partial(_settings, random=given["random"], seed=given["seed"])
@@ -324,6 +329,7 @@ def command(run: Callable) -> Callable:
 def main(argv: list[str] | None = None) -> int:
     "Entry point of `concept-transfer`; returns the exit code."
     argv = sys.argv[1:] if argv is None else argv
+    sys.stderr = sys.stderr or io.StringIO()  # closed, as by a daemon
     with suppress(AttributeError):  # letters that a terminal lacks, by their codes
         sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     try:
@@ -368,7 +374,7 @@ def _words(file, kind, model):
 def cmd_info(
     file: str,  # concept, map or transplant
     words: bool = False,  # load its model: the words that it means, and texts at several strengths
-    model: str | None = None,  # that model: name it where it comes from a hub, or lies elsewhere now
+    model: str | None = None,  # the same with that model: where it comes from a hub, or lies elsewhere now
 ) -> Said:
     """what an artefact is
 
@@ -379,10 +385,10 @@ def cmd_info(
     from concept_transfer.steering import Transplant
 
     head, kinds = load_artefact(file)[1], (Concept, LayerGrid, AffineMap, Transplant)
-    shown = _words(file, head["kind"], model) if words else []
+    shown = _words(file, head["kind"], model) if words or model else []
     said = [repr(load_fields(c, file)) for c in kinds if c.artefact == head["kind"]]
     said += [f"{k}: {_short(v)}" for k, v in head.items()] + [f"\n{view!r}" for view in shown]
-    return head | ({"words": [view.data for view in shown]} if words else {}), "\n".join(said)
+    return head | ({"words": [view.data for view in shown]} if shown else {}), "\n".join(said)
 
 
 # %% ../nbs/31_cli.ipynb #895aa3b9

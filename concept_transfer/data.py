@@ -16,6 +16,7 @@ __all__ = [
     "refuse_slips",
     "nearest",
     "find_file",
+    "column",
     "open_data",
     "as_table",
     "builtin_rows",
@@ -112,7 +113,8 @@ def checked(
     except ValidationError as e:
         fault, *_ = e.errors()
     place = f"{where} {', '.join(map(repr, fault['loc']))}".strip()
-    raise ValueError(f"{place}: {fault['msg']}, found {short_repr(fault['input'])}.")
+    said = fault["msg"].removeprefix("Value error, ")
+    raise ValueError(f"{place}: {said}, found {short_repr(fault['input'])}.")
 
 
 # %% ../nbs/01_data.ipynb #488de1aa
@@ -204,9 +206,11 @@ def find_file(
     known: Iterable[str],  # names that would have done as well
 ) -> Path:
     "A file of yours, or a text of ours. Raises FileNotFoundError, which names what is built in beside files."
-    for path in os.path.expanduser(str(ref)), _SETS / f"{ref}.txt":
-        if os.path.isfile(path):
-            return Path(path)
+    ours, own = _SETS / f"{ref}.txt", os.path.expanduser(str(ref))
+    if str(ref) in known and ours.is_file():
+        return ours
+    if os.path.isfile(own):
+        return Path(own)
     meant = "".join(f" Did you mean {near!r}?" for near in nearest(ref, known))
     raise FileNotFoundError(
         f"{str(ref)!r} is neither a file nor built in.{meant} Built in: {', '.join(known)}."
@@ -218,6 +222,12 @@ _NAMES = """pos positive, chosen positive, answer_matching_behavior positive, ne
 answer_not_matching_behavior negative, statement text, sentence text, question prompt,
 groups group, scenario group, scenarios group"""
 _RENAMED = dict(pair.split() for pair in _NAMES.split(","))
+
+
+def column(name: Any) -> str:
+    "The name that we use for a column or a field."
+    said = str(name).strip().lower()
+    return _RENAMED.get(said, said)
 
 
 def open_data(
@@ -240,7 +250,7 @@ def as_table(found: Any, path: Path) -> pd.DataFrame:
         table = pd.DataFrame(found)
     except Exception:  # pandas has many kinds; whoever needs a table says what it should be
         return pd.DataFrame()
-    table.columns = [_RENAMED.get(k := str(name).strip().lower(), k) for name in table]
+    table.columns = [*map(column, table)]
     if not table.columns.is_unique:
         raise ValueError(
             f"{path}: two of the columns {', '.join(map(str, table))} mean the same; leave one out."

@@ -5,9 +5,11 @@
 # %% auto #0
 __all__ = [
     "OPEN",
+    "EACH",
     "Ids",
     "Change",
     "States",
+    "TURN",
     "CHUNK",
     "so_far",
     "hidden_of",
@@ -36,6 +38,7 @@ __all__ = [
     "fast_matmul",
     "passing",
     "out_of_memory",
+    "refuse_each",
     "stream",
     "rows_of",
     "steered",
@@ -91,6 +94,7 @@ def _contiguous(module, args):
 
 # %% ../nbs/06_engine.ipynb #5c9d7848
 OPEN: ContextVar[tuple] = ContextVar("open", default=())  # what was opened here, the first one first
+EACH: ContextVar[bool] = ContextVar("each", default=False)  # whether it has a strength for each text
 _GIVEN: ContextVar[dict] = ContextVar("given")  # what the last pass here was called with
 
 
@@ -437,6 +441,17 @@ def _rendered(model, i, chat):
 
 
 # %% ../nbs/06_engine.ipynb #e575e9f1
+def _turning(model):
+    "Tokens up to which positions are turned in one way, and beyond in another; 0: always in the same."
+    config = model._module.config.get_text_config()
+    rope = getattr(config, "rope_parameters", None) or {}
+    kinds = [rope, *(x for x in rope.values() if isinstance(x, dict))]
+    where = "original_max_position_embeddings"
+    own = getattr(config, where, 0)
+    return next((x.get(where, own) for x in kinds if x.get("rope_type") == "longrope"), 0)
+
+
+# %% ../nbs/06_engine.ipynb #a376904d
 def encode(
     model: TransformersModel,
     texts: Sequence,  # or a chat, or a list of chats: messages {"role": ..., "content": ...}
@@ -471,6 +486,14 @@ def encode(
         )
     for i in long:
         ids[i] = start + ids[i][len(start) - limit :]
+    turning, sizes = _turning(model), [len(x) + room for x in ids]
+    if turning and min(sizes) <= turning < max(sizes):
+        warnings.warn(
+            f"some texts are longer than {turning} tokens, from where on this model turns positions "
+            "otherwise (longrope), and with theirs those of all texts that are read at once. Take long and "
+            "short ones apart.",
+            stacklevel=2,
+        )
     return ids
 
 
@@ -613,6 +636,13 @@ def _few(w):
     return 0.0 if w.is_meta else float(w.detach().flatten()[:: w.numel() // 64 + 1].double().sum())
 
 
+def _state(module):
+    "What is seen of a model without reading it whole: its tensors, and the numbers that its parts keep."
+    held = [*module.parameters(), *module.buffers()]
+    tensors = [(w.data_ptr(), w.is_inference() or w._version, _few(w)) for w in held]
+    return tensors, [x for part in module.modules() for x in vars(part).values() if type(x) is float]
+
+
 # %% ../nbs/06_engine.ipynb #f6be36c2
 @dataclass(eq=False)
 class Local:
@@ -628,9 +658,7 @@ class Local:
 
     def told(self, what: str, make: Callable[[], Any]) -> Any:
         "Something known of the weights, made anew where they were changed in place, as by training."
-        now = [
-            (w.data_ptr(), w.is_inference() or w._version, _few(w)) for w in self.model._module.parameters()
-        ]
+        now = _state(self.model._module)
         if self.known[:1] != (now,):
             self.known = now, {}
         if what not in self.known[1]:
@@ -661,9 +689,8 @@ class Local:
         "As of `Engine.branching`, tried with the next power of two."
         size = max(8, 1 << (tokens - 1).bit_length())
         if size not in self.branched:
-            self.branched[size] = size <= min(1024, context_length(self.model)) and _shares_prompts(
-                self, size
-            )
+            possible = size <= min(1024, context_length(self.model))
+            self.branched[size] = possible and _shares_prompts(self, size)
         return self.branched[size]
 
 
@@ -714,13 +741,13 @@ class _Attention(TorchFunctionMode):
             torch.set_float32_matmul_precision("medium")
 
 
-_TURN = threading.RLock()
+TURN = threading.RLock()  # of the thread whose pass runs
 
 
 @contextmanager
 def fast_matmul(device: torch.device):
     "Within: the fastest matrix products that are still float32, and no pass of another thread."
-    with _TURN, ExitStack() as within:
+    with TURN, ExitStack() as within:
         if device.type == "cpu" and _amd():
             within.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
             torch.set_float32_matmul_precision("medium")
@@ -798,6 +825,14 @@ def states(self: Local, ids, layers, at, take=None, batch_tokens=512):
 
 
 # %% ../nbs/06_engine.ipynb #98470ad4
+def refuse_each():
+    "Raise ValueError where what is open has a strength for each text: readings do not keep their order."
+    if EACH.get():
+        raise ValueError(
+            "a strength for each text is for `generate` and for traces of your own: read under one strength."
+        )
+
+
 def stream(
     model: TransformersModel,
     ids: Ids,  # token ids of each text, as `encode` gives them
@@ -809,6 +844,7 @@ def stream(
     numbers: Sequence[int] | None = None,  # of the texts, in messages; default: from 0
 ) -> States:  # as of `Engine.states`
     "Residual streams batch by batch. Raises ValueError for states that are not finite, naming the text."
+    refuse_each()
     at = at or [range(len(x)) for x in ids]
     size = sum(map(len, ids))
     with tqdm(total=size, desc=what, unit="tok", unit_scale=True, disable=None, leave=False) as bar:
@@ -947,11 +983,13 @@ def _shares_prompts(here, n):
     ids, mask = _probe(here.model, n)
     part = torch.arange(3).repeat_interleave(n // 4)
     part = torch.cat([part[: n // 4], part])[None].to(ids)  # half of them the prompt
-    own = part[0] != 1
+    own, was = part[0] != 1, OPEN.set(())
     try:
         alone, both = here.logits(ids[:, own], mask[:, own], 2), here.logits(ids, _branches(part), 2)
     except Exception:  # whatever the family's own code has against such a mask
         return False
+    finally:
+        OPEN.reset(was)
     return bool(
         (both - alone).abs().max() <= (2e-3 if here.precision == "float32" else 0.05) * alone.abs().max()
     )

@@ -61,7 +61,7 @@ from .measure import METRICS, Bench, steerability
 from .models import model_info
 from .moments import Strict, fits, strict
 from .stats import bootstrap, holm, interval, mcnemar, permutation_p, smallest_effect, wilson
-from .steering import Transplant
+from .steering import Loaded, Transplant
 from .tasks import ChoiceTask, GenerationTask, repetition
 
 
@@ -654,7 +654,7 @@ def _check_asked(t, task, experiments, given, arms):
 # %% ../nbs/18_evidence.ipynb #76fb9ce2
 @strict
 def evaluate(
-    t: Transplant,
+    t: Loaded,
     task: ChoiceTask,
     neutral: Corpus | None = None,  # default: the built-in neutral corpus
     arms: dict[str, Arm] | None = None,  # default: `ARMS`; {**ARMS, "mine": Arm(...)} adds one

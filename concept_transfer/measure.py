@@ -47,7 +47,15 @@ from tqdm import tqdm
 from .cards import Entry, card
 from .concepts import Concept, position_rule
 from .data import Corpus, checked, load_corpus
-from .engine import context_length, encode, engine, layer_numbers, left_batches, pad
+from concept_transfer.engine import (
+    context_length,
+    encode,
+    engine,
+    layer_numbers,
+    left_batches,
+    pad,
+    refuse_each,
+)
 from .maps import AffineMap
 from .models import ModelInfo, model_info
 from .moments import Listed, Strict, strict
@@ -189,6 +197,7 @@ class Probe(Generic[_R]):
         "A record, or a list of them for a list. Raises ValueError for another layer's or model's transplant."
         if not isinstance(changes, list):
             return self([changes])[0]
+        refuse_each()
         for t in checked(changes, list[InstanceOf[Callable] | None], "changes"):
             if isinstance(t, Transplant):
                 t.target.require(self.target, f"transplant {t.name!r}")

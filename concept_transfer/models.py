@@ -117,8 +117,10 @@ _INFOS: WeakKeyDictionary = WeakKeyDictionary()  # of models that are in use, an
 def model_info(model: TransformersModel) -> ModelInfo:
     "Name, shape and fingerprint of a model; computed again only where weights or tokenizer have changed."
     made, tokenizer = engine(model), model.tokenizer
-    marks = getattr(getattr(tokenizer, "backend_tokenizer", None), "post_processor", None)
-    now = made.weights, made.precision, len(tokenizer), repr(marks)
+    fast = getattr(tokenizer, "backend_tokenizer", None)
+    parts = [repr(getattr(fast, k, None)) for k in ("normalizer", "pre_tokenizer", "post_processor")]
+    told = (made.fingerprint[1], made.reply) if isinstance(made, Local) else ()
+    now = made.weights, made.precision, told, len(tokenizer), parts
     when, found = _INFOS.get(model, (None, None))
     if when != now:
         config = model._module.config
@@ -131,7 +133,7 @@ def model_info(model: TransformersModel) -> ModelInfo:
             _tokenizer_hash(tokenizer),
             getattr(config, "_commit_hash", None) or "",
             made.precision,
-            *((made.fingerprint[1], made.reply) if isinstance(made, Local) else ()),
+            *told,
         )
         _INFOS[model] = now, found
     return found

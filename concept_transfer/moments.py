@@ -5,6 +5,7 @@
 # %% auto #0
 __all__ = [
     "Listed",
+    "Unpacked",
     "Collected",
     "Moments",
     "Side",
@@ -731,6 +732,7 @@ def chosen(
 _F = TypeVar("_F", bound=Callable)
 _HINTED = ConfigDict(extra="allow", allow_inf_nan=False, arbitrary_types_allowed=True)
 Listed = BeforeValidator(lambda x: np.array(x).tolist())  # an array or a range will do for a list
+Unpacked = BeforeValidator(lambda x: x.tolist() if hasattr(x, "tolist") else x)  # or a Series
 
 
 def fits(values: dict, hints: dict, name: str) -> dict:

@@ -25,7 +25,7 @@ from .data import ContrastPairs, Corpus, data_hash, load_corpus
 from .maps import AffineMap, LayerGrid, downstream
 from .measure import Bench, pushes, ranked_words
 from .models import model_info
-from .moments import strict
+from .moments import Unpacked, strict
 from .stats import permutation_p
 from .steering import Transplant, residual_norms
 from .tasks import ChoiceTask, load_task
@@ -195,7 +195,7 @@ def choose(
     damage: float = 0.1,  # mean KL in nats a token
     # layer pairs, such as (28, 13), or (28, [9, 11, 13]) for several places; default: the 12 best of
     # `offline_scores`, one place each
-    candidates: Sequence[Sequence[int | Sequence[int]]] = (),
+    candidates: Annotated[Sequence[Sequence[int | Sequence[int]]], Unpacked] = (),
     # also worth a try: "last", the newest token
     positions: Annotated[Sequence[PositionLike], Field(min_length=1)] = ("all",),
 ) -> Transplant:

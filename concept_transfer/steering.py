@@ -4,6 +4,8 @@
 
 # %% auto #0
 __all__ = [
+    "Loaded",
+    "Prompts",
     "residual_norms",
     "residual_norm",
     "Transplant",
@@ -32,7 +34,7 @@ import numpy as np
 import torch
 from fastcore.basics import patch
 from nnsight import TransformersModel
-from pydantic import Field, InstanceOf, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import AfterValidator, Field, InstanceOf, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor
 from transformers import GenerationConfig, GenerationMixin
 
@@ -40,10 +42,21 @@ from .artefacts import Artefact, Count, Layers, Notes, Size, load_fields, save_f
 from .cards import card
 from .concepts import Concept, PositionLike, position_name, position_rule
 from .data import checked, load_corpus, nearest
-from .engine import Change, Ids, encode, engine, layer_numbers, out_of_memory, pad, stream
+from concept_transfer.engine import (
+    EACH,
+    TURN,
+    Change,
+    Ids,
+    encode,
+    engine,
+    layer_numbers,
+    out_of_memory,
+    pad,
+    stream,
+)
 from .maps import AffineMap
 from .models import ModelInfo, model_info
-from .moments import fits, strict
+from .moments import Unpacked, fits, strict
 
 
 # %% ../nbs/15_steering.ipynb #1b443baa
@@ -306,6 +319,19 @@ def adding(
     return add
 
 
+# %% ../nbs/15_steering.ipynb #5678d946
+def _with_model(t):
+    "A transplant as it is. Raises ValueError for one without its model."
+    if t.model is None:
+        raise ValueError(
+            f"transplant {t.name!r} has no model: load it with Transplant.load(path, target=model)"
+        )
+    return t
+
+
+Loaded = Annotated[Transplant, AfterValidator(_with_model)]
+
+
 # %% ../nbs/15_steering.ipynb #4838b83c
 @patch
 @contextmanager
@@ -317,13 +343,12 @@ def __call__(
     """Within: the target is steered. Contexts nest. Raises ValueError for a transplant without its model.
 
     A generator that yields within leaves it open for whoever goes on, as Python has it for every context."""
-    if self.model is None:
-        raise ValueError(
-            f"transplant {self.name!r} has no model: load it with Transplant.load(path, target=model)."
-        )
+    _with_model(self)
     if alpha is not None and np.any(np.asarray(strength, object) != 1):
         raise ValueError(f"strength {strength!r} and alpha {alpha!r}: give one of them.")
     with ExitStack() as opened:
+        opened.callback(EACH.set, EACH.get())
+        EACH.set(EACH.get() or np.ndim(strength) > 0)
         for t in self.places:
             vector = t.vector(strength) if alpha is None else _number(alpha, "alpha") * t.direction
             if vector.any():  # nothing added is nothing done: not a bit changes
@@ -382,6 +407,8 @@ def _options(tokenizer, given):
     given = fits(given, _HINTS, "generate")
     if not all(given.get("stop_strings", "-")):
         raise ValueError(f"stop_strings={given['stop_strings']!r}: an empty text stops nothing.")
+    if given.get("min_new_tokens", 0) > given.get("max_new_tokens", np.inf):
+        raise ValueError("min_new_tokens is more than max_new_tokens: raise the one, or lower the other.")
     for name in given.keys() & _NEEDS:
         if given.get(other := _NEEDS[name]) is None or (other == "guidance_scale" and given[other] == 1):
             raise ValueError(f"{name}={given[name]!r} does nothing without {other}.")
@@ -426,6 +453,16 @@ def _continued(model, x, mask, given, rows):  # ids and mask (b, t), options, an
 
 
 # %% ../nbs/15_steering.ipynb #8d971675
+def _several(prompts):
+    if not isinstance(prompts, Sequence):
+        raise ValueError("a text, a chat or a list of these is needed")
+    return prompts
+
+
+# texts, or chats: lists of messages with role and content
+Prompts = Annotated[Any, Unpacked, AfterValidator(_several)]
+
+
 def _single(prompts):
     "Whether this is one prompt, a text or the messages of a chat."
     return isinstance(prompts, str) or any(isinstance(x, dict) for x in prompts)
@@ -434,7 +471,7 @@ def _single(prompts):
 @strict
 def generate(
     model: TransformersModel,  # steered or not
-    prompts: str | Sequence | np.ndarray,  # texts, or chats: lists of messages with role and content
+    prompts: Prompts,
     max_new_tokens: PositiveInt = 40,
     **options,  # as for transformers' generate; greedy by default
 ) -> str | list[str]:
@@ -466,12 +503,13 @@ def generate(
 @patch
 def generate(
     self: Transplant,
-    prompts: str | Sequence,  # texts or chats
+    prompts: Prompts,
     strength: float | Sequence[float] = 1.0,  # or one for each prompt
     max_new_tokens: int = 40,
     **options,  # as for the function `generate`
 ) -> str | list[str]:
     """Continuations by the steered target. Raises ValueError for another number of strengths than prompts."""
+    prompts = checked(prompts, Prompts, "prompts")
     n = len(strength) if np.ndim(strength) else 1  # type: ignore[arg-type]
     m = 1 if _single(prompts) else len(prompts)
     if np.ndim(strength) and n not in (0, m):
@@ -483,8 +521,9 @@ def generate(
 # %% ../nbs/15_steering.ipynb #f32be2c8
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    "Within: random numbers of this seed, on this machine; the others go on behind it as if nothing had been."
-    with torch.random.fork_rng():
+    """Within: random numbers of this seed, on this machine, and no pass of another thread; the others go on
+    behind it as if nothing had been."""
+    with TURN, torch.random.fork_rng():
         torch.manual_seed(seed)
         yield
 

@@ -52,7 +52,7 @@ from concept_transfer.data import (
 from .measure import Bench
 from .moments import Strict, strict
 from .stats import auc, bootstrap, interval, smallest_effect, wilson
-from .steering import Transplant
+from .steering import Loaded
 from concept_transfer.tasks import (
     ChoiceTask,
     GenerationItem,
@@ -468,7 +468,7 @@ def _measure(ref):
 # %% ../nbs/19_suites.ipynb #87580cb5
 @strict
 def measure_suite(
-    t: Transplant,  # at the dose it will be used at
+    t: Loaded,  # at the dose it will be used at
     task: ChoiceTask,  # what it should move
     measures: Sequence[str | Measure] = tuple(MEASURES),  # names, tasks as `load_task` takes them, entries
     pairs: ContrastPairs | None = None,  # the concept's: they give the native arm

@@ -56,6 +56,7 @@ from concept_transfer.data import (
     builtin_rows,
     check_texts,
     checked,
+    column,
     data_hash,
     emotion_scenes,
     fill,
@@ -178,14 +179,15 @@ def choice_task(
     target: str,  # the one that the concept should favour
     name: str = "task",
     template: str = EMOTION_PROMPT,  # {} is the scenario
+    groups: Sequence[str] = (),  # to which of them each belongs, where some are alike
 ) -> ChoiceTask:
     "One question a scenario, the same choices throughout. Raises ValueError for a target that is no choice."
     choices, texts = check_texts(choices, "choices"), check_texts(texts, f"task {name!r}")
     if target not in choices:
         raise ValueError(f"target {target!r} is not among the choices {', '.join(choices)}.")
     words, at = tuple(f" {c.strip()}" for c in choices), choices.index(target)
-    asked = zip(fill(template, texts), texts, strict=True)
-    items = [ChoiceItem(prompt, words, at, t) for prompt, t in asked]
+    asked = zip(fill(template, texts), groups or texts, strict=True)
+    items = [ChoiceItem(prompt, words, at, group) for prompt, group in asked]
     return ChoiceTask(name, items, f"Whatever happens, everybody in these stories feels {target}.\n\n")
 
 
@@ -583,6 +585,7 @@ def generation_task(
     prompts: Sequence[str],
     scorer: Any,  # a scorer's name, an entry or a function of a text; or a list of these, one for each prompt
     groups: Sequence[str] = (),  # scenario of each prompt; empty: each is its own
+    instruction: str = "",  # asks for the concept in words
 ) -> GenerationTask:
     "Prompts to go on from. Raises ValueError for a scorer that is not known, and for lists of other lengths."
     prompts = check_texts(prompts, f"task {name!r}")
@@ -594,7 +597,7 @@ def generation_task(
             f"generation task {name!r}: {len(scorers)} scorers and {len(groups)} groups for {n} prompts."
         )
     items = map(GenerationItem, prompts, map(_find, scorers), scenarios(groups, range(n)))
-    return GenerationTask(name, [*items])
+    return GenerationTask(name, [*items], instruction)
 
 
 # %% ../nbs/02_tasks.ipynb #a7e7cbee
@@ -795,11 +798,14 @@ TASKS: dict[str, Callable] = {
 # %% ../nbs/02_tasks.ipynb #ae78a30a
 def _items(path, rows):
     "Items of a choice task from rows."
-    rows = checked(rows, list[dict], f"{path}: row")
-    for row in rows:
-        refuse_slips(row, ChoiceItem._fields, path)
-    groups = scenarios([r.get("group", i) for i, r in enumerate(rows)], range(len(rows)))
-    rows = [{k: r[k] for k in ChoiceItem._fields if k in r} for r in rows]
+    named = []
+    for row in checked(rows, list[dict], f"{path}: row"):
+        named.append({column(k): x for k, x in row.items()})
+        refuse_slips(named[-1], ChoiceItem._fields, path)
+        if len(named[-1]) < len(row):
+            raise ValueError(f"{path}: two of {', '.join(map(str, row))} mean the same; leave one out.")
+    groups = scenarios([r.get("group", i) for i, r in enumerate(named)], range(len(named)))
+    rows = [{k: r[k] for k in ChoiceItem._fields if k in r} for r in named]
     return [r | {"group": g} for r, g in zip(rows, groups, strict=True)]
 
 
@@ -811,10 +817,10 @@ def _read_task(path, found):
             refuse_slips(d, ("name", "instruction", "items"), path)
             return ChoiceTask(d.get("name", path.stem), _items(path, rows), d.get("instruction", ""))
         case {"prompts": [*prompts]} as d:
-            refuse_slips(d, ("name", "scorer", "args", "groups", "prompts"), path)
+            refuse_slips(d, ("name", "scorer", "args", "groups", "instruction", "prompts"), path)
             args = checked(d.get("args", {}), dict[str, Any], f"{path}: args")
             name, scorer = d.get("name", path.stem), _find(d.get("scorer")).bind(**args)
-            return generation_task(name, prompts, scorer, d.get("groups", ()))
+            return generation_task(name, prompts, scorer, d.get("groups", ()), d.get("instruction", ""))
     table = as_table(found, path)
     if {"prompt", "choices", "target"} <= {*table}:
         return ChoiceTask(path.stem, _items(path, table.to_dict("records")))
@@ -844,12 +850,14 @@ def load_task(
         why = "a task is tune, test or fresh; the fit scenarios made the direction"
         raise ValueError(f"split {split!r}: {why}.")
     make = TASKS.get(str(ref))
-    choices = [] if choices is None else [*choices]
+    choices = [] if choices is None else as_tuple(choices, "choices")
     if bool(choices) != bool(target) or (make and target):
         raise ValueError(f"{ref}: --choices a,b,c and --target a belong together, beside a file of pairs.")
     if make:
         return make(split)
     path, found = open_data(ref, TASKS)
     if target:
-        return choice_task(load_pairs(ref).negative, choices, target, path.stem)
+        pairs = load_pairs(ref)
+        groups = pairs.groups[len(pairs.positive) :]
+        return choice_task(pairs.negative, choices, target, path.stem, groups=groups)
     return _read_task(path, found)

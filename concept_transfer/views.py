@@ -39,7 +39,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from difflib import SequenceMatcher
 from textwrap import shorten
-from typing import Any
+from typing import Annotated, Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -49,6 +49,7 @@ from fastcore.basics import patch
 from markupsafe import Markup
 from matplotlib.figure import Figure
 from nnsight import TransformersModel
+from pydantic import Field, PositiveInt
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, normalize
 
@@ -63,10 +64,10 @@ from .evidence import Evidence
 from .maps import AffineMap, LayerGrid, downstream
 from .measure import KEEP, Answers, Bench, Probe, neutral_text, pushes, ranked_words
 from .models import model_info
-from .moments import strict
+from .moments import Listed, strict
 from .plots import canvas, numbered
 from .stats import auc
-from .steering import Transplant, joined, seeded
+from .steering import Loaded, Transplant, joined, seeded
 from .tasks import ChoiceTask
 
 # %% ../nbs/25_views.ipynb #f2b5c100
@@ -310,9 +311,9 @@ def __repr__(self: Ladder):
 # %% ../nbs/25_views.ipynb #932f8c94
 @strict
 def ladder(
-    t: Transplant,
+    t: Loaded,
     prompt: str,
-    strengths: Sequence[float] = RUNGS,  # 0, the base model, is added
+    strengths: Annotated[Sequence[float], Listed] = RUNGS,  # 0, the base model, is added
     seed: int = 0,  # of sampling
     **decoding,  # as for `generate`; greedy, with `DECODING`, by default
 ) -> Ladder:
@@ -361,10 +362,11 @@ class DirectionWords(_View):
 
 
 # %% ../nbs/25_views.ipynb #3991dece
+@strict
 def words_of(
     name: str,  # of the concept
     directions: dict[str, tuple[TransformersModel, Tensor]],  # whose: model, and direction (d,)
-    n: int = 10,
+    n: PositiveInt = 10,
     alone: str = "",  # see `word_alone`
 ) -> DirectionWords:
     "The words of directions side by side, each in the vocabulary of its model."
@@ -393,7 +395,7 @@ def word_alone(e: Evidence) -> str:
 # %% ../nbs/25_views.ipynb #b05a1d19
 @strict
 def direction_words(
-    t: Transplant,
+    t: Loaded,
     concept: Concept | None = None,  # with `source`: for the row of the source
     source: TransformersModel | None = None,
     pairs: ContrastPairs | None = None,  # for the row of the target's own direction
@@ -444,7 +446,7 @@ class Along(_View):
 # %% ../nbs/25_views.ipynb #ef1c9a8c
 @strict
 def nearest_concepts(
-    t: Transplant,
+    t: Loaded,
     names: Sequence[str] = PAIRS,  # built-in pairs, read by the target
 ) -> Along:
     "Cosines of a transplant with the target's own concepts at its layer; reads all their texts."
@@ -458,7 +460,7 @@ def nearest_concepts(
 # %% ../nbs/25_views.ipynb #7138a103
 @strict
 def farthest_texts(
-    t: Transplant,
+    t: Loaded,
     texts: Sequence[str],
     n: int = 5,  # of either end
 ) -> Along:
@@ -516,7 +518,7 @@ class TokenHeat(_View):
 # %% ../nbs/25_views.ipynb #3e7f8128
 @strict
 def token_heat(
-    t: Transplant,
+    t: Loaded,
     text: str,
     concept: Concept | None = None,  # with `source`: for the row of the source
     source: TransformersModel | None = None,
@@ -633,7 +635,7 @@ def show(self: MovedItems) -> Figure:
 # %% ../nbs/25_views.ipynb #04203394
 @strict
 def moved_items(
-    t: Transplant,
+    t: Loaded,
     task: ChoiceTask,
     n: int = 5,  # shown of either end
 ) -> MovedItems:
@@ -733,7 +735,7 @@ def show(self: Separation) -> Figure:
 # %% ../nbs/25_views.ipynb #5a4d3cf3
 @strict
 def separation(
-    t: Transplant,
+    t: Loaded,
     pairs: ContrastPairs,  # that did not make the direction
     position: PositionLike = "last",
 ) -> Separation:
@@ -846,7 +848,7 @@ class Compared(_View):
 # %% ../nbs/25_views.ipynb #008e2b4b
 @strict
 def compare_concepts(
-    concepts: Sequence[Concept],  # of the map's source
+    concepts: Annotated[Sequence[Concept], Field(min_length=1)],  # of the map's source
     map: AffineMap,
 ) -> Compared:
     "Cosines of concepts at the map's source layer and behind the map. Raises ValueError as the map does."

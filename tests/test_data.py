@@ -730,3 +730,13 @@ def test_what_is_no_pairs_no_task_and_no_seed_is_said():
         with pytest.raises(ValueError, match="pairs|task|near|seed"):
             call()
     assert not lint(honesty, load_task("instructions"))
+
+
+def test_a_file_of_yours_is_not_taken_for_built_in_text(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("neutral", "general", "prose"):
+        ours = load_corpus(name).hash
+        (tmp_path / name).write_text("notes")
+        assert load_corpus(name).hash == ours
+    (tmp_path / "mine.txt").write_text("It rained.")
+    assert load_corpus("mine.txt").texts == ("It rained.",)

@@ -6,6 +6,7 @@ import copy
 import subprocess
 import sys
 import threading
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import ContextVar
 from functools import partial
@@ -941,3 +942,15 @@ def test_a_start_mark_behind_blanks_is_the_only_one():
     bos = m.tokenizer.bos_token
     plain, *led = encode(m, ["Rain fell", f" {bos}Rain fell", f"\n{bos}Rain fell", f"{bos} {bos}Rain fell"])
     assert all(x.count(m.tokenizer.bos_token_id) == 1 and x == plain for x in led)
+
+
+def test_texts_on_both_sides_of_a_change_of_rotations_are_said():
+    rope = dict(rope_type="longrope", rope_theta=1e4, original_max_position_embeddings=64)
+    rope |= dict(short_factor=[1.0] * 6, long_factor=[4.0] * 6)
+    m = tiny_model("llama", max_position_embeddings=512, rope_parameters=rope)
+    texts = ["Rain fell.", "It rained all day on the roof. " * 12]
+    with pytest.warns(UserWarning, match="longer than 64 tokens, from where on this model turns positions"):
+        encode(m, texts)
+    with warnings.catch_warnings(action="error"):
+        for text in texts:
+            encode(m, [text])

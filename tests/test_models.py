@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tokenizers import pre_tokenizers
+from tokenizers import normalizers, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
 
 from concept_transfer.artefacts import save_fields
@@ -807,3 +807,17 @@ def test_a_reply_of_another_length_is_refused(folder, tmp_path):
     save_fields(t, tmp_path / "t.safetensors", target=vars(t.target) | {"reply": t.target.reply[:-1]})
     with pytest.raises(ValueError, match="t.safetensors.*a reply has 32 numbers, not 31"):
         Transplant.load(tmp_path / "t.safetensors", m)
+
+
+@pytest.mark.parametrize("part", ["tokenizer", "rotations", "norms"])
+def test_a_change_in_place_makes_another_model(part):
+    m = tiny_model("llama")
+    before = model_info(m)
+    if part == "tokenizer":
+        m.tokenizer.backend_tokenizer.normalizer = normalizers.Lowercase()
+    elif part == "rotations":
+        next(b for name, b in m._module.named_buffers() if "inv_freq" in name).mul_(0.5)
+    else:
+        m._module.model.layers[0].input_layernorm.variance_epsilon = 0.5
+    with pytest.raises(ValueError, match="they differ in"):
+        before.require(model_info(m), "this")

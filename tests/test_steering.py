@@ -1,21 +1,26 @@
 "Where something is added to the residual stream, wherever the padding stands and however a model runs."
 
 import gc
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import psutil
 import pytest
 import torch
 
-from concept_transfer.concepts import POSITIONS, Position, extract_concept
+from concept_transfer.concepts import POSITIONS, Position, activations, extract_concept
 from concept_transfer.data import load_pairs
 from concept_transfer.engine import Local, attach, encode, engine, pad
 from concept_transfer.measure import Bench
 from concept_transfer.models import load_model, tiny_model
-from concept_transfer.steering import Transplant, adding, generate, place, residual_norm
+from concept_transfer.steering import Transplant, adding, generate, place, residual_norm, seeded
 from concept_transfer.tasks import load_task
 from concept_transfer.toys import TINY
+from concept_transfer.views import direction_words, farthest_texts, ladder
 
 PROMPTS = ["The cat sat on the mat and", "Rain", "We walked home along the river"]
 
@@ -589,3 +594,53 @@ def test_a_complex_direction_is_none():
     for v in (torch.ones(48) * 1j, np.ones(48) * (1 + 1j)):
         with pytest.raises(ValueError, match="row of real numbers"):
             place(v, tiny_model("llama"), 1)
+
+
+def test_a_strength_for_each_text_is_not_read_under():
+    "Readings sort their texts, and would give a strength to another one."
+    m = tiny_model("llama")
+    t = place(torch.ones(48), m, 1)
+    with t([0.0, 3.0]), pytest.raises(ValueError, match="read under one strength"):
+        activations(m, ["A b", "It rained all day"], [3])
+    with t([0.0, 3.0]), pytest.raises(ValueError, match="read under one strength"):
+        Bench(m, 1, load_task("knowledge").take(2)).ask()
+    with t(3.0):
+        assert len(activations(m, ["A b", "It rained all day"], [3])) == 2
+
+
+def test_seeded_texts_are_the_same_in_threads():
+    t = place(torch.ones(48), tiny_model("llama"), 1)
+
+    def written(seed):
+        with seeded(seed):
+            return t.generate("It rained all", 1.0, 12, do_sample=True)
+
+    want = [written(s) for s in range(4)]
+    with ThreadPoolExecutor(4) as pool:
+        assert [*pool.map(written, [*range(4)] * 5)] == want * 5
+
+
+@pytest.mark.parametrize("prompts", [(x for x in "ab"), None, Path("x"), 3])
+def test_what_is_no_prompt_is_refused(prompts):
+    with pytest.raises(ValueError, match="a text, a chat or a list of these is needed"):
+        place(torch.ones(48), tiny_model("llama"), 1).generate(prompts)
+
+
+def test_prompts_come_as_arrays_and_columns_too():
+    t, texts = place(torch.ones(48), tiny_model("llama"), 1), ["It rained", "A b"]
+    want = t.generate(texts, 1.0, 3)
+    assert t.generate(np.array(texts), 1.0, 3) == t.generate(pd.Series(texts), 1.0, 3) == want
+
+
+def test_least_and_most_new_tokens_go_together():
+    with pytest.raises(ValueError, match="min_new_tokens is more than max_new_tokens"):
+        generate(tiny_model("llama"), "Rain", 3, min_new_tokens=9)
+
+
+@pytest.mark.parametrize(
+    "use", [partial(ladder, prompt="A"), direction_words, partial(farthest_texts, texts=["A"])]
+)
+def test_what_needs_a_model_says_so(use):
+    alone = replace(place(torch.ones(48), tiny_model("llama"), 1), model=None)
+    with pytest.raises(ValueError, match="has no model: load it with"):
+        use(alone)

@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from concept_transfer.data import ContrastPairs, builtin_rows, lint, overlap, split_words
+from concept_transfer.data import ContrastPairs, builtin_rows, lint, load_pairs, overlap, split_words
 from concept_transfer.stats import auc, wilson
 from concept_transfer.tasks import (
     JUDGES,
@@ -399,7 +399,7 @@ def test_a_number_of_words_is_one(scorer, n):
     "made, meant",
     [
         (dict(items=[ITEM], instructions="Be kind."), "instruction"),
-        (dict(items=[ITEM | {"groups": "rain"}]), "group"),
+        (dict(items=[ITEM | {"groupe": "rain"}]), "group"),
         (dict(prompts=["x"], scorer="at_most", arg={"n": 5}), "args"),
         (dict(prompts=["x"], scorers="upper"), "scorer"),
     ],
@@ -456,3 +456,23 @@ def test_free_text_is_begun_without_what_studies_keep():
     kept = [r["prompt"] for name in ("openings", "twins") for r in builtin_rows(name, "fresh")]
     assert not [x for task in begun.values() for x in task.prompts for k in kept if k in x]
     assert {len(task) for c, task in begun.items() if c != "refusal"} == {24} and len(begun["refusal"]) == 16
+
+
+def test_what_a_file_says_of_scenarios_and_words_is_kept(tmp_path):
+    rows = "".join(f"I help {i},I leave {i},scene {i // 3}\n" for i in range(9))
+    (tmp_path / "ab.csv").write_text("positive,negative,group\n" + rows)
+    asked = load_task(tmp_path / "ab.csv", choices=["A", "B"], target="A")
+    assert tuple(asked.groups) == load_pairs(tmp_path / "ab.csv").groups[9:] and len({*asked.groups}) == 3
+    for name in ("scenario", "Groups", "group"):
+        item = ITEM | {name: "x"}
+        assert load_task({"items": [item, item]}).groups == load_task([item, item]).groups == ["x", "x"]
+    with pytest.raises(ValueError, match="mean the same"):
+        load_task({"items": [ITEM | {"scenario": "x", "group": "y"}]})
+    freely = {"prompts": ["It rained"], "scorer": "sentiment", "instruction": "Be kind."}
+    assert load_task(freely).instruction == "Be kind."
+
+
+def test_one_text_is_no_list_of_choices(tmp_path):
+    (tmp_path / "p.csv").write_text("positive,negative\na,b\n")
+    with pytest.raises(ValueError, match="choices: a list is needed here, not str 'A,B'"):
+        load_task(tmp_path / "p.csv", choices="A,B", target="A")
