@@ -1037,11 +1037,12 @@ def _beside(t, task, concept, source, maps):
     names = [x for x in NEIGHBOURS if x.split("/")[-1] != t.name]
     others = [extract_concept(source, load_pairs(x), sorted({m.layers[0] for m in maps})) for x in names]
     other = Bench(t.model, t.layer).place(others[0], maps, dose=t.dose)
-    return {
-        "Concepts that lie near it": views.nearest_concepts(t, names),
-        "With another concept at once": views.together(t, other, [task]),
-        "Concepts before and after the map": views.compare_concepts([concept, *others], maps[0]).show(),
-    }
+    with warnings.catch_warnings(action="ignore"):  # of templates, which nobody chose here
+        return {
+            "Concepts that lie near it": views.nearest_concepts(t, names),
+            "With another concept at once": views.together(t, other, [task]),
+            "Concepts before and after the map": views.compare_concepts([concept, *others], maps[0]).show(),
+        }
 
 
 # %% ../nbs/31_cli.ipynb #4e7a9c48
@@ -1133,7 +1134,7 @@ def cmd_run(
     from concept_transfer.data import lint, load_corpus, load_pairs
 
     data, texts, items, chosen = load_pairs(pairs), load_corpus(corpus), _two_parts(task), settings()
-    for problem in lint(data):
+    for problem in lint(data, items[1]):
         _warn(problem)
     if quick:
         texts, items = _smaller(texts, *items)

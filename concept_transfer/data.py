@@ -211,7 +211,10 @@ def find_file(
         return ours
     if os.path.isfile(own):
         return Path(own)
-    meant = "".join(f" Did you mean {near!r}?" for near in nearest(ref, known))
+    folder, name = os.path.split(own)
+    beside = os.listdir(folder or ".") if os.path.isdir(folder or ".") else []
+    close = get_close_matches(name, beside, 1, 0.8) or nearest(ref, known)
+    meant = "".join(f" Did you mean {near!r}?" for near in close)
     raise FileNotFoundError(
         f"{str(ref)!r} is neither a file nor built in.{meant} Built in: {', '.join(known)}."
     )
@@ -560,6 +563,20 @@ def leak(
 
 
 # %% ../nbs/01_data.ipynb #a9fac6df
+def _few_scenarios(task):
+    n = len({*task.groups})
+    return n < 10 and f"only {n} scenarios are asked about: a verdict needs ten, better forty."
+
+
+def _glued(task):
+    "An answer that would stand in one word with what comes before it."
+    for item in task.items:
+        for choice in getattr(item, "choices", ()):
+            if re.search(r"[A-Za-z]$", item.prompt) and re.match(r"[A-Za-z]", choice):
+                end = item.prompt[-12:].split()[-1]
+                return f"{end!r} and {choice!r} are read as one word: begin answers with a space."
+
+
 def lint(
     pairs: ContrastPairs,
     task: Any = None,  # a `ChoiceTask`: also look for scenarios that it asks about
@@ -573,7 +590,7 @@ def lint(
         _length_tells(pairs),
         both and f"{len(both)} texts stand on both sides, e.g. {min(both)[:60]!r}: they only add noise.",
         *(_repetition(pairs, side, near) for side in _SIDES),
-        task and leak(pairs, task, near),
+        *((leak(pairs, task, near), _few_scenarios(task), _glued(task)) if task else ()),
         len(pairs) < 10 and f"only {len(pairs)} pairs: held-out scores will be very uncertain; 20 are usual.",
     ]
     return list(filter(None, problems))

@@ -141,7 +141,7 @@ _ADVICE = {
     "valid": "adopt it",
     "re-dose": "adopt it, which sets its dose anew",
     "re-fit": "re-dose and ask its task; where little is left, refit the map and carry the concept again",
-    "refuse": "nothing shows a descendant; make the transplant for this model, or give old_target",
+    "refuse": "nothing shows a descendant; make the transplant for this model, or give old_target (--old)",
 }
 _UNSEEN = "whether the vector still does the same was not seen; give old_target, or map and source"
 

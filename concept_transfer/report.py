@@ -74,6 +74,28 @@ def _told(e):
 
 
 # %% ../nbs/26_report.ipynb #254023e8
+def _head(e):
+    "Whether the wanted answers were chosen more often, in a few words."
+    low, high = e.effect.gain_ci
+    if high < 0:
+        return "The opposite of what was wanted"
+    if low <= 0 or max(e.tests.values()) > 0.05:
+        return "No effect beyond the controls"
+    return "An effect" if len(e.tests) > 1 else "An effect, not tested against chance"  # one is of the base
+
+
+def _likelier(e):
+    "How the wanted answer's odds moved, where the choices did not."
+    mine = e.arms["transplanted"]
+    low, high = mine.logit_shift_ci
+    if e.effect.gain_ci[0] > 0 or low <= 0:
+        return ""
+    shift = f"{mine.logit_shift:+.2f} nats ({low:+.2f} to {high:+.2f})"
+    return (
+        f" The wanted answer becomes likelier, by {shift}, but not so that it is chosen more often for sure."
+    )
+
+
 def verdict(e: Evidence) -> str:
     "What was found, with its interval: a concept, a word or nothing; or why that cannot be said."
     gain, ci = e.effect.gain, e.effect.gain_ci
@@ -81,16 +103,13 @@ def verdict(e: Evidence) -> str:
     if gain is None or ci is None:
         return f"No verdict: the transplanted arm was not run ({mine.reason})."
     low, high = ci
-    head = "An effect" if len(e.tests) > 1 else "An effect, not tested against chance"  # one is of the base
-    if high < 0:
-        head = "The opposite of what was wanted"
-    elif low <= 0 or max(e.tests.values()) > 0.05:
-        head = "No effect beyond the controls"
+    interval = f"95% interval {100 * low:+.0f} to {100 * high:+.0f}" if low < high else "in all items alike"
     return (
-        f"{head}: the transplanted concept moves the share of answers that choose the target by "
-        f"{100 * gain:+.0f} points (95% interval {100 * low:+.0f} to {100 * high:+.0f}; "
+        f"{_head(e)}: the transplanted concept moves the share of answers that choose the target by "
+        f"{100 * gain:+.0f} points ({interval}; "
         f"from {e.arms['base'].choice_rate:.0%} to {mine.choice_rate:.0%} of {e.provenance.n} items) "
-        f"at a damage of {mine.kl:.2f} nats a token; {_chance(e)}.{_meaning(e)}{_prompted(e)}{_told(e)}"
+        f"at a damage of {mine.kl:.2f} nats a token; {_chance(e)}."
+        f"{_likelier(e)}{_meaning(e)}{_prompted(e)}{_told(e)}"
     )
 
 
@@ -249,7 +268,10 @@ def _after(e):
         either = ": the model's own direction does not do it here either" if own.ci else ""
         yield f"Try other layers or other questions{either}."
     else:
-        yield "Ask more questions in other words, as readouts, to tell a concept from a word."
+        yield (
+            "Ask more questions in other words to tell a concept from a word: in Python as "
+            "Settings(readouts=[task])."
+        )
 
 
 # %% ../nbs/26_report.ipynb #ea36edda
@@ -323,7 +345,7 @@ def write_report(
         e=e,
         verdict=verdict(e),
         details=details(e),
-        found=e.meaning,
+        found=e.meaning if e.finding or e.effect.gain_ci is None else f"{_head(e)}. {e.meaning}",
         why=_WHY[e.finding](e),
         in_words=_in_words(e),
         advice=advice(e),

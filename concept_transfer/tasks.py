@@ -804,7 +804,7 @@ def _items(path, rows):
         refuse_slips(named[-1], ChoiceItem._fields, path)
         if len(named[-1]) < len(row):
             raise ValueError(f"{path}: two of {', '.join(map(str, row))} mean the same; leave one out.")
-    groups = scenarios([r.get("group", i) for i, r in enumerate(named)], range(len(named)))
+    groups = scenarios([r.get("group", r.get("prompt")) for r in named], range(len(named)))
     rows = [{k: r[k] for k in ChoiceItem._fields if k in r} for r in named]
     return [r | {"group": g} for r, g in zip(rows, groups, strict=True)]
 

@@ -275,7 +275,7 @@ def test_a_file_that_is_no_task_says_why(tmp_path, made, says):
 def test_a_file_of_items_is_a_task(tmp_path):
     (tmp_path / "t.json").write_text(json.dumps(dict(name="rain", items=[ITEM, ITEM | {"group": 7}])))
     task = load_task(tmp_path / "t.json")
-    assert (task.name, task.groups, task.items[0].wanted) == ("rain", ["0", "7"], " is wet")
+    assert (task.name, task.groups, task.items[0].wanted) == ("rain", [ITEM["prompt"], "7"], " is wet")
 
 
 STREET = ChoiceItem("The street", (" is wet", " is dry"), 0, "street")
