@@ -55,7 +55,7 @@ from transformers import AutoModelForCausalLM
 
 from .artefacts import disk_space, file_hash, load_fields, plain, versions, whole_file
 from .concepts import Concept, position_rule
-from .data import FAMILIES, data_hash, load_corpus
+from .data import FAMILIES, checked, data_hash, load_corpus, parse_json
 from .engine import Local, encode, engine, pad
 from .evidence import Evidence
 from .models import load_model, model_info
@@ -111,7 +111,7 @@ def _write_gguf(path, kind, values, tensors):
 
 # %% ../nbs/23_export.ipynb #1810af5f
 _GGUF = {known["model_type"]: (arch, known) for arch, known in FAMILIES["gguf"].items()}
-_MADE = "concept_transfer.transplant"
+_MADE, _RECEIPT = "concept_transfer.transplant", "concept_transfer.receipt"
 
 
 # %% ../nbs/23_export.ipynb #efe30e8b
@@ -119,7 +119,7 @@ def _write_vector(t, path, receipt=None):
     arch, _ = _GGUF.get(t.target.family, (t.target.family, None))
     apart = ("direction", "shuffled", "deeper_directions", "deeper_shuffled", "model")
     head = {k: v for k, v in vars(t).items() if k not in apart and not (k in t.added and v is None)}
-    said = {_MADE: head, "concept_transfer.receipt": receipt}
+    said = {_MADE: head, _RECEIPT: receipt}
     values: dict = {k: json.dumps(plain(v)) for k, v in said.items()}
     values |= {"controlvector.model_hint": arch, "controlvector.layer_count": len(t.places)}
     _write_gguf(path, "controlvector", values, {f"direction.{p.layer}": p.vector(1) for p in t.places})
@@ -249,21 +249,34 @@ def _read_gguf(path):
 
 def _check_llama(file, model):
     "Raise ValueError for a vector file that does not fit a model file."
-    (layers, _), fields = _vectors(file), _read_gguf(model).fields
+    (layers, *_, receipt), fields = _vectors(file), _read_gguf(model).fields
     kind = fields["general.architecture"].contents()
     width, n = (fields[f"{kind}.{k}"].contents() for k in ("embedding_length", "block_count"))
     if not layers or not all(0 < k < n and len(v) == width for k, v in layers.items()):
         said = ", ".join(f"{k}: {len(v)} wide" for k, v in layers.items())
         raise ValueError(f"{file} (layers {said}) does not fit {model} (layers 1 to {n - 1}: {width} wide).")
+    _refuse_changed(file, layers, receipt)
 
 
 # %% ../nbs/23_export.ipynb #44899c77
 def _vectors(path):
-    "{layer: vector} of a GGUF file, and what one of ours says of its transplant."
+    "{layer: vector} of a GGUF file, the lowest first; of one of ours also its transplant and its receipt."
     read = _read_gguf(path)
     found = {t.name: gguf.dequantize(t.data, t.tensor_type) for t in read.tensors}
     layers = {int(k[10:]): torch.tensor(v) for k, v in found.items() if k.startswith("direction.")}
-    return layers, _MADE in read.fields and json.loads(read.fields[_MADE].contents())
+    said = [read.fields.get(k) for k in (_MADE, _RECEIPT)]
+    said = [x and checked(parse_json(x.contents(), path), dict | None, path) for x in said]
+    return dict(sorted(layers.items())), *said
+
+
+def _digest(vectors):
+    return hashlib.sha256(torch.cat(vectors).numpy().tobytes()).hexdigest()
+
+
+def _refuse_changed(path, layers, receipt):
+    "Raise ValueError for vectors that are not those of their receipt."
+    if receipt and receipt.get("vector") != _digest([*layers.values()]):
+        raise ValueError(f"{path} was changed: its vectors are not those of its receipt. Export it anew.")
 
 
 # %% ../nbs/23_export.ipynb #ee2b6454
@@ -659,7 +672,7 @@ def _proved(t, to, made) -> Receipt:
     except NotCompared as e:
         who = str(e)
         warnings.warn(f"the export to {to} was compared with nothing: {e}", stacklevel=3)
-    digest = hashlib.sha256(torch.cat([p.vector(1) for p in t.places]).numpy().tobytes()).hexdigest()
+    digest = _digest([p.vector(1) for p in t.places])
     texts, _ = _asked(t.model)
     receipt = Receipt(to, t.name, digest, who, way.tolerance, found, data_hash(texts), versions())
     if found and not found[1.0]["moved"] > way.tolerance:
@@ -736,7 +749,7 @@ def import_vector(
     try:
         with path.open("rb") as file:
             known = file.read(4) == b"GGUF"
-        layers, ours = _vectors(path) if known else (_pickled(path), None)
+        layers, ours, receipt = _vectors(path) if known else (_pickled(path), None, None)
         hint = known and _read_gguf(path).fields.get("controlvector.model_hint")
         rows = torch.stack([*layers.values()])  # (L, d)
     except FileNotFoundError:
@@ -747,6 +760,7 @@ def import_vector(
     if rows.shape[1:] != (info.width,) or max(layers) >= info.layers:
         say = f"{path} has vectors {rows.shape[-1]} wide, for layers up to {max(layers)}"
         raise ValueError(f"{say}; these do not fit {info}.")
+    _refuse_changed(path, layers, receipt)
     arch, _ = _GGUF.get(info.family, (info.family, None))
     if hint and (kind := hint.contents()) not in (arch, info.family):
         warnings.warn(
@@ -759,9 +773,11 @@ def import_vector(
     if not ours:
         norm = residual_norm(target, layer)
         return place(v, target, layer, dose=v.norm().item() / norm, norm=norm, name=path.stem)
-    ours["dose"] = v.norm().item() / ours["norm"]
-    if deeper:
-        ours["deeper_directions"] = torch.stack([x for _, x in deeper])
-    t = Transplant(**ours, direction=v, shuffled=None, model=target)
-    t.target.require(info, f"transplant {t.name!r}")
-    return t
+    try:
+        ours["dose"] = v.norm().item() / ours["norm"]
+        if deeper:
+            ours["deeper_directions"] = torch.stack([x for _, x in deeper])
+        t = Transplant(**ours, direction=v, shuffled=None)
+    except (ValueError, TypeError, LookupError, ArithmeticError) as e:
+        raise ValueError(f"{path} was changed: {e}. Export it anew.") from None
+    return replace(t, model=target)

@@ -158,6 +158,28 @@ def test_a_gguf_holds_what_we_know_and_comes_back(llama, tmp_path):
     assert torch.equal(import_vector(tmp_path / "joy of any name", t.model).vector(1), t.vector(1))
 
 
+@pytest.mark.usefixtures("nothing_installed")
+@pytest.mark.filterwarnings("ignore:the export to")
+@pytest.mark.parametrize(
+    "change, say",
+    [
+        (lambda raw: raw[:-40] + bytes([raw[-40] ^ 1]) + raw[-39:], "not those of its receipt"),
+        (lambda raw: raw.replace(b'"dose"', b'"doqe"'), "was changed: .*'doqe'"),
+        (lambda raw: raw.replace(b'"norm"', b'"nprm"'), "was changed: 'norm'"),
+        (lambda raw: raw.replace(b'"vector"', b'"vectpr"'), "not those of its receipt"),
+    ],
+)
+def test_our_own_gguf_that_was_changed_is_refused(llama, tmp_path, change, say):
+    llama.export(tmp_path / "joy.gguf")
+    (tmp_path / "bad.gguf").write_bytes(change((tmp_path / "joy.gguf").read_bytes()))
+    with pytest.raises(ValueError, match=f"bad.gguf.*{say}"):
+        import_vector(tmp_path / "bad.gguf", llama.model)
+    write_target(llama.model, tmp_path / "model.gguf")
+    if "receipt" in say:
+        with pytest.raises(ValueError, match=say):
+            server_command("llama.cpp", tmp_path / "bad.gguf", tmp_path / "model.gguf")
+
+
 def write_words(path, words):
     "A GGUF file of a model, as far as how it cuts texts."
     w = gguf.GGUFWriter(path, "llama")
