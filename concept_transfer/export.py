@@ -40,6 +40,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
+from inspect import signature
 from pathlib import Path
 from tempfile import TemporaryDirectory, TemporaryFile
 
@@ -186,6 +187,13 @@ def _told(like, words):  # words of a model by id, None for what it has none for
 
 
 # %% ../nbs/23_export.ipynb #ea705b35
+def _refuse_input(path, like):
+    "Raise ValueError for a path where the file stands that is read."
+    there = like is not None and all(map(os.path.exists, (path, str(like))))
+    if there and os.path.samefile(path, str(like)):
+        raise ValueError(f"{path} is the file that like= names, and would be lost; give another name.")
+
+
 def write_target(
     model: TransformersModel,  # it runs here
     path: str | Path,
@@ -193,7 +201,8 @@ def write_target(
     biases: dict[int, Tensor] | None = None,  # {layer: (d,)} at the end of blocks
 ):
     """A model as a GGUF file to compare with. Raises NotCompared for one that llama.cpp computes otherwise,
-    ValueError for a file of another."""
+    ValueError for a file of another, and for a path where that file stands."""
+    _refuse_input(path, like)
     config, weights = model._module.config, model._module.state_dict()
     rope = _positions(config)
     arch, known = _GGUF[config.model_type]
@@ -457,6 +466,7 @@ def _biases(t, strength):
     return {p.layer: p.vector(strength) for p in t.places}
 
 
+@strict
 def _write_baked_gguf(t, path, like: str | Path | None = None):
     if like is None:
         raise ValueError("give like=, a GGUF file of the target: how texts are cut is taken from there.")
@@ -533,6 +543,7 @@ def _results(e):
 
 
 # %% ../nbs/23_export.ipynb #fe12d018
+@strict
 def _write_hub(t, path, evidence: Evidence | None = None):
     path.mkdir()
     t.save(path / "transplant.safetensors")
@@ -582,16 +593,17 @@ class Format:
     first: bool = True  # whether it can steer block 0
     families: tuple = ()  # the only ones that it fits
     keeps: bool = False  # whether the receipt stands in it too: it is written again, with `receipt=`
+    folder: bool = False  # whether it is a folder, with the receipt in it
 
 
 # %% ../nbs/23_export.ipynb #797ca0f3
 FORMATS: dict = {
     "gguf": Format(_write_vector, _ask_llama, 1e-2, first=False, keeps=True),
-    "baked": Format(_write_baked, _ask_baked, 1e-4, families=("llama",)),
+    "baked": Format(_write_baked, _ask_baked, 1e-4, families=("llama",), folder=True),
     "baked-gguf": Format(_write_baked_gguf, _ask_baked_gguf, 1e-2, families=("llama",)),
     "vllm": Format(Transplant.save, _ask_vllm, 1e-3),
     "lm-eval": Format(_write_steer, _ask_lm_eval, 1e-4),
-    "hub": Format(_write_hub, _ask_hub, 1e-4, positions=True),
+    "hub": Format(_write_hub, _ask_hub, 1e-4, positions=True, folder=True),
 }
 
 
@@ -620,6 +632,36 @@ def _check_way(t, to):
     on = t.model and engine(t.model)
     if not isinstance(on, Local) or on.precision != "float32":
         raise ValueError("to compare, the target is needed here and in float32: load_model(name).")
+
+
+# %% ../nbs/23_export.ipynb #c7825886
+def _check_options(to, more):
+    "Raise ValueError for an option that a format does not take."
+    takes = [k for k in [*signature(FORMATS[to].write).parameters][2:] if k != "receipt"]
+    if odd := [k for k in more if k not in takes]:
+        raise ValueError(f"{to} takes {', '.join(takes) or 'no options'}: leave {odd[0]}= away.")
+
+
+def _check_places(paths, way, like=None):
+    "Raise ValueError where nothing can be put, or where an input stands."
+    for path in paths:
+        if path.is_dir():
+            raise ValueError(f"{path} is a folder already; give a name that is free.")
+        if way.folder and os.path.lexists(path) or path.exists() and not path.is_file():
+            what = "folder" if way.folder else "file"
+            raise ValueError(f"{path} is there already, and is no {what}; give a name that is free.")
+        if not path.parent.is_dir():
+            raise ValueError(f"{path}: there is no folder {path.parent}; make it first.")
+        _refuse_input(path, like)
+
+
+@contextmanager
+def _whole_folder(path):
+    "As `whole_file`, for a folder that is new."
+    with disk_space(path), TemporaryDirectory(dir=path.parent, prefix=f".{path.name[:50]}-") as tmp:
+        made = Path(tmp, path.name)
+        yield made
+        made.replace(path)
 
 
 # %% ../nbs/23_export.ipynb #e88b14e8
@@ -696,21 +738,19 @@ def export(
 ) -> Receipt:  # also written beside the file, or into the folder
     """Write a transplant for another engine, and compare what it does there with what it does here. Where
     that engine is not installed, a warning and the receipt say so. Raises ValueError for what cannot be
-    expressed, and for an engine that does something else; then nothing is written."""
+    expressed or put there, and for an engine that does something else; then nothing is written."""
     _check_way(transplant, to)
     path, way = Path(path).expanduser().absolute(), FORMATS[to]
-    if path.is_dir():
-        raise ValueError(f"{path} is a folder already; give a name that is free.")
-    with disk_space(path), TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as tmp:
-        made = Path(tmp, path.name)
+    beside = path / "receipt.json" if way.folder else Path(f"{path}.receipt.json")
+    _check_options(to, more)
+    _check_places([path] if way.folder else [path, beside], way, more.get("like"))
+    with (_whole_folder if way.folder else whole_file)(path) as made:
         way.write(transplant, made, **more)
         receipt = _proved(transplant, to, made)
         if way.keeps:
             way.write(transplant, made, receipt=receipt, **more)
-        files = [f for f in (made, *sorted(made.rglob("*"))) if f.is_file()]
-        receipt = replace(receipt, files={f.name: file_hash(f) for f in files})
-        made.replace(path)
-    beside = path / "receipt.json" if path.is_dir() else f"{path}.receipt.json"
+        files = {f.name: f for f in sorted(made.rglob("*")) if f.is_file()} or {path.name: made}
+        receipt = replace(receipt, files={k: file_hash(f) for k, f in files.items()})
     with whole_file(beside) as out:
         out.write_text(json.dumps(plain(receipt), indent=1))
     return receipt
