@@ -194,6 +194,7 @@ def _refuse_input(path, like):
         raise ValueError(f"{path} is the file that like= names, and would be lost; give another name.")
 
 
+# %% ../nbs/23_export.ipynb #b2199ab9
 def write_target(
     model: TransformersModel,  # it runs here
     path: str | Path,
@@ -278,6 +279,7 @@ def _vectors(path):
     return dict(sorted(layers.items())), *said
 
 
+# %% ../nbs/23_export.ipynb #bdbf1e70
 def _digest(vectors):
     return hashlib.sha256(torch.cat(vectors).numpy().tobytes()).hexdigest()
 
@@ -642,6 +644,7 @@ def _check_options(to, more):
         raise ValueError(f"{to} takes {', '.join(takes) or 'no options'}: leave {odd[0]}= away.")
 
 
+# %% ../nbs/23_export.ipynb #c3053d3f
 def _check_places(paths, way, like=None):
     "Raise ValueError where nothing can be put, or where an input stands."
     for path in paths:
@@ -655,6 +658,7 @@ def _check_places(paths, way, like=None):
         _refuse_input(path, like)
 
 
+# %% ../nbs/23_export.ipynb #131b57e6
 @contextmanager
 def _whole_folder(path):
     "As `whole_file`, for a folder that is new."

@@ -42,6 +42,7 @@ def _refuse_other(row, *names):
         raise ValueError(f"a row without {', '.join(gone)}: give rows of a use log, as `read_log` does.")
 
 
+# %% ../nbs/29_monitor.ipynb #075491cb
 def watched(row: dict) -> dict[str, float]:
     "What a monitor looks at in a row of a log, by name. Raises ValueError for another row."
     _refuse_other(row, *_LOOKED_AT)

@@ -51,7 +51,7 @@ from .data import as_tuple
 from .engine import Local, encode, engine, steered
 from .measure import neutral_text
 from .moments import fits, strict
-from .steering import Transplant, generate
+from .steering import Loaded, Transplant, generate
 from .tasks import repetition
 
 
@@ -84,7 +84,7 @@ def _watching(t, seen):
 # %% ../nbs/27_uselog.ipynb #2f132264
 @strict
 def answer(
-    t: Transplant,
+    t: Loaded,
     prompt: str | Sequence,  # a text or a chat
     strength: float = 1.0,
     twin: bool = False,  # read the unsteered twin too
@@ -95,7 +95,7 @@ def answer(
     start = time.perf_counter()
     looks: tuple[list, list] = [], []
     first, last = (steered(t.model, t.layer, _watching(t, seen)) for seen in looks)
-    with t(0) as model, first, t(strength), last:  # the first asks for its model
+    with first, t(strength) as model, last:
         text = "".join(generate(model, [prompt], max_new_tokens, **options))
     seconds, norm, projection, kl = time.perf_counter() - start, None, None, None
     if looks[0] and isinstance(engine(model), Local):
@@ -138,6 +138,7 @@ def _beside(path, what):
     return ""
 
 
+# %% ../nbs/27_uselog.ipynb #ca936a3d
 def refuse_log(
     path: str | Path,  # of what would be written
     log: str | Path,
