@@ -40,6 +40,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
+from inspect import signature
 from pathlib import Path
 from tempfile import TemporaryDirectory, TemporaryFile
 
@@ -55,7 +56,7 @@ from transformers import AutoModelForCausalLM
 
 from .artefacts import disk_space, file_hash, load_fields, plain, versions, whole_file
 from .concepts import Concept, position_rule
-from .data import FAMILIES, data_hash, load_corpus
+from .data import FAMILIES, checked, data_hash, load_corpus, parse_json
 from .engine import Local, encode, engine, pad
 from .evidence import Evidence
 from .models import load_model, model_info
@@ -111,7 +112,7 @@ def _write_gguf(path, kind, values, tensors):
 
 # %% ../nbs/23_export.ipynb #1810af5f
 _GGUF = {known["model_type"]: (arch, known) for arch, known in FAMILIES["gguf"].items()}
-_MADE = "concept_transfer.transplant"
+_MADE, _RECEIPT = "concept_transfer.transplant", "concept_transfer.receipt"
 
 
 # %% ../nbs/23_export.ipynb #efe30e8b
@@ -119,7 +120,7 @@ def _write_vector(t, path, receipt=None):
     arch, _ = _GGUF.get(t.target.family, (t.target.family, None))
     apart = ("direction", "shuffled", "deeper_directions", "deeper_shuffled", "model")
     head = {k: v for k, v in vars(t).items() if k not in apart and not (k in t.added and v is None)}
-    said = {_MADE: head, "concept_transfer.receipt": receipt}
+    said = {_MADE: head, _RECEIPT: receipt}
     values: dict = {k: json.dumps(plain(v)) for k, v in said.items()}
     values |= {"controlvector.model_hint": arch, "controlvector.layer_count": len(t.places)}
     _write_gguf(path, "controlvector", values, {f"direction.{p.layer}": p.vector(1) for p in t.places})
@@ -186,6 +187,14 @@ def _told(like, words):  # words of a model by id, None for what it has none for
 
 
 # %% ../nbs/23_export.ipynb #ea705b35
+def _refuse_input(path, like):
+    "Raise ValueError for a path where the file stands that is read."
+    there = like is not None and all(map(os.path.exists, (path, str(like))))
+    if there and os.path.samefile(path, str(like)):
+        raise ValueError(f"{path} is the file that like= names, and would be lost; give another name.")
+
+
+# %% ../nbs/23_export.ipynb #b2199ab9
 def write_target(
     model: TransformersModel,  # it runs here
     path: str | Path,
@@ -193,7 +202,8 @@ def write_target(
     biases: dict[int, Tensor] | None = None,  # {layer: (d,)} at the end of blocks
 ):
     """A model as a GGUF file to compare with. Raises NotCompared for one that llama.cpp computes otherwise,
-    ValueError for a file of another."""
+    ValueError for a file of another, and for a path where that file stands."""
+    _refuse_input(path, like)
     config, weights = model._module.config, model._module.state_dict()
     rope = _positions(config)
     arch, known = _GGUF[config.model_type]
@@ -249,21 +259,35 @@ def _read_gguf(path):
 
 def _check_llama(file, model):
     "Raise ValueError for a vector file that does not fit a model file."
-    (layers, _), fields = _vectors(file), _read_gguf(model).fields
+    (layers, *_, receipt), fields = _vectors(file), _read_gguf(model).fields
     kind = fields["general.architecture"].contents()
     width, n = (fields[f"{kind}.{k}"].contents() for k in ("embedding_length", "block_count"))
     if not layers or not all(0 < k < n and len(v) == width for k, v in layers.items()):
         said = ", ".join(f"{k}: {len(v)} wide" for k, v in layers.items())
         raise ValueError(f"{file} (layers {said}) does not fit {model} (layers 1 to {n - 1}: {width} wide).")
+    _refuse_changed(file, layers, receipt)
 
 
 # %% ../nbs/23_export.ipynb #44899c77
 def _vectors(path):
-    "{layer: vector} of a GGUF file, and what one of ours says of its transplant."
+    "{layer: vector} of a GGUF file, the lowest first; of one of ours also its transplant and its receipt."
     read = _read_gguf(path)
     found = {t.name: gguf.dequantize(t.data, t.tensor_type) for t in read.tensors}
     layers = {int(k[10:]): torch.tensor(v) for k, v in found.items() if k.startswith("direction.")}
-    return layers, _MADE in read.fields and json.loads(read.fields[_MADE].contents())
+    said = [read.fields.get(k) for k in (_MADE, _RECEIPT)]
+    said = [x and checked(parse_json(x.contents(), path), dict | None, path) for x in said]
+    return dict(sorted(layers.items())), *said
+
+
+# %% ../nbs/23_export.ipynb #bdbf1e70
+def _digest(vectors):
+    return hashlib.sha256(torch.cat(vectors).numpy().tobytes()).hexdigest()
+
+
+def _refuse_changed(path, layers, receipt):
+    "Raise ValueError for vectors that are not those of their receipt."
+    if receipt and receipt.get("vector") != _digest([*layers.values()]):
+        raise ValueError(f"{path} was changed: its vectors are not those of its receipt. Export it anew.")
 
 
 # %% ../nbs/23_export.ipynb #ee2b6454
@@ -444,6 +468,7 @@ def _biases(t, strength):
     return {p.layer: p.vector(strength) for p in t.places}
 
 
+@strict
 def _write_baked_gguf(t, path, like: str | Path | None = None):
     if like is None:
         raise ValueError("give like=, a GGUF file of the target: how texts are cut is taken from there.")
@@ -520,6 +545,7 @@ def _results(e):
 
 
 # %% ../nbs/23_export.ipynb #fe12d018
+@strict
 def _write_hub(t, path, evidence: Evidence | None = None):
     path.mkdir()
     t.save(path / "transplant.safetensors")
@@ -569,16 +595,17 @@ class Format:
     first: bool = True  # whether it can steer block 0
     families: tuple = ()  # the only ones that it fits
     keeps: bool = False  # whether the receipt stands in it too: it is written again, with `receipt=`
+    folder: bool = False  # whether it is a folder, with the receipt in it
 
 
 # %% ../nbs/23_export.ipynb #797ca0f3
 FORMATS: dict = {
     "gguf": Format(_write_vector, _ask_llama, 1e-2, first=False, keeps=True),
-    "baked": Format(_write_baked, _ask_baked, 1e-4, families=("llama",)),
+    "baked": Format(_write_baked, _ask_baked, 1e-4, families=("llama",), folder=True),
     "baked-gguf": Format(_write_baked_gguf, _ask_baked_gguf, 1e-2, families=("llama",)),
     "vllm": Format(Transplant.save, _ask_vllm, 1e-3),
     "lm-eval": Format(_write_steer, _ask_lm_eval, 1e-4),
-    "hub": Format(_write_hub, _ask_hub, 1e-4, positions=True),
+    "hub": Format(_write_hub, _ask_hub, 1e-4, positions=True, folder=True),
 }
 
 
@@ -607,6 +634,38 @@ def _check_way(t, to):
     on = t.model and engine(t.model)
     if not isinstance(on, Local) or on.precision != "float32":
         raise ValueError("to compare, the target is needed here and in float32: load_model(name).")
+
+
+# %% ../nbs/23_export.ipynb #c7825886
+def _check_options(to, more):
+    "Raise ValueError for an option that a format does not take."
+    takes = [k for k in [*signature(FORMATS[to].write).parameters][2:] if k != "receipt"]
+    if odd := [k for k in more if k not in takes]:
+        raise ValueError(f"{to} takes {', '.join(takes) or 'no options'}: leave {odd[0]}= away.")
+
+
+# %% ../nbs/23_export.ipynb #c3053d3f
+def _check_places(paths, way, like=None):
+    "Raise ValueError where nothing can be put, or where an input stands."
+    for path in paths:
+        if path.is_dir():
+            raise ValueError(f"{path} is a folder already; give a name that is free.")
+        if way.folder and os.path.lexists(path) or path.exists() and not path.is_file():
+            what = "folder" if way.folder else "file"
+            raise ValueError(f"{path} is there already, and is no {what}; give a name that is free.")
+        if not path.parent.is_dir():
+            raise ValueError(f"{path}: there is no folder {path.parent}; make it first.")
+        _refuse_input(path, like)
+
+
+# %% ../nbs/23_export.ipynb #131b57e6
+@contextmanager
+def _whole_folder(path):
+    "As `whole_file`, for a folder that is new."
+    with disk_space(path), TemporaryDirectory(dir=path.parent, prefix=f".{path.name[:50]}-") as tmp:
+        made = Path(tmp, path.name)
+        yield made
+        made.replace(path)
 
 
 # %% ../nbs/23_export.ipynb #e88b14e8
@@ -659,7 +718,7 @@ def _proved(t, to, made) -> Receipt:
     except NotCompared as e:
         who = str(e)
         warnings.warn(f"the export to {to} was compared with nothing: {e}", stacklevel=3)
-    digest = hashlib.sha256(torch.cat([p.vector(1) for p in t.places]).numpy().tobytes()).hexdigest()
+    digest = _digest([p.vector(1) for p in t.places])
     texts, _ = _asked(t.model)
     receipt = Receipt(to, t.name, digest, who, way.tolerance, found, data_hash(texts), versions())
     if found and not found[1.0]["moved"] > way.tolerance:
@@ -683,21 +742,19 @@ def export(
 ) -> Receipt:  # also written beside the file, or into the folder
     """Write a transplant for another engine, and compare what it does there with what it does here. Where
     that engine is not installed, a warning and the receipt say so. Raises ValueError for what cannot be
-    expressed, and for an engine that does something else; then nothing is written."""
+    expressed or put there, and for an engine that does something else; then nothing is written."""
     _check_way(transplant, to)
     path, way = Path(path).expanduser().absolute(), FORMATS[to]
-    if path.is_dir():
-        raise ValueError(f"{path} is a folder already; give a name that is free.")
-    with disk_space(path), TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as tmp:
-        made = Path(tmp, path.name)
+    beside = path / "receipt.json" if way.folder else Path(f"{path}.receipt.json")
+    _check_options(to, more)
+    _check_places([path] if way.folder else [path, beside], way, more.get("like"))
+    with (_whole_folder if way.folder else whole_file)(path) as made:
         way.write(transplant, made, **more)
         receipt = _proved(transplant, to, made)
         if way.keeps:
             way.write(transplant, made, receipt=receipt, **more)
-        files = [f for f in (made, *sorted(made.rglob("*"))) if f.is_file()]
-        receipt = replace(receipt, files={f.name: file_hash(f) for f in files})
-        made.replace(path)
-    beside = path / "receipt.json" if path.is_dir() else f"{path}.receipt.json"
+        files = {f.name: f for f in sorted(made.rglob("*")) if f.is_file()} or {path.name: made}
+        receipt = replace(receipt, files={k: file_hash(f) for k, f in files.items()})
     with whole_file(beside) as out:
         out.write_text(json.dumps(plain(receipt), indent=1))
     return receipt
@@ -736,7 +793,7 @@ def import_vector(
     try:
         with path.open("rb") as file:
             known = file.read(4) == b"GGUF"
-        layers, ours = _vectors(path) if known else (_pickled(path), None)
+        layers, ours, receipt = _vectors(path) if known else (_pickled(path), None, None)
         hint = known and _read_gguf(path).fields.get("controlvector.model_hint")
         rows = torch.stack([*layers.values()])  # (L, d)
     except FileNotFoundError:
@@ -747,6 +804,7 @@ def import_vector(
     if rows.shape[1:] != (info.width,) or max(layers) >= info.layers:
         say = f"{path} has vectors {rows.shape[-1]} wide, for layers up to {max(layers)}"
         raise ValueError(f"{say}; these do not fit {info}.")
+    _refuse_changed(path, layers, receipt)
     arch, _ = _GGUF.get(info.family, (info.family, None))
     if hint and (kind := hint.contents()) not in (arch, info.family):
         warnings.warn(
@@ -759,9 +817,11 @@ def import_vector(
     if not ours:
         norm = residual_norm(target, layer)
         return place(v, target, layer, dose=v.norm().item() / norm, norm=norm, name=path.stem)
-    ours["dose"] = v.norm().item() / ours["norm"]
-    if deeper:
-        ours["deeper_directions"] = torch.stack([x for _, x in deeper])
-    t = Transplant(**ours, direction=v, shuffled=None, model=target)
-    t.target.require(info, f"transplant {t.name!r}")
-    return t
+    try:
+        ours["dose"] = v.norm().item() / ours["norm"]
+        if deeper:
+            ours["deeper_directions"] = torch.stack([x for _, x in deeper])
+        t = Transplant(**ours, direction=v, shuffled=None)
+    except (ValueError, TypeError, LookupError, ArithmeticError) as e:
+        raise ValueError(f"{path} was changed: {e}. Export it anew.") from None
+    return replace(t, model=target)

@@ -24,18 +24,28 @@ from pydantic import Field
 from .artefacts import whole_file
 from .cards import TEMPLATES
 from .data import data_hash
-from .moments import strict
+from .moments import fits, strict
 from .plots import canvas
 from .report import png
 from .rollout import Course, Stop
 from .steering import Transplant
 from .tasks import repetition
-from .uselog import answer, audit, extra, read_log
-
+from .uselog import answer, audit, extra, read_log, refuse_log
 
 # %% ../nbs/29_monitor.ipynb #46b09000
+_LOOKED_AT = "norm projection kl repetition scores".split()
+
+
+def _refuse_other(row, *names):
+    "Raise ValueError for a row that lacks something."
+    if gone := [k for k in names if not isinstance(row, dict) or k not in row]:
+        raise ValueError(f"a row without {', '.join(gone)}: give rows of a use log, as `read_log` does.")
+
+
+# %% ../nbs/29_monitor.ipynb #075491cb
 def watched(row: dict) -> dict[str, float]:
-    "What a monitor looks at in a row of a log, by name."
+    "What a monitor looks at in a row of a log, by name. Raises ValueError for another row."
+    _refuse_other(row, *_LOOKED_AT)
     found = {k: row[k][0] for k in ("norm", "projection") if row[k]}
     found |= {k: row[k] for k in ("kl", "repetition")} | row["scores"]
     return {k: x for k, x in found.items() if x is not None and math.isfinite(x)}
@@ -130,13 +140,14 @@ class _Stream:
 # %% ../nbs/29_monitor.ipynb #7c51f82c
 class Monitor:
     """Called with rows of a log, in their order; gives alarms. Raises ValueError for a transplant without a
-    reference, ImportError where river is not installed."""
+    reference and for what is no row, ImportError where river is not installed."""
 
     def __init__(
         self,
         t: Transplant,  # as `with_reference` gives it
         detector: Callable[[], Any] | None = None,  # makes one of river's; default: ADWIN
     ):
+        fits(dict(t=t, detector=detector), Monitor.__init__.__annotations__, "Monitor")
         if "reference" not in t.notes:
             raise ValueError(f"{t} does not know what is usual; give it with_reference(t, prompts, scores).")
         if not detector:
@@ -148,8 +159,12 @@ class Monitor:
 
     def __call__(self, row: dict) -> list[Alarm]:
         "Alarms that a row sets off; an answer without steering sets off none."
-        found = []
-        for name, x in watched(row).items() if row["event"] == "request" and row["strength"] else ():
+        found: list[Alarm] = []
+        _refuse_other(row, "event")
+        if row["event"] != "request":
+            return found
+        _refuse_other(row, "n", "time", "strength")
+        for name, x in watched(row).items() if row["strength"] else ():
             if name not in self.streams:
                 self.streams[name] = _Stream(self.usual.get(name, []), self.detector())
             if self.streams[name].add(x, row):
@@ -206,7 +221,9 @@ def write_page(
     log: str | Path,
     path: str | Path,  # of the page
 ):
-    "A self-contained HTML page of a log, written whole or not at all. Raises OSError where there is no log."
+    """A self-contained HTML page of a log, written whole or not at all. Raises OSError where there is no log,
+    ValueError for a path where a file of the log stands."""
+    refuse_log(path, log)
     rows, found = [row for row, fault in read_log(log) if not fault], audit(log)
     kinds = ("request", "plan", "share", "alarm", "failed")
     requests, plans, changes, alarms, failed = ([x for x in rows if x["event"] == k] for k in kinds)

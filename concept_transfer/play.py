@@ -22,7 +22,7 @@ from .artefacts import plain, whole_file
 from .cards import TEMPLATES, card
 from .concepts import POSITIONS
 from .moments import strict
-from .steering import Transplant, joined, residual_norm
+from .steering import Loaded, Transplant, joined, residual_norm
 from .views import PROMPTS, RUNGS, Ladder, ladder, token_heat, words_of
 
 # %% ../nbs/30_play.ipynb #71b582b9
@@ -65,7 +65,7 @@ class Steps:
 # %% ../nbs/30_play.ipynb #bb46a35d
 @strict
 def play_steps(
-    t: Transplant,
+    t: Loaded,
     prompts: Annotated[Sequence[str], Field(min_length=1)] = PROMPTS,
     strengths: Sequence[float] = RUNGS,  # 0, the base model, is added
     seed: int = 0,  # of sampling
@@ -235,7 +235,7 @@ def _repr_mimebundle_(self: Playground, **given):
 # %% ../nbs/30_play.ipynb #4580bdff
 @strict
 def play(
-    t: Transplant,
+    t: Loaded,
     other: Transplant | None = None,  # a second concept, of the same model
     prompt: str = PROMPTS[0],
     seed: int = 0,  # of sampling
@@ -244,8 +244,6 @@ def play(
     """Controls for prompt, strength, layer, positions and perhaps a second concept; live text beside the base
     model's, and behind it a ladder, the text token by token, and words. Raises ValueError for a transplant
     without its model, and for a second one of another model."""
-    with t(0):  # which asks for its model
-        pass
     if other:
         t.target.require(other.target, f"transplant {other.name!r}")
         other = replace(other, model=t.model)

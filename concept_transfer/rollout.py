@@ -21,9 +21,9 @@ from fastcore.basics import patch
 from pydantic import Field
 from scipy.special import logsumexp
 
-from .artefacts import plain
+from .artefacts import Share, plain
 from .cards import card
-from .moments import Strict
+from .moments import Strict, fits
 from .steering import Transplant
 from .uselog import Answer, UseLog, answer, extra, read_log, used
 
@@ -157,17 +157,19 @@ def _flags(flag, domain, share):
 # %% ../nbs/28_rollout.ipynb #93b01d40
 def _percent(*shares):
     "The first of some shares. Raises ValueError where one is no percentage, to two places."
-    if wrong := [x for x in shares if not 0 <= x <= 100 or x != round(x, 2)]:
-        raise ValueError(f"a share of {wrong[0]}; give percents of units, from 0 to 100 in steps of 0.01.")
+    for x in shares:
+        number = isinstance(x, int | float | np.integer) and not isinstance(x, bool)
+        if not number or not 0 <= x <= 100 or x != round(x, 2):
+            raise ValueError(f"a share of {x!r}; give percents of units, from 0 to 100 in steps of 0.01.")
     return shares[0]
 
 
 # %% ../nbs/28_rollout.ipynb #ed47717f
 @dataclass(eq=False, repr=False)
 class Rollout:
-    """A transplant in use, called with a unit and a prompt. Raises ValueError for scores that are missing,
-    for stages that do not rise, and for a log of another plan or one that was changed, ImportError where
-    OpenFeature is not installed."""
+    """A transplant in use, called with a unit and a prompt. Raises ValueError for what is not of its type,
+    for scores that are missing, for stages that do not rise, and for a log of another plan or one that was
+    changed, ImportError where OpenFeature is not installed."""
 
     transplant: Transplant
     log: UseLog
@@ -176,12 +178,13 @@ class Rollout:
     stages: Sequence[float] = (1, 5, 25, 100)  # percent of units
     share: float | None = None  # percent to begin with; default: the first stage
     shadow: bool = False  # make steered answers, and give those of the base model
-    twin: float = 0.05  # share of answers whose unsteered twin is read
+    twin: Share = 0.05  # share of answers whose unsteered twin is read
     answer: Callable = answer  # transplant, prompt, strength, whether to read the twin -> `Answer`
     watch: Callable[[dict], Iterable] = field(default=lambda row: [])  # a row of the log -> alarms
     client: Any = None  # of OpenFeature; default: flags in memory
 
     def __post_init__(self):
+        fits(vars(self), Rollout.__annotations__, "Rollout")
         if missing := {self.stop.effect, self.stop.damage} - {*self.scores}:
             raise ValueError(f"no score {', '.join(missing)}: give a function of prompt and answer for it.")
         if [*self.stages] != sorted({*self.stages}) or not self.stages:

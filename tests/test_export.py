@@ -3,6 +3,7 @@
 import base64
 import dataclasses
 import json
+import os
 import sys
 import threading
 import types
@@ -22,6 +23,7 @@ from safetensors.torch import load_file
 
 from concept_transfer import cli
 from concept_transfer import export as room
+from concept_transfer.artefacts import file_hash
 from concept_transfer.concepts import Concept
 from concept_transfer.export import (
     COMPARED,
@@ -156,6 +158,28 @@ def test_a_gguf_holds_what_we_know_and_comes_back(llama, tmp_path):
         import_vector(tmp_path / "joy.gguf", tiny_model("llama", 1))
     (tmp_path / "joy.gguf").rename(tmp_path / "joy of any name")
     assert torch.equal(import_vector(tmp_path / "joy of any name", t.model).vector(1), t.vector(1))
+
+
+@pytest.mark.usefixtures("nothing_installed")
+@pytest.mark.filterwarnings("ignore:the export to")
+@pytest.mark.parametrize(
+    "change, say",
+    [
+        (lambda raw: raw[:-40] + bytes([raw[-40] ^ 1]) + raw[-39:], "not those of its receipt"),
+        (lambda raw: raw.replace(b'"dose"', b'"doqe"'), "was changed: .*'doqe'"),
+        (lambda raw: raw.replace(b'"norm"', b'"nprm"'), "was changed: 'norm'"),
+        (lambda raw: raw.replace(b'"vector"', b'"vectpr"'), "not those of its receipt"),
+    ],
+)
+def test_our_own_gguf_that_was_changed_is_refused(llama, tmp_path, change, say):
+    llama.export(tmp_path / "joy.gguf")
+    (tmp_path / "bad.gguf").write_bytes(change((tmp_path / "joy.gguf").read_bytes()))
+    with pytest.raises(ValueError, match=f"bad.gguf.*{say}"):
+        import_vector(tmp_path / "bad.gguf", llama.model)
+    write_target(llama.model, tmp_path / "model.gguf")
+    if "receipt" in say:
+        with pytest.raises(ValueError, match=say):
+            server_command("llama.cpp", tmp_path / "bad.gguf", tmp_path / "model.gguf")
 
 
 def write_words(path, words):
@@ -360,6 +384,81 @@ def test_a_file_that_was_there_stays_when_an_export_fails(llama, tmp_path, monke
     with pytest.raises(ValueError, match="Nothing was written"):
         llama.export(tmp_path / "joy.gguf", to="wrong")
     assert (tmp_path / "joy.gguf").read_text() == "mine" and len([*tmp_path.iterdir()]) == 1
+
+
+@pytest.mark.usefixtures("nothing_installed")
+@pytest.mark.filterwarnings("ignore:the export to")
+def test_links_and_modes_stay(llama, tmp_path):
+    (tmp_path / "far").mkdir()
+    (far := tmp_path / "far" / "real.gguf").write_text("old")
+    far.chmod(0o600)
+    (link := tmp_path / "joy.gguf").symlink_to(far)
+    receipt = llama.export(link)
+    assert link.is_symlink() and far.stat().st_mode & 0o777 == 0o600
+    assert torch.equal(import_vector(link, llama.model).vector(1), llama.vector(1))
+    assert receipt.files == {"joy.gguf": file_hash(far)}
+    assert {f.name for f in tmp_path.rglob("*")} == {"far", "real.gguf", "joy.gguf", "joy.gguf.receipt.json"}
+
+
+@pytest.mark.parametrize("to", ["gguf", "hub", "baked"])
+@pytest.mark.parametrize(
+    "name, say",
+    [
+        ("pipe", "pipe is there already, and is no"),
+        ("pipe link", "pipe link is there already, and is no"),
+        ("folder", "folder is a folder already"),
+        ("folder link", "folder link is a folder already"),
+        ("none/out", "none/out: there is no folder .*/none; make it first"),
+    ],
+)
+def test_where_nothing_can_be_put_is_said_before_it_is_compared(llama, tmp_path, monkeypatch, to, name, say):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "folder").mkdir()
+    for k in ("pipe", "folder"):
+        (tmp_path / f"{k} link").symlink_to(k)
+    before = {f: f.lstat() for f in tmp_path.rglob("*")}
+    monkeypatch.setitem(FORMATS, to, replace(FORMATS[to], ask=None))
+    with pytest.raises(ValueError, match=say):
+        llama.export(tmp_path / name, to)
+    assert {f: f.lstat() for f in tmp_path.rglob("*")} == before
+
+
+def test_a_folder_does_not_take_the_place_of_a_file_or_a_link(llama, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "link").symlink_to("nowhere")
+    for name in ("file", "link"):
+        with pytest.raises(ValueError, match=f"{name} is there already, and is no folder"):
+            llama.export(tmp_path / name, "hub")
+    assert (tmp_path / "file").read_text() == "mine" and (tmp_path / "link").is_symlink()
+
+
+def test_a_file_that_is_read_is_not_written_over(llama, tmp_path):
+    like, link = tmp_path / "like.gguf", tmp_path / "link.gguf"
+    write_words(like, words_of(llama.model))
+    link.symlink_to(like)
+    before = like.read_bytes()
+    for out in (like, link):
+        with pytest.raises(ValueError, match="is the file that like= names"):
+            llama.export(out, "baked-gguf", like=like)
+        with pytest.raises(ValueError, match="is the file that like= names"):
+            write_target(llama.model, out, like)
+    assert like.read_bytes() == before and len([*tmp_path.iterdir()]) == 2
+
+
+@pytest.mark.parametrize(
+    "to, more, say",
+    [
+        ("gguf", {"evidence": 1}, "gguf takes no options: leave evidence= away"),
+        ("gguf", {"receipt": 1}, "gguf takes no options: leave receipt= away"),
+        ("hub", {"like": "x"}, "hub takes evidence: leave like= away"),
+        ("hub", {"evidence": 1}, "'evidence'"),
+        ("baked-gguf", {"like": 5}, "'like'"),
+    ],
+)
+def test_options_that_a_format_does_not_take_are_refused(llama, tmp_path, to, more, say):
+    with pytest.raises(ValueError, match=say):
+        llama.export(tmp_path / "out", to, **more)
+    assert not [*tmp_path.iterdir()]
 
 
 def write_control_vector(path, directions, hint="llama"):

@@ -180,8 +180,9 @@ def test_the_newest_request_wins_and_those_between_are_never_written(joy, monkey
 
 
 def test_a_transplant_that_cannot_play_is_refused(joy, fear):
-    with pytest.raises(ValueError, match="has no model"):
-        play(replace(joy, model=None))
+    for made in (play, play_steps):
+        with pytest.raises(ValueError, match="'joy' has no model: load it with"):
+            made(replace(joy, model=None))
     other = place(fear.direction, tiny_model("llama", 1), 2, name="fear")
     with pytest.raises(ValueError, match="fear"):
         play(joy, other)

@@ -23,7 +23,7 @@ from concept_transfer import rollout as rollout_room
 from concept_transfer import uselog
 from concept_transfer.artefacts import fingerprint, linked
 from concept_transfer.cli import main
-from concept_transfer.models import tiny_model
+from concept_transfer.models import load_model, tiny_model
 from concept_transfer.monitor import Monitor, watched, with_reference, write_page
 from concept_transfer.rollout import Course, Difference, Rollout, Stop, bucket
 from concept_transfer.steering import Transplant, place
@@ -135,6 +135,15 @@ def test_a_chain_that_was_computed_anew_does_not_hold_a_noted_head(tmp_path):
         file.unlink()
     filled(path, 11)
     assert not audit(path).faults and noted in audit(path, heads=[noted]).faults[0]
+
+
+def test_a_noted_head_may_be_given_alone(tmp_path):
+    path = tmp_path / "use.jsonl"
+    filled(path)
+    assert not audit(path, heads=audit(path).head).faults
+    assert audit(path, heads="0a").faults == ["cut at the end: the head '0a' is not there"]
+    with pytest.raises(ValueError, match="heads: a list is needed"):
+        audit(path, heads=5)
 
 
 def test_files_that_are_full_are_put_aside_and_read_in_order(tmp_path):
@@ -256,6 +265,53 @@ def test_a_row_has_names_of_its_own(tmp_path):
     with pytest.raises(ValueError, match="another name"):
         log.request(OF, "ann", "Hello", Answer("Hi."), time="noon")
     assert not audit(log.path).faults
+
+
+@pytest.mark.parametrize(
+    "event, value, say",
+    [
+        (None, 1, "event None: say in a word"),
+        ({"mine": 1}, 1, "say in a word"),
+        ("note", object(), "cannot be kept in a file"),
+        ("note", {(1, 2): 3}, "the row 'note' cannot be kept as JSON"),
+    ],
+)
+def test_what_is_no_row_is_not_written(tmp_path, event, value, say):
+    log = UseLog(tmp_path / "use.jsonl")
+    with pytest.raises(ValueError, match=say):
+        log.write(event, value=value)
+    log.write("note", value=1)
+    log.close()
+    UseLog(log.path).close()
+    assert audit(log.path).rows == 3 and not audit(log.path).faults
+
+
+@pytest.mark.parametrize("wrong", [{"path": 5}, {"redact": "x"}, {"size": "5"}, {"size": 0}])
+def test_a_log_of_something_else_is_refused(tmp_path, wrong):
+    with pytest.raises(ValueError, match=f"UseLog '{next(iter(wrong))}'"):
+        UseLog(**{"path": tmp_path / "use.jsonl"} | wrong)
+    assert not [*tmp_path.iterdir()]
+
+
+def test_a_unit_of_a_log_is_a_text(tmp_path):
+    log = filled(tmp_path / "use.jsonl")
+    for ask in (partial(audit, log.path), partial(unit_hash, log.path)):
+        with pytest.raises(ValueError, match="unit 5: give a text, such as '5'"):
+            ask(5)
+
+
+@pytest.mark.parametrize("name", ["use.jsonl", "link", "use.jsonl.salt", "use.jsonl.head", "use.jsonl.off"])
+def test_a_page_does_not_take_the_place_of_its_log(tmp_path, name, capsys):
+    log, out = filled(tmp_path / "use.jsonl", size=2000), tmp_path / name
+    (tmp_path / "link").symlink_to("use.jsonl")
+    before = files_of(log.path)
+    with pytest.raises(ValueError, match="is a file of the log .*give another path"):
+        write_page(log.path, out)
+    assert main(["audit", str(log.path), "--out", str(out)]) == 1
+    assert re.search("is a file of the log|would write over", capsys.readouterr().err)
+    with pytest.raises(ValueError, match="is a file of the log"):
+        write_page(log.path, min(files_of(log.path)))  # one that was put aside
+    assert files_of(log.path) == before
 
 
 def test_a_log_that_grows_can_be_audited(tmp_path):
@@ -411,6 +467,34 @@ def test_an_answer_is_that_of_generate_and_is_measured(joy):
     assert base.kl is None and base.norm[0] == base.norm[1]
 
 
+SAID = "{% for m in messages %}[{{ m.role }}] {{ m.content }} {% endfor %}"
+CHAT = [{"role": "user", "content": "It rained"}, {"role": "assistant", "content": "Yes, it"}]
+
+
+@pytest.mark.parametrize("chat, end", [(CHAT, ""), (CHAT[:1], " [assistant]")])
+def test_a_chat_is_measured_as_the_model_reads_it(joy, chat, end):
+    "One that ends with an answer goes on with it."
+    model = tiny_model("llama")
+    model.tokenizer.chat_template = SAID + "{% if add_generation_prompt %}[assistant]{% endif %}"
+    text = " ".join(f"[{x['role']}] {x['content']}" for x in chat) + end
+    a, b = (answer(replace(joy, model=model), x, twin=True, max_new_tokens=6) for x in (chat, text))
+    assert replace(a, seconds=0) == replace(b, seconds=0) and a.kl > 0
+
+
+def test_an_answer_that_is_made_elsewhere_is_the_same_and_says_nothing_of_the_stream(joy):
+    far = replace(joy, model=load_model(joy.model, remote="local"))
+    here, there = (answer(t, "It rained and", twin=True, max_new_tokens=5) for t in (joy, far))
+    assert (there.text, there.tokens) == (here.text, here.tokens) and there.kl == pytest.approx(here.kl)
+    assert there.norm is there.projection is None and here.norm[1] != here.norm[0]
+
+
+def test_without_its_model_a_transplant_answers_nothing(joy):
+    bare = replace(joy, model=None)
+    for ask in (lambda: answer(bare, "It rained"), lambda: with_reference(bare, ["It rained"])):
+        with pytest.raises(ValueError, match="'joy' has no model: load it with"):
+            ask()
+
+
 def test_what_a_log_says_of_a_transplant_is_that_of_its_file(joy, tmp_path):
     joy.save(tmp_path / "joy.safetensors")
     again = Transplant.load(tmp_path / "joy.safetensors", joy.model)
@@ -540,6 +624,32 @@ def test_shares_that_are_none_are_refused(joy, tmp_path, flags):
     for stages in ((), (5, 1), (5, 5), (1, 200)):
         with pytest.raises(ValueError, match="give percents"):
             rolled(joy, tmp_path / f"{stages}.jsonl", stages=stages)
+
+
+@pytest.mark.parametrize("share", ["5", True, None])
+def test_a_share_is_a_number(joy, tmp_path, flags, share):
+    rollout = rolled(joy, tmp_path / "use.jsonl")
+    with pytest.raises(ValueError, match=f"a share of {share!r}; give percents"):
+        rollout.to(share, "why not")
+    assert rollout.course.share == 20
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"log": "use.jsonl"},
+        {"twin": 5},
+        {"stages": ("1",)},
+        {"share": True},
+        {"stop": None},
+        {"scores": {"good": 1, "bad": 2}},
+    ],
+)
+def test_a_rollout_of_something_else_is_refused(joy, tmp_path, flags, wrong):
+    rollout = rolled(joy, tmp_path / "use.jsonl")
+    with pytest.raises(ValueError, match=f"Rollout '{next(iter(wrong))}'"):
+        replace(rollout, **wrong)
+    assert rollout.log.rows == 2
 
 
 def rolled(joy, path, texts=("steered", "base"), **how):
@@ -722,7 +832,7 @@ def test_scores_outside_of_0_and_1_are_refused(joy, tmp_path, flags):
 
 SCRIPT = """
 import sys, torch
-from concept_transfer.models import tiny_model
+from concept_transfer.models import load_model, tiny_model
 from concept_transfer.rollout import Rollout, Stop
 from concept_transfer.steering import place
 from concept_transfer.uselog import Answer, UseLog
@@ -790,6 +900,23 @@ def test_numbers_that_are_none_are_passed_over(known):
         blind = {"norm": [None, 1.0], "projection": [float("nan")] * 2, "kl": None, "scores": {"good": None}}
         assert not monitor(row(n, rng) | blind)
     assert {*monitor.streams} == {"repetition"}
+
+
+@pytest.mark.parametrize(
+    "wrong, gone",
+    [({}, "event"), (5, "event"), ({"event": "request"}, "n, time, strength"), ("kl", "kl")],
+)
+def test_what_is_no_row_of_a_log_is_not_watched(known, wrong, gone):
+    if isinstance(wrong, str):
+        wrong = {k: x for k, x in row(0, np.random.default_rng(0)).items() if k != wrong}
+    with pytest.raises(ValueError, match=f"a row without {gone}: give rows of a use log"):
+        Monitor(known)(wrong)
+
+
+def test_a_monitor_of_something_else_is_refused(known):
+    for t, detector, name in (("x", None, "t"), (known, 5, "detector")):
+        with pytest.raises(ValueError, match=f"Monitor '{name}'"):
+            Monitor(t, detector)
 
 
 def test_nothing_is_usual_without_prompts(joy):
