@@ -26,6 +26,7 @@ __all__ = [
     "refuse_empty",
     "start_mark",
     "tokenized",
+    "rendered",
     "encode",
     "pad",
     "gathered",
@@ -422,8 +423,8 @@ def tokenized(
 
 
 # %% ../nbs/06_engine.ipynb #b11b3e98
-def _rendered(model, i, chat):
-    "A chat as a text; a text as it is."
+def rendered(model: TransformersModel, chat: Any, i: int = 0) -> Any:
+    "A chat as a text; a text as it is. Raises ValueError for a chat that does not fit, by its number."
     if not isinstance(chat, list | tuple):
         return chat
     try:
@@ -463,7 +464,7 @@ def encode(
     if not texts:
         raise ValueError("there is no text to read; give at least one.")
     texts = [texts] if all(isinstance(x, dict) for x in texts) else texts
-    texts = [_rendered(model, i, x) for i, x in enumerate(texts)]
+    texts = [rendered(model, x, i) for i, x in enumerate(texts)]
     (ids, _), start = tokenized(model, texts), start_mark(model)
     size = context_length(model)
     limit = size - room

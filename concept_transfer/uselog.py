@@ -48,7 +48,7 @@ from .artefacts import disk_space, fingerprint, linked, plain
 from .cards import card, table
 from .concepts import position_name
 from .data import as_tuple
-from .engine import Local, encode, engine, steered
+from .engine import Local, encode, engine, rendered, steered
 from .measure import neutral_text
 from .moments import fits, strict
 from .steering import Loaded, Transplant, generate
@@ -100,14 +100,10 @@ def answer(
     seconds, norm, projection, kl = time.perf_counter() - start, None, None, None
     if looks[0] and isinstance(engine(model), Local):
         norm, projection = torch.stack([torch.cat(x, 1).median(1).values for x in looks], 1).tolist()
-    if not isinstance(prompt, str):
-        chat: Any = prompt
-        begun = chat[-1]["role"] == "assistant"  # an answer, which goes on
-        how = dict(add_generation_prompt=not begun, continue_final_message=begun)
-        prompt = str(model.tokenizer.apply_chat_template(chat, tokenize=False, **how))
-    n, both = (len(encode(model, [x])[0]) for x in (prompt, prompt + text))
+    asked = rendered(model, prompt)
+    n, both = (len(encode(model, [x])[0]) for x in (asked, asked + text))
     if twin and strength and both > n:
-        probe = neutral_text(model, t.layer, [prompt + text], keep=both - n)
+        probe = neutral_text(model, t.layer, [asked + text], keep=both - n)
         kl = probe(replace(t, dose=strength * t.dose)).mean
     return Answer(text, [n, both - n], norm, projection, kl, seconds)
 
