@@ -740,3 +740,9 @@ def test_a_file_of_yours_is_not_taken_for_built_in_text(tmp_path, monkeypatch):
         assert load_corpus(name).hash == ours
     (tmp_path / "mine.txt").write_text("It rained.")
     assert load_corpus("mine.txt").texts == ("It rained.",)
+
+
+def test_a_slip_in_the_name_of_a_file_is_seen(tmp_path):
+    (tmp_path / "curiosity.csv").write_text("positive,negative\na,b\n")
+    with pytest.raises(FileNotFoundError, match="Did you mean 'curiosity.csv'"):
+        load_pairs(tmp_path / "curosity.csv")

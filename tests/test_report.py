@@ -454,3 +454,13 @@ def test_scores_that_nobody_measured_are_refused_by_name(pair, evidence):
         plot_grid(pair[3], "R2")
     with pytest.raises(ValueError, match="metric 'mood' is not known; use "):
         evidence.show(metric="mood")
+
+
+def test_a_shift_that_changes_no_choice_is_said(evidence, tmp_path):
+    base, mine = (evidence.of("equal_damage")[k][0] for k in ("base", "transplanted"))
+    likelier = base.answers | {"margin": [x + 1 + i / 100 for i, x in enumerate(base.answers["margin"])]}
+    e = Evidence(evidence.provenance, [base, replace(mine, answers=likelier)])
+    assert verdict(e).startswith("No effect") and "in all items alike" in verdict(e)
+    assert "becomes likelier, by +1.0" in verdict(e)
+    write_report(e, tmp_path / "a.html", pictures={})
+    assert "What was carried over? No effect beyond the controls." in (tmp_path / "a.html").read_text()

@@ -476,3 +476,17 @@ def test_one_text_is_no_list_of_choices(tmp_path):
     (tmp_path / "p.csv").write_text("positive,negative\na,b\n")
     with pytest.raises(ValueError, match="choices: a list is needed here, not str 'A,B'"):
         load_task(tmp_path / "p.csv", choices="A,B", target="A")
+
+
+def test_lint_says_what_would_leave_no_verdict():
+    pairs = load_pairs("honesty")
+    items = [ChoiceItem(f"On day {i} he", (" rested", " worked"), 0, str(i)) for i in range(10)]
+    assert lint(pairs, ChoiceTask("x", items)) == lint(pairs)
+    assert any("only 9 scenarios are asked about" in x for x in lint(pairs, ChoiceTask("x", items[1:])))
+    glued = ChoiceTask("x", [i._replace(choices=("rested", "worked")) for i in items])
+    assert any("'he' and 'rested' are read as one word" in x for x in lint(pairs, glued))
+
+
+def test_equal_prompts_are_one_scenario_from_any_file():
+    item = {"prompt": "It rained and", "choices": [" we left", " we stayed"], "target": 0}
+    assert len({*load_task([item, item]).groups}) == len({*load_task({"items": [item, item]}).groups}) == 1
