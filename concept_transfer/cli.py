@@ -156,6 +156,8 @@ def _why(e, out):
         rest = ", ".join(map(str, near)) or "nothing yet"
         return f"interrupted; files are whole, and the same command goes on from what is kept: {rest}."
     text = str(e) if isinstance(e, ValueError | OSError) else f"{type(e).__name__}: {e}"
+    if isinstance(e, OSError) and e.strerror and e.filename:
+        text = f"{e.filename}: {e.strerror}"
     return " ".join(text.split())
 
 

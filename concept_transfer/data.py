@@ -433,10 +433,13 @@ def _read_pairs(path, found):
     table = as_table(found, path)
     columns = ("text", "text") if {"text", "label"} <= {*table} else _SIDES
     if not {*columns} <= {*table}:
+        asks = " It looks like a task: are two files swapped?" if {"items", "choices"} & {*table} else ""
+        named = [*table] != ["0"] and f"the columns {', '.join(map(repr, table))}"
+        held = named if named and len(table.columns) else short_repr(found)
         raise ValueError(
             f"{path}: pairs are two lists, or columns of one length, 'positive' and 'negative' (or 'chosen' "
             "and 'rejected', or answers that match a behavior or not), or 'text' and 'label'; "
-            f"found {short_repr(found)}."
+            f"found {held}.{asks}"
         )
     refuse_slips([*table], ("group", "prompt", "template"), path)
     templates = {*table.get("template", ["{}"])}

@@ -110,8 +110,8 @@ def plot_grid(
     label: str = "",  # what an array shows
 ) -> Figure:
     "Heat map of a score over all layer pairs. Raises ValueError for an unknown score, and another shape."
-    bound = max(0, maps.r2_shuffled.max())
-    title = f"{maps.method}: {maps.rows:,} rows\nR2 of maps for shuffled pairs: at most {bound:.2f}"
+    most = maps.r2_shuffled.max()
+    title = f"{maps.method}: {maps.rows:,} rows\nR2 of maps for shuffled pairs: at most {most:.2f}"
     if isinstance(values, str):
         said = {"r2": "held-out R2, standardised", "cosine": "held-out cosine"}
         label, values = _named(said, values, "values"), getattr(maps, values)
@@ -120,7 +120,7 @@ def plot_grid(
         raise ValueError(f"values of shape {z.shape} are not one for each of {L1} x {L2} layer pairs.")
     how = """A cell is a pair of layers; the number says how well the map predicts the target's states from
         the source's: 1 is perfect, 0 no better than their mean."""
-    with canvas(1.6 + 0.62 * L2, 1.6 + 0.42 * L1, how) as (fig, ax):
+    with canvas(max(4.6, 1.6 + 0.62 * L2), max(3, 1.6 + 0.42 * L1), how) as (fig, ax):
         numbered(ax, z, maps.source_layers, maps.target_layers, label, min(0, z.min()), max(0.5, z.max()))
         ax.set(xlabel=f"layer of {maps.target.name}", ylabel=f"layer of {maps.source.name}", title=title)
     return fig

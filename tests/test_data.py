@@ -113,7 +113,7 @@ def test_corpora_are_disjoint_from_everything():
         ("e.jsonl", '{"text": "x", "label": 1}\n["x"]\n', "not valid JSON (line 2: Extra data)"),
         ("f.jsonl", "{", "not valid JSON (line 1"),
         ("g.csv", "positive,negative\nx,y\nx\n", "row 2 has 1 cells under the columns"),
-        ("h.csv", "a,b\n1,2\n", "or 'text' and 'label'; found [{'a': '1', 'b': '2'}]"),
+        ("h.csv", "a,b\n1,2\n", "or 'text' and 'label'; found the columns 'a', 'b'"),
         ("i.csv", "", "found []"),
         ("j.json", "{", "not valid JSON (line 1"),
         ("k.json", '{"positive": ["x"]}', "'positive' and 'negative'"),
