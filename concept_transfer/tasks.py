@@ -858,6 +858,7 @@ def load_task(
     path, found = open_data(ref, TASKS)
     if target:
         pairs = load_pairs(ref)
-        groups = pairs.groups[len(pairs.positive) :]
+        named = pairs.groups != replace(pairs, groups=()).groups
+        groups = pairs.groups[len(pairs.positive) :] if named else ()
         return choice_task(pairs.negative, choices, target, path.stem, groups=groups)
     return _read_task(path, found)
