@@ -637,11 +637,14 @@ def _few(w):
     return 0.0 if w.is_meta else float(w.detach().flatten()[:: w.numel() // 64 + 1].double().sum())
 
 
-def _state(module):
-    "What is seen of a model without reading it whole: its tensors, and the numbers that its parts keep."
-    held = [*module.parameters(), *module.buffers()]
-    tensors = [(w.data_ptr(), w.is_inference() or w._version, _few(w)) for w in held]
-    return tensors, [x for part in module.modules() for x in vars(part).values() if type(x) is float]
+def _seen(tensors):
+    "What is seen of tensors without reading them whole."
+    return [(w.data_ptr(), w.is_inference() or w._version, _few(w)) for w in tensors]
+
+
+def _numbers(module):
+    "Numbers that the parts of a model keep, beside their tensors."
+    return [x for part in module.modules() for x in vars(part).values() if type(x) is float]
 
 
 # %% ../nbs/06_engine.ipynb #f6be36c2
@@ -652,27 +655,27 @@ class Local:
     model: TransformersModel = field(repr=False)
     name: str = ""
     tokens: int = 4000
-    known: tuple = field(default=(), repr=False)  # state of the weights, and what is known of it
+    known: dict[str, tuple] = field(default_factory=dict, repr=False)  # what, as `told`, and of which state
     branched: dict[int, bool] = field(default_factory=dict, repr=False)  # what `branching` found
 
     own_products = True
 
-    def told(self, what: str, make: Callable[[], Any]) -> Any:
-        "Something known of the weights, made anew where they were changed in place, as by training."
-        now = _state(self.model._module)
-        if self.known[:1] != (now,):
-            self.known = now, {}
-        if what not in self.known[1]:
-            self.known[1][what] = make()
-        return self.known[1][what]
+    def told(self, what: str, make: Callable[[], Any], now: Any) -> Any:
+        "Something known of the model, made anew where its state was changed in place, as by training."
+        if self.known.get(what, [None])[0] != now:
+            self.known[what] = now, make()
+        return self.known[what][1]
 
     @property
     def fingerprint(self) -> tuple[str, tuple[float, ...]]:
-        return self.told("fingerprint", partial(_fingerprint, self.model._module))
+        inner = self.model._module
+        return self.told("fingerprint", partial(_fingerprint, inner), _seen(inner.parameters()))
 
     @property
     def reply(self) -> tuple[float, ...]:
-        return self.told("reply", partial(_reply, self))
+        inner = self.model._module
+        now = _seen([*inner.parameters(), *inner.buffers()]), _numbers(inner)
+        return self.told("reply", partial(_reply, self), now)
 
     @property
     def weights(self) -> str:

@@ -119,8 +119,8 @@ def model_info(model: TransformersModel) -> ModelInfo:
     made, tokenizer = engine(model), model.tokenizer
     fast = getattr(tokenizer, "backend_tokenizer", None)
     parts = [repr(getattr(fast, k, None)) for k in ("normalizer", "pre_tokenizer", "post_processor")]
-    told = (made.fingerprint[1], made.reply) if isinstance(made, Local) else ()
-    now = made.weights, made.precision, told, len(tokenizer), parts
+    weights, *told = (*made.fingerprint, made.reply) if isinstance(made, Local) else (made.weights,)
+    now = weights, made.precision, told, len(tokenizer), parts
     when, found = _INFOS.get(model, (None, None))
     if when != now:
         config = model._module.config
@@ -129,7 +129,7 @@ def model_info(model: TransformersModel) -> ModelInfo:
             config.model_type,
             len(model.layers),
             config.get_text_config().hidden_size,
-            made.weights,
+            weights,
             _tokenizer_hash(tokenizer),
             getattr(config, "_commit_hash", None) or "",
             made.precision,
