@@ -265,6 +265,7 @@ def test_layers_and_number_of_texts_of_the_maps_are_chosen(here, capsys):
     assert main(*argv, "1:99") == 1 and "99" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_long_step_says_how_long(here, made, monkeypatch, capsys):
     able: dict = {}
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: able)

@@ -295,6 +295,7 @@ def test_what_to_do_next_follows_from_what_was_found(finding, parts, words):
         (0.5, [0.3, 0.7], 0.2, "less"),
     ],
 )
+@pytest.mark.slow
 def test_whether_words_do_as_well(evidence, tmp_path, share, ci, words, does):
     mine, prompt = (evidence.arms[k] for k in ("transplanted", "prompt"))
     arms = {"transplanted": replace(mine, choice_rate=share, ci=ci)}
@@ -456,6 +457,7 @@ def test_scores_that_nobody_measured_are_refused_by_name(pair, evidence):
         evidence.show(metric="mood")
 
 
+@pytest.mark.slow
 def test_a_shift_that_changes_no_choice_is_said(evidence, tmp_path):
     base, mine = (evidence.of("equal_damage")[k][0] for k in ("base", "transplanted"))
     likelier = base.answers | {"margin": [x + 1 + i / 100 for i, x in enumerate(base.answers["margin"])]}
