@@ -643,8 +643,9 @@ def _seen(tensors):
 
 
 def _numbers(module):
-    "Numbers that the parts of a model keep, beside their tensors."
-    return [x for part in module.modules() for x in vars(part).values() if type(x) is float]
+    "Numbers that the parts of a model and its configuration keep, beside their tensors."
+    parts = [*module.modules(), module.config.get_text_config()]
+    return [x for part in parts for x in vars(part).values() if type(x) is float]
 
 
 # %% ../nbs/06_engine.ipynb #f6be36c2
