@@ -37,6 +37,7 @@ __all__ = [
 ]
 
 # %% ../nbs/17_arms.ipynb #ced4721e
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -305,9 +306,16 @@ def _as_read(trial, pairs):
             f"{t.name!r} was read at a custom position ({position}), which cannot be repeated here; "
             "evaluate without pairs."
         )
+    made = notes.get("reducer", "mean_difference")
+    if made not in REDUCERS:
+        warnings.warn(
+            f"{t.name!r} was made by {made!r}, which is not in REDUCERS: what is made here of the pairs is "
+            "their mean_difference.",
+            stacklevel=2,
+        )
     if pairs.template == "{}":
         pairs = replace(pairs, template=notes.get("template", "{}"))
-    return pairs, position, REDUCERS.get(notes.get("reducer", ""), REDUCERS["mean_difference"])
+    return pairs, position, REDUCERS.get(made, REDUCERS["mean_difference"])
 
 
 def _placed(trial, found, name=None, maps=None):

@@ -704,7 +704,10 @@ def _strengths(text):
 def _decoded(decoding, max_new_tokens):
     "Options of a generation; a temperature or a share means that it samples."
     options = {k: v for k, v in decoding.items() if v is not None} | {"max_new_tokens": max_new_tokens}
-    return options | ({"do_sample": True} if {"temperature", "top_p"} & {*options} else {})
+    sampled = bool({"temperature", "top_p"} & {*options})
+    if decoding["seed"] and not sampled:
+        raise BadParameter("--seed is of sampling: it goes with --temperature or --top-p.")
+    return options | ({"do_sample": True} if sampled else {})
 
 
 @command
@@ -1053,7 +1056,7 @@ def _flow(folder, models, pairs, texts, items, settings, most, other=None):
     pairs are tried. With `FEW` of these, readouts are short too."""
     from concept_transfer.arms import readouts_of
     from concept_transfer.concepts import Concept, extract_concept
-    from concept_transfer.data import PAIRS, load_corpus, load_pairs
+    from concept_transfer.data import PAIRS, data_hash, load_corpus, load_pairs
     from concept_transfer.evidence import Evidence, evaluate
     from concept_transfer.maps import LayerGrid, fit_maps
     from concept_transfer.models import load_model, model_info
@@ -1074,7 +1077,8 @@ def _flow(folder, models, pairs, texts, items, settings, most, other=None):
         _expect("     about", _reading(source, pairs.texts))
         return extract_concept(source, pairs)
 
-    concept = keep("concept.safetensors", find, Concept.load, read, read.precision, pairs.hash)
+    of = pairs.hash, data_hash([pairs.name, *pairs.groups])
+    concept = keep("concept.safetensors", find, Concept.load, read, read.precision, *of)
     _say(f"     {concept!r}\n3/6  maps: both models read {len(texts)} texts")
 
     def fit():

@@ -41,6 +41,7 @@ from concept_transfer.engine import (
     encode,
     engine,
     layer_numbers,
+    once,
     refuse_empty,
     start_mark,
     stream,
@@ -313,8 +314,12 @@ def extract_concept(
         raise ValueError(
             f"reducer {reducer!r}: use {', '.join(REDUCERS)}, or a function of (n, d) and (m, d)."
         )
-    numbers, rule = layer_numbers(model, layers), position_rule(position, "read")
+    numbers, rule = once(layer_numbers(model, layers)), position_rule(position, "read")
     checked(pairs, InstanceOf[ContrastPairs], "pairs")
+    name = getattr(make, "__name__", "custom")
+    for k, mine, known in (name, make, REDUCERS), (rule.name, rule, POSITIONS):
+        if known.get(k, mine) != mine:
+            raise ValueError(f"{k!r} is the name of another one here: give your function its own.")
     seed = checked(seed, Count, "seed", strict=False)
     H = activations(model, fill(pairs.template, pairs.texts), numbers, rule, path=path)
     if isinstance(H, list) or H.ndim != 3:
@@ -325,5 +330,5 @@ def extract_concept(
         raise ValueError(f"pairs {pairs.name!r}: the same mean state on both sides; are the texts identical?")
     area = tuple(held_out_auc(P, N, pairs.groups, make, seed=seed).tolist())
     what = pairs.name.split("/")[-1], directions, tuple(numbers), area, model_info(model), len(pairs)
-    how = getattr(make, "__name__", "custom"), rule.name, pairs.template, pairs.hash, seed
+    how = name, rule.name, pairs.template, pairs.hash, seed
     return Concept(*what, *how)

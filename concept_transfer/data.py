@@ -17,6 +17,7 @@ __all__ = [
     "nearest",
     "find_file",
     "column",
+    "renamed",
     "open_data",
     "as_table",
     "builtin_rows",
@@ -108,6 +109,7 @@ def checked(
     strict: bool = True,  # False: numbers may stand for others of the same value, tuples for lists
 ) -> Any:
     "The value as that type. Raises ValueError naming what does not fit, and where."
+    strict = strict or isinstance(value, str | bool)  # digits in a text are no number
     try:
         return TypeAdapter(kind).validate_python(value, strict=strict)
     except ValidationError as e:
@@ -120,7 +122,7 @@ def checked(
 # %% ../nbs/01_data.ipynb #488de1aa
 def _table(text, path, mark):
     "Rows of a table with a header."
-    lines = csv.reader(io.StringIO(text), delimiter=mark, strict=True)
+    lines = csv.reader(io.StringIO(text), delimiter=mark, strict=True, skipinitialspace=True)
     try:
         table = [row for row in lines if any(map(str.strip, row))]
     except csv.Error as e:
@@ -233,6 +235,17 @@ def column(name: Any) -> str:
     return _RENAMED.get(said, said)
 
 
+def renamed(
+    found: dict,
+    path: Path,  # of the file, for the error
+) -> dict:
+    "Fields under the names that we use. Raises ValueError for two that mean the same."
+    known = {column(k): x for k, x in found.items()}
+    if len(known) < len(found):
+        raise ValueError(f"{path}: two of {', '.join(map(str, found))} mean the same; leave one out.")
+    return known
+
+
 def open_data(
     ref: Any,  # name or path; or a DataFrame, a `datasets.Dataset`, a list, a dict
     known: Iterable[str],  # as for `find_file`
@@ -253,6 +266,8 @@ def as_table(found: Any, path: Path) -> pd.DataFrame:
         table = pd.DataFrame(found)
     except Exception:  # pandas has many kinds; whoever needs a table says what it should be
         return pd.DataFrame()
+    if table.index.name:  # groups may stand there
+        table = table.reset_index()
     table.columns = [*map(column, table)]
     if not table.columns.is_unique:
         raise ValueError(
@@ -421,15 +436,15 @@ def _is_positive(labels, path):
 
 
 # %% ../nbs/01_data.ipynb #f62e357a
-_OF_ROWS = {*"group groups scenario scenarios prompt question".split()}  # what makes sides into columns
+_OF_ROWS = {"group", "prompt"}  # what makes sides into columns
 
 
 def _read_pairs(path, found):
     "Pairs by what the data looks like."
-    match found:
-        case {"positive": [*p], "negative": [*n]} | {"pos": [*p], "neg": [*n]} if not _OF_ROWS & {*found}:
-            refuse_slips(found, ("name", "template", *_OF_ROWS), path)
-            return ContrastPairs(found.get("name", path.stem), p, n, template=found.get("template", "{}"))
+    match renamed(found, path) if isinstance(found, dict) else None:
+        case {"positive": [*p], "negative": [*n]} as d if not _OF_ROWS & {*d}:
+            refuse_slips(d, ("name", "template", "groups", *_OF_ROWS), path)
+            return ContrastPairs(d.get("name", path.stem), p, n, template=d.get("template", "{}"))
     table = as_table(found, path)
     columns = ("text", "text") if {"text", "label"} <= {*table} else _SIDES
     if not {*columns} <= {*table}:
@@ -445,9 +460,9 @@ def _read_pairs(path, found):
     templates = {*table.get("template", ["{}"])}
     if len(templates) > 1:
         raise ValueError(f"{path}: pairs have one template, and the rows {short_repr(templates)}; choose.")
-    for c in columns:
+    for c in dict.fromkeys(columns):
         texts = check_texts(table[c], f"{path}: {c}")
-        if c in _SIDES and "prompt" in table:
+        if "prompt" in table:
             asked = zip(check_texts(table["prompt"], f"{path}: prompt"), texts, strict=True)
             table[c] = [f"{q.rstrip()} {t.lstrip()}" for q, t in asked]
     sides = table, table

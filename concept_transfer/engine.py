@@ -23,6 +23,7 @@ __all__ = [
     "Sums",
     "context_length",
     "layer_numbers",
+    "once",
     "refuse_empty",
     "start_mark",
     "tokenized",
@@ -355,7 +356,8 @@ def layer_numbers(model: TransformersModel, layers: Sequence[int] | None = None)
     _refuse_other(model)
     n = len(model.layers)
     try:
-        wanted = [index(k) for k in (range(n) if layers is None else layers)]
+        given = [*(range(n) if layers is None else layers)]
+        wanted = [] if any(isinstance(k, bool) for k in given) else [index(k) for k in given]
     except TypeError:
         wanted = []
     if not wanted:
@@ -364,6 +366,13 @@ def layer_numbers(model: TransformersModel, layers: Sequence[int] | None = None)
         if not -n <= k < n:
             raise ValueError(f"layer {k} is out of range: this model has layers 0 to {n - 1}.")
     return [k % n for k in wanted]
+
+
+def once(numbers: Sequence[int]) -> tuple[int, ...]:
+    "Layer numbers. Raises ValueError for one that comes twice, as may be by its number from the end."
+    if len({*numbers}) < len(numbers):
+        raise ValueError(f"layers {list(numbers)}: give each once.")
+    return tuple(numbers)
 
 
 # %% ../nbs/06_engine.ipynb #1c8cc511
@@ -431,9 +440,13 @@ def rendered(model: TransformersModel, chat: Any, i: int = 0) -> Any:
         if not all(isinstance(message[k], str) for message in chat for k in ("role", "content")):
             raise ValueError("a message needs a role and a content, both texts; join those of parts")
         begun = chat[-1]["role"] == "assistant"  # an answer, which goes on
-        return model.tokenizer.apply_chat_template(
+        text = model.tokenizer.apply_chat_template(
             chat, tokenize=False, add_generation_prompt=not begun, continue_final_message=begun
         )
+        for m in chat:  # of a long one the end, as some templates leave thoughts out
+            if m["content"].strip()[-20:].lower() not in text.lower():
+                raise ValueError(f"it leaves out what {m['role']!r} says")
+        return text
     except Exception as e:
         raise ValueError(
             f"text {i} is a chat that the template of this tokenizer does not take: {e}. Give messages "

@@ -343,7 +343,8 @@ def load_model(
         return simulated(load_model(ref, tokenizer, dtype, device, rename), far)
     if isinstance(ref, str | Path) and not far:
         usual = DEFAULTS.get({})
-        dtype, device = dtype or usual.get("dtype"), device or usual.get("device")
+        dtype = usual.get("dtype") if dtype is None else dtype
+        device = usual.get("device") if device is None else device
     if dtype not in (None, "float32", "bfloat16", "float16"):
         raise ValueError(f"dtype {dtype!r}: use float32, bfloat16 or float16.")
     if far and (dtype or device):
@@ -363,7 +364,8 @@ def load_model(
             "a loaded model needs its tokenizer: load_model(model, tokenizer=...). A processor of images "
             "and text has it as `tokenizer`."
         )
-    moved = device and hasattr(ref, "device") and ref.device.type not in str(device)  # type: ignore[operator]
+    there = getattr(ref, "device", None)
+    moved = device is not None and there and there.type not in str(device)
     if moved or (dtype and hasattr(ref, "dtype") and str(ref.dtype) != f"torch.{dtype}"):
         raise ValueError(
             f"the loaded model is in {ref.dtype} on {ref.device}: move it yourself, with its `to`, or leave "

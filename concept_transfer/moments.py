@@ -59,7 +59,7 @@ from concept_transfer.artefacts import (
 )
 from .cards import card
 from .data import Corpus, alike, checked, fill, text_key, texts_hash
-from .engine import Chunk, answered, engine, layer_numbers, rows_of, text_tokens
+from .engine import Chunk, answered, engine, layer_numbers, once, rows_of, text_tokens
 from .models import ModelInfo, model_info
 from .pairing import last_token, paired_tokens, spread_layers, text_of
 
@@ -279,12 +279,16 @@ def add(
     fold: Tensor | int = 0,  # (r,)
     weight: Tensor | None = None,  # (r,) default: 1
 ):
-    "Add paired rows. Raises ValueError for rows that are not finite, and for weights that are none."
+    """Add paired rows. Raises ValueError for rows that are not finite or of other sizes, and for weights or
+    folds that are none."""
+    (K, *sizes), n, fold = self.shape, len(X), torch.as_tensor(fold)
+    if [*X.shape, *Y.shape] != [n, *sizes[:2], n, *sizes[2:]] or (fold >= K).any():
+        raise ValueError(f"rows {tuple(X.shape)} and {tuple(Y.shape)} do not fit {self!r}, or its folds.")
     if not torch.isfinite(X.sum() + Y.sum()):
         raise ValueError("rows that are not finite cannot be added; leave them out.")
-    if len(X):
-        w = X.new_ones(len(X)) if weight is None else weight
-        self._add(X, Y, torch.as_tensor(fold).expand(len(X)), w)
+    if n:
+        w = X.new_ones(n) if weight is None else weight
+        self._add(X, Y, fold.expand(n), w)
 
 
 # %% ../nbs/13_moments.ipynb #9a51554c
@@ -354,6 +358,8 @@ def _differ(one, two):
 def __add__(self: Collected, other: Collected):
     """What both come to, which stay as they are.
     Raises ValueError where they do not belong together, or share texts."""
+    if not isinstance(other, Collected):
+        return NotImplemented
     if wrong := _differ(self, other):
         raise ValueError(f"these moments differ in {', '.join(wrong)}; collect both in the same way.")
     if both := self.seen & other.seen:
@@ -830,7 +836,7 @@ def fresh(
     models = source, target
     one, two = map(model_info, models)
     l1, l2 = (
-        tuple(layer_numbers(m, spread_layers(m) if k is None else k))
+        once(layer_numbers(m, spread_layers(m) if k is None else k))
         for m, k in zip(models, layers, strict=True)
     )
     settings = {

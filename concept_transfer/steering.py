@@ -375,14 +375,14 @@ _SHARE: Any = Annotated[float, Field(ge=0, le=1)]
 _HINTS = {k: _KINDS[kind] for k, kind in _SAID} | {"stop_strings": str | Sequence[str]}
 _HINTS |= dict.fromkeys(_SHARES, _SHARE)
 _HINTS |= {"max_time": PositiveFloat, "num_beams": PositiveInt, "early_stopping": bool | Literal["never"]}
-_NEEDS = {
+_ASSIST = "num_assistant_tokens assistant_confidence_threshold assistant_lookbehind target_lookbehind"
+_NEEDS = dict.fromkeys(_ASSIST.split(), "assistant_model") | {
     "negative_prompt_ids": "guidance_scale",
     "negative_prompt_attention_mask": "negative_prompt_ids",
-    "num_assistant_tokens": "assistant_model",
-    "assistant_confidence_threshold": "assistant_model",
     "max_matching_ngram_size": "prompt_lookup_num_tokens",
 }
-_DEAD = "bos_token_id decoder_start_token_id forced_bos_token_id cache_config low_memory".split()
+_DEAD = """bos_token_id decoder_start_token_id forced_bos_token_id cache_config low_memory
+    num_beam_groups diversity_penalty""".split()
 _KNOWN = {"tokenizer", *vars(GenerationConfig()), *signature(GenerationMixin.generate).parameters}
 _KNOWN -= {"self", "kwargs"}
 
@@ -396,7 +396,8 @@ def _ids(x):
 def _options(tokenizer, given):
     "All options of a generation. Raises ValueError for those that do not go together, or with us."
     for name in _TOKENS:
-        if odd := [k for k in _ids(given.get(name)) if k is not None and k not in range(len(tokenizer))]:
+        own = (k for k in _ids(given.get(name)) if k is not None)
+        if odd := [k for k in own if isinstance(k, bool) or k not in range(len(tokenizer))]:
             raise ValueError(f"{name}={given[name]!r}: this tokenizer has no token {odd[0]!r}.")
     if bad := [k for k in _OURS if given.get(k) not in (None, _PLAIN.get(k))]:
         raise ValueError(
@@ -408,7 +409,7 @@ def _options(tokenizer, given):
         meant = "".join(f" Did you mean {near!r}?" for near in nearest(name, _KNOWN))
         raise ValueError(f"generate has no option {name!r}.{meant}")
     given = fits(given, _HINTS, "generate")
-    if not all(given.get("stop_strings", "-")):
+    if not ((ends := given.get("stop_strings", "-")) and all(ends)):
         raise ValueError(f"stop_strings={given['stop_strings']!r}: an empty text stops nothing.")
     if given.get("min_new_tokens", 0) > given.get("max_new_tokens", np.inf):
         raise ValueError("min_new_tokens is more than max_new_tokens: raise the one, or lower the other.")

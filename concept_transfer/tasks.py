@@ -43,7 +43,7 @@ from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self
 
 import numpy as np
 from fastcore.basics import patch
-from pydantic import BeforeValidator, FiniteFloat, PositiveInt
+from pydantic import BeforeValidator, Field, FiniteFloat, PositiveInt
 from scipy.special import softmax
 from typing_extensions import TypedDict
 
@@ -56,7 +56,6 @@ from concept_transfer.data import (
     builtin_rows,
     check_texts,
     checked,
-    column,
     data_hash,
     emotion_scenes,
     fill,
@@ -64,6 +63,7 @@ from concept_transfer.data import (
     open_data,
     read_file,
     refuse_slips,
+    renamed,
     scenarios,
     split_words,
 )
@@ -83,7 +83,9 @@ class Task:
         what = f"task {self.name!r}"
         kind: Any = self._item
         checked(dict(name=self.name, instruction=self.instruction), dict[str, str], what)
-        vars(self)["items"] = checked(self.items, tuple[kind, ...], what, strict=False)  # as it is frozen
+        check_texts([self.name], "name")
+        items = as_tuple(self.items, what)
+        vars(self)["items"] = checked(items, tuple[kind, ...], what, strict=False)  # as it is frozen
         check_texts(self.prompts, what)
         check_texts(self.groups, f"{what}: scenarios")
 
@@ -173,6 +175,14 @@ class ChoiceTask(Task):
 
 
 # %% ../nbs/02_tasks.ipynb #172d7d4a
+def _groups(groups, name, usual):
+    "Scenario of each prompt; by default the usual ones."
+    found = as_tuple(groups, f"task {name!r}: groups") or usual
+    if len(found) != len(usual):
+        raise ValueError(f"task {name!r}: {len(found)} groups for {len(usual)} prompts.")
+    return scenarios(found, range(len(found)))
+
+
 def choice_task(
     texts: Sequence[str],  # scenarios
     choices: Sequence[str],  # answers, as words
@@ -186,7 +196,7 @@ def choice_task(
     if target not in choices:
         raise ValueError(f"target {target!r} is not among the choices {', '.join(choices)}.")
     words, at = tuple(f" {c.strip()}" for c in choices), choices.index(target)
-    asked = zip(fill(template, texts), groups or texts, strict=True)
+    asked = zip(fill(template, texts), _groups(groups, name, texts), strict=True)
     items = [ChoiceItem(prompt, words, at, group) for prompt, group in asked]
     return ChoiceTask(name, items, f"Whatever happens, everybody in these stories feels {target}.\n\n")
 
@@ -441,7 +451,8 @@ toxicity = Scorer(
 _LANGUAGES = "english french german italian spanish".split()
 
 
-_KINDS = {"n": PositiveInt, "name": Literal[*_LANGUAGES], "phrase": str, "word": str, "what": str}
+_KINDS = {"n": PositiveInt, "name": Literal[*_LANGUAGES]}
+_KINDS |= dict.fromkeys(("phrase", "word", "what"), Annotated[str, Field(pattern=r"\S")])
 _TOLD: Any = TypedDict("told", _KINDS, total=False)  # type: ignore[misc]
 
 
@@ -526,7 +537,7 @@ _TESTS: dict[str, Callable] = {
     "is_json": _is_json,
     "starts": lambda text, phrase: text.startswith(phrase),
     "ends": lambda text, phrase: text.endswith(phrase),
-    "contains": lambda text, word: re.search(rf"(?i)\b{re.escape(word)}\b", text),
+    "contains": lambda text, word: re.search(rf"(?i)(?<!\w){re.escape(word)}(?!\w)", text),
     "without": lambda text, what: what.lower() not in text.lower(),
     "is_language": lambda text, name: language(text, name=name) > 0.5,
     "question": lambda text: all(s.rstrip("\"'”’)").endswith("?") for s in _sentences(text)),
@@ -591,12 +602,10 @@ def generation_task(
     prompts = check_texts(prompts, f"task {name!r}")
     n = len(prompts)
     scorers = scorer if isinstance(scorer, (list, tuple)) else [scorer] * n
-    groups = as_tuple(groups, f"task {name!r}: groups") or (*map(str, range(n)),)
-    if not len(scorers) == len(groups) == n:
-        raise ValueError(
-            f"generation task {name!r}: {len(scorers)} scorers and {len(groups)} groups for {n} prompts."
-        )
-    items = map(GenerationItem, prompts, map(_find, scorers), scenarios(groups, range(n)))
+    if len(scorers) != n:
+        raise ValueError(f"task {name!r}: {len(scorers)} scorers for {n} prompts.")
+    groups = _groups(groups, name, [*map(str, range(n))])
+    items = map(GenerationItem, prompts, map(_find, scorers), groups)
     return GenerationTask(name, [*items], instruction)
 
 
@@ -800,21 +809,24 @@ def _items(path, rows):
     "Items of a choice task from rows."
     named = []
     for row in checked(rows, list[dict], f"{path}: row"):
-        named.append({column(k): x for k, x in row.items()})
+        named.append(renamed(row, path))
         refuse_slips(named[-1], ChoiceItem._fields, path)
-        if len(named[-1]) < len(row):
-            raise ValueError(f"{path}: two of {', '.join(map(str, row))} mean the same; leave one out.")
     groups = scenarios([r.get("group", r.get("prompt")) for r in named], range(len(named)))
     rows = [{k: r[k] for k in ChoiceItem._fields if k in r} for r in named]
     return [r | {"group": g} for r, g in zip(rows, groups, strict=True)]
 
 
 # %% ../nbs/02_tasks.ipynb #8007c428
+_IDLE = "prompts scorer args template choices target group groups".split()
+
+
 def _read_task(path, found):
     "A task of a file, by what it looks like."
     match found:
         case {"items": [*rows]} as d:
             refuse_slips(d, ("name", "instruction", "items"), path)
+            if idle := {*_IDLE} & {*d}:
+                raise ValueError(f"{path}: {min(idle)!r} does nothing beside 'items'; leave it out.")
             return ChoiceTask(d.get("name", path.stem), _items(path, rows), d.get("instruction", ""))
         case {"prompts": [*prompts]} as d:
             refuse_slips(d, ("name", "scorer", "args", "groups", "instruction", "prompts"), path)
@@ -860,5 +872,6 @@ def load_task(
         pairs = load_pairs(ref)
         named = pairs.groups != replace(pairs, groups=()).groups
         groups = pairs.groups[len(pairs.positive) :] if named else ()
-        return choice_task(pairs.negative, choices, target, path.stem, groups=groups)
+        asked = EMOTION_PROMPT if pairs.template == "{}" else pairs.template
+        return choice_task(pairs.negative, choices, target, path.stem, asked, groups)
     return _read_task(path, found)

@@ -263,7 +263,7 @@ ITEM = dict(prompt="The street", choices=[" is wet", " is dry"], target=0)
         (dict(prompts=["x"], scorer="beauty"), "none of sentiment"),
         (dict(prompts=["x"], scorer="ends"), "do not fit the scorer 'ends'"),
         (dict(prompts=[""], scorer="upper"), "item 0 is ''"),
-        (dict(prompts=["x"], scorer="upper", groups=["a", "b"]), "1 scorers and 2 groups for 1 prompts"),
+        (dict(prompts=["x"], scorer="upper", groups=["a", "b"]), "2 groups for 1 prompts"),
     ],
 )
 def test_a_file_that_is_no_task_says_why(tmp_path, made, says):
