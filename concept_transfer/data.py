@@ -267,12 +267,10 @@ def as_table(found: Any, path: Path) -> pd.DataFrame:
     except Exception:  # pandas has many kinds; whoever needs a table says what it should be
         return pd.DataFrame()
     if table.index.name:  # groups may stand there
-        table = table.reset_index()
+        table = table.reset_index(allow_duplicates=True)
     table.columns = [*map(column, table)]
     if not table.columns.is_unique:
-        raise ValueError(
-            f"{path}: two of the columns {', '.join(map(str, table))} mean the same; leave one out."
-        )
+        raise ValueError(f"{path}: two of {', '.join(map(str, table))} mean the same; leave one out.")
     return table
 
 

@@ -23,8 +23,8 @@ __all__ = [
     "Sums",
     "context_length",
     "layer_numbers",
-    "once",
     "refuse_empty",
+    "once",
     "start_mark",
     "tokenized",
     "rendered",
@@ -368,13 +368,6 @@ def layer_numbers(model: TransformersModel, layers: Sequence[int] | None = None)
     return [k % n for k in wanted]
 
 
-def once(numbers: Sequence[int]) -> tuple[int, ...]:
-    "Layer numbers. Raises ValueError for one that comes twice, as may be by its number from the end."
-    if len({*numbers}) < len(numbers):
-        raise ValueError(f"layers {list(numbers)}: give each once.")
-    return tuple(numbers)
-
-
 # %% ../nbs/06_engine.ipynb #1c8cc511
 def refuse_empty(texts: Sequence[str], ids: Ids, nothing: Sequence[int] = ()):
     "Raise ValueError for a text of which no more than `nothing` is left in tokens."
@@ -383,6 +376,13 @@ def refuse_empty(texts: Sequence[str], ids: Ids, nothing: Sequence[int] = ()):
             raise ValueError(
                 f"text {i} is empty for this tokenizer: {texts[i]!r}. Remove it, or give it a word."
             )
+
+
+def once(numbers: Sequence[int]) -> tuple[int, ...]:
+    "Layer numbers. Raises ValueError for one that comes twice, as may be by its number from the end."
+    if len({*numbers}) < len(numbers):
+        raise ValueError(f"layers {list(numbers)}: give each once.")
+    return tuple(numbers)
 
 
 # %% ../nbs/06_engine.ipynb #a3e97183
@@ -443,8 +443,8 @@ def rendered(model: TransformersModel, chat: Any, i: int = 0) -> Any:
         text = model.tokenizer.apply_chat_template(
             chat, tokenize=False, add_generation_prompt=not begun, continue_final_message=begun
         )
-        for m in chat:  # of a long one the end, as some templates leave thoughts out
-            if m["content"].strip()[-20:].lower() not in text.lower():
+        for m in chat:  # its end, behind thoughts, which some templates leave out
+            if re.split("</[^>]*>", m["content"])[-1].strip()[-20:].lower() not in text.lower():
                 raise ValueError(f"it leaves out what {m['role']!r} says")
         return text
     except Exception as e:

@@ -647,6 +647,8 @@ def _check_asked(t, task, experiments, given, arms):
     if reused := _reused(t, task):
         say = f"{reused} of these items chose layers and dose; the result will be too good. Use others."
         warnings.warn(say, stacklevel=3)
+    if {*task.prompts} & {*getattr(given.get("examples"), "prompts", ())}:
+        warnings.warn("some of these items stand among the examples, with answers; use others.", stacklevel=3)
     if "pairs" in given and (say := leak(given["pairs"], task)):
         warnings.warn(say, stacklevel=3)
 

@@ -283,7 +283,9 @@ def add(
     folds that are none."""
     (K, *sizes), n, fold = self.shape, len(X), torch.as_tensor(fold)
     if [*X.shape, *Y.shape] != [n, *sizes[:2], n, *sizes[2:]] or (fold >= K).any():
-        raise ValueError(f"rows {tuple(X.shape)} and {tuple(Y.shape)} do not fit {self!r}, or its folds.")
+        raise ValueError(
+            f"rows {tuple(X.shape)} and {tuple(Y.shape)} do not fit {self!r}, or not folds from 0 on."
+        )
     if not torch.isfinite(X.sum() + Y.sum()):
         raise ValueError("rows that are not finite cannot be added; leave them out.")
     if n:
@@ -358,8 +360,6 @@ def _differ(one, two):
 def __add__(self: Collected, other: Collected):
     """What both come to, which stay as they are.
     Raises ValueError where they do not belong together, or share texts."""
-    if not isinstance(other, Collected):
-        return NotImplemented
     if wrong := _differ(self, other):
         raise ValueError(f"these moments differ in {', '.join(wrong)}; collect both in the same way.")
     if both := self.seen & other.seen:

@@ -396,8 +396,7 @@ def _ids(x):
 def _options(tokenizer, given):
     "All options of a generation. Raises ValueError for those that do not go together, or with us."
     for name in _TOKENS:
-        own = (k for k in _ids(given.get(name)) if k is not None)
-        if odd := [k for k in own if isinstance(k, bool) or k not in range(len(tokenizer))]:
+        if odd := [k for k in _ids(given.get(name)) if k is not None and k not in range(len(tokenizer))]:
             raise ValueError(f"{name}={given[name]!r}: this tokenizer has no token {odd[0]!r}.")
     if bad := [k for k in _OURS if given.get(k) not in (None, _PLAIN.get(k))]:
         raise ValueError(
@@ -409,7 +408,7 @@ def _options(tokenizer, given):
         meant = "".join(f" Did you mean {near!r}?" for near in nearest(name, _KNOWN))
         raise ValueError(f"generate has no option {name!r}.{meant}")
     given = fits(given, _HINTS, "generate")
-    if not ((ends := given.get("stop_strings", "-")) and all(ends)):
+    if not all(given.get("stop_strings", "-")):
         raise ValueError(f"stop_strings={given['stop_strings']!r}: an empty text stops nothing.")
     if given.get("min_new_tokens", 0) > given.get("max_new_tokens", np.inf):
         raise ValueError("min_new_tokens is more than max_new_tokens: raise the one, or lower the other.")

@@ -881,3 +881,25 @@ def test_in_a_log_a_bar_is_a_line_now_and_then(here, made, monkeypatch, capsys):
         f"line {k}" for k in range(3) for _ in range(4)
     ]
     assert len(bars) > 2 and all(line.strip() and "\x1b" not in line for line in lines)
+
+
+@pytest.mark.parametrize("command", ["generate", "play"])
+def test_a_seed_is_of_sampling(here, graft, command, capsys):
+    (here / "starts.txt").write_text("It rained and\n")
+    argv = [command, *graft, "--prompts", "starts.txt", "--max-new-tokens", "2", "--seed", "3"]
+    argv += ["--out", "page.html"] if command == "play" else []
+    assert main(*argv) == 2 and "goes with --temperature or --top-p" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_run_makes_anew_what_other_scenarios_of_its_pairs_made(demo, tmp_path):
+    pairs, file = load_pairs("emotions/happiness"), tmp_path / "joy.json"
+    rows = [dict(positive=p, negative=n) for p, n in zip(pairs.positive, pairs.negative, strict=True)][:30]
+
+    def go(size):
+        file.write_text(json.dumps([r | {"group": f"scene {i // size}"} for i, r in enumerate(rows)]))
+        return demo("--pairs", file, "--task", "emotions/happiness", "--quick", command="run")
+
+    assert go(1)[0] == "extract_concept"
+    demo.settle()
+    assert go(1) == [] and go(3)[0] == "extract_concept"

@@ -18,6 +18,7 @@ from concept_transfer.concepts import (
 )
 from concept_transfer.data import ContrastPairs, Corpus, load_pairs
 from concept_transfer.engine import encode
+from concept_transfer.maps import fit_maps
 from concept_transfer.models import model_info, tiny_model, wrap
 
 SCENES = Corpus("scenes", [t for e in ("sadness", "fear") for t in load_pairs(f"emotions/{e}").texts])
@@ -179,3 +180,27 @@ def test_a_reducer_gives_a_direction(reducer):
 def test_a_batch_holds_some_tokens(size):
     with pytest.raises(ValueError, match="batch_tokens"):
         activations(tiny_model("gpt2"), ["It rained"], batch_tokens=size)
+
+
+def test_a_layer_is_given_once():
+    m, pairs = tiny_model("gpt2"), load_pairs("honesty")
+    for layers in ([1, 1], [-1, 3]):
+        with pytest.raises(ValueError, match="give each once"):
+            extract_concept(m, pairs, layers)
+        with pytest.raises(ValueError, match="give each once"):
+            fit_maps(m, m, Corpus("c", pairs.texts), [1], layers)
+
+
+def test_a_function_does_not_go_by_the_name_of_another():
+    m, pairs = tiny_model("gpt2"), load_pairs("honesty")
+
+    def pca(P, N):
+        return P[0] - N[0]
+
+    def last(h):
+        return h[0]
+
+    for given in ({"reducer": pca}, {"position": last}):
+        with pytest.raises(ValueError, match="is the name of another one here"):
+            extract_concept(m, pairs, [1], **given)
+    assert extract_concept(m, pairs, [1], reducer=REDUCERS["pca"]).reducer == "pca"

@@ -746,3 +746,37 @@ def test_a_slip_in_the_name_of_a_file_is_seen(tmp_path):
     (tmp_path / "curiosity.csv").write_text("positive,negative\na,b\n")
     with pytest.raises(FileNotFoundError, match="Did you mean 'curiosity.csv'"):
         load_pairs(tmp_path / "curosity.csv")
+
+
+@pytest.mark.parametrize("ending, mark", [("csv", ", "), ("csv", "; "), ("tsv", "\t ")])
+def test_a_blank_after_a_mark_is_no_part_of_a_text(write, ending, mark):
+    text = f'positive{mark}negative\nI sang{mark}"I ""wept"", too"\n"We, too"{mark}We left\n'
+    pairs = load_pairs(write(f"p.{ending}", text))
+    assert pairs.positive == ("I sang", "We, too") and pairs.negative == ('I "wept", too', "We left")
+
+
+def test_groups_in_the_index_of_a_table_are_kept():
+    table = pd.DataFrame(dict(positive=["a", "b"], negative=["c", "d"], group=["lake", "town"]))
+    want = load_pairs(table)
+    assert load_pairs(table.set_index("group")).groups == want.groups == ("lake", "town") * 2
+    assert load_pairs(table.rename_axis("id")) == want
+    with pytest.raises(ValueError, match="mean the same"):
+        load_pairs(table.set_index("group", drop=False))
+
+
+def test_two_lists_stand_under_any_of_their_names():
+    want = ContrastPairs("joy", ["a", "c"], ["b"], template="{} now")
+    for p, n, name, words in (
+        ("positive", "negative", "name", "template"),
+        ("chosen", "rejected", "name", "template"),
+        ("Pos", "Neg", "Name", "TEMPLATE"),
+    ):
+        assert load_pairs({p: ["a", "c"], n: ["b"], name: "joy", words: "{} now"}) == want
+    with pytest.raises(ValueError, match="positive, negative, pos mean the same"):
+        load_pairs({"positive": ["a"], "negative": ["b"], "pos": ["c"]})
+
+
+def test_labelled_answers_stand_behind_their_prompt():
+    rows = [dict(prompt="Why?", text=" Because.", label=1), dict(prompt="Why?", text="Go away.", label=0)]
+    pairs = load_pairs(rows)
+    assert pairs.texts == ("Why? Because.", "Why? Go away.") and {*pairs.groups} == {"Why?"}

@@ -31,6 +31,7 @@ from concept_transfer.engine import (
     engine,
     gathered,
     hidden_of,
+    layer_numbers,
     left_batches,
     length_batches,
     pad,
@@ -954,3 +955,30 @@ def test_texts_on_both_sides_of_a_change_of_rotations_are_said():
     with warnings.catch_warnings(action="error"):
         for text in texts:
             encode(m, [text])
+
+
+@pytest.mark.parametrize(
+    "template, who",
+    [
+        ("{% for m in messages if m.role != 'system' %}{{ m.content }}{% endfor %}", "system"),
+        ("{{ messages[0].content }}", "user"),
+        ("{{ bos_token }}", "system"),
+    ],
+)
+def test_a_template_that_leaves_a_message_out_is_refused(template, who):
+    m = tiny_model("llama")
+    chat = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Why does it rain?"}]
+    m.tokenizer.chat_template = template
+    with pytest.raises(ValueError, match=f"text 0 is a chat .*: it leaves out what '{who}' says"):
+        encode(m, [chat])
+    m.tokenizer.chat_template = "{% for m in messages %}{{ m.content.split('</think>')[-1] }}{% endfor %}"
+    chat[1]["content"] = "<think>hm</think>" + chat[1]["content"]  # thoughts may go
+    assert m.tokenizer.decode(encode(m, [chat])[0]).endswith("Why does it rain?")
+
+
+@pytest.mark.parametrize("layers", [[True], [False, True, False, True], [1, True]])
+def test_whether_a_layer_is_wanted_is_no_number(layers):
+    m = tiny_model("llama")
+    for use in (layer_numbers, lambda m, layers: activations(m, ["Rain"], layers)):
+        with pytest.raises(ValueError, match="give at least one whole number"):
+            use(m, layers)

@@ -21,6 +21,7 @@ from concept_transfer.arms import (
     Unsteered,
     Words,
     few_shot,
+    native_direction,
     readouts_of,
 )
 from concept_transfer.concepts import extract_concept
@@ -1017,3 +1018,19 @@ def test_a_behaviour_has_arms_that_push_its_word(pair):
     (arm,) = ARMS["unembedding"].make(Trial(Bench(pair[1], 2, task, NEUTRAL, 0.5), t, {}))
     assert torch.cosine_similarity(arm.direction, asked_for, dim=0) > 0.999
     assert "no scorer of 'behaviours/honesty'" in e.untold
+
+
+def test_items_among_the_examples_are_told(pair, few, monkeypatch):
+    monkeypatch.setattr("concept_transfer.evidence.Bench", None)
+    for examples, told in ((few.take(4), 1), (load_task("knowledge").take(4), 0)):
+        with warnings.catch_warnings(record=True) as said, pytest.raises(TypeError):
+            warnings.simplefilter("always")
+            evaluate(pair[2], few, NEUTRAL, examples=examples)
+        assert sum("stand among the examples" in str(w.message) for w in said) == told
+
+
+def test_a_reducer_that_cannot_be_repeated_is_told(pair, few):
+    _, t, push = pair
+    trial = Trial(Bench(t, 2, few, NEUTRAL), replace(push, notes=push.notes | {"reducer": "median"}), {})
+    with pytest.warns(UserWarning, match="made by 'median', which is not in REDUCERS"):
+        native_direction(trial, PAIRS)

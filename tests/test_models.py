@@ -833,3 +833,14 @@ def test_a_change_in_place_makes_another_model(part):
         m._module.model.layers[0].input_layernorm.variance_epsilon = 0.5
     with pytest.raises(ValueError, match="they differ in"):
         before.require(model_info(m), "this")
+
+
+@pytest.mark.parametrize("wish", [{"device": 0}, {"device": ""}, {"dtype": ""}])
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a first device is there")
+def test_a_first_device_and_an_empty_name_are_not_passed_over(folder, wish):
+    with pytest.raises((ValueError, OSError)):
+        load_model(folder, **wish)
+    m = tiny_model("llama")
+    if wish != {"device": 0}:  # which may be where it is
+        with pytest.raises(ValueError):
+            load_model(m._module, m.tokenizer, **wish)

@@ -785,3 +785,14 @@ def test_options_of_reading_are_named(pair):
         fit_maps(*pair, SCENES, [1], [2], lambdas=[1.0])
     with pytest.raises(ValueError, match="every"):
         collect(*pair, SCENES, [1], [2], every=-1)
+
+
+@pytest.mark.parametrize("kind", [Moments, Rows])
+def test_rows_that_do_not_fit_change_nothing(kind):
+    X, Y = rows(10)
+    m = kind.zeros(4, 2, 12, 2, 9)
+    wrong = (X[:, 0], Y), (X, Y[:9]), (Y, X), (X[:, :1], Y), (X, Y, 4), (X, Y, torch.arange(10))
+    for given in wrong:
+        with pytest.raises(ValueError, match="do not fit"):
+            m.add(*given)
+    assert not m.n.any() and not m.x.any()

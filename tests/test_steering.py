@@ -655,3 +655,17 @@ def test_what_needs_a_model_says_so(use):
     alone = replace(place(torch.ones(48), tiny_model("llama"), 1), model=None)
     with pytest.raises(ValueError, match="has no model: load it with"):
         use(alone)
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"num_beam_groups": 2},
+        {"diversity_penalty": 0.5},
+        {"target_lookbehind": 3},
+        {"assistant_lookbehind": 3},
+    ],
+)
+def test_options_of_beams_and_helpers_that_are_not_there_are_refused(llama, option):
+    with pytest.raises(ValueError, match="does nothing"):
+        generate(llama, PROMPTS, 3, **option)

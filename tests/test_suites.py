@@ -444,3 +444,12 @@ def test_the_standard_suite_from_a_shell(planted, index, tmp_path, monkeypatch, 
 def test_a_real_wheel(tmp_path, monkeypatch):
     monkeypatch.setenv("CONCEPT_TRANSFER_CACHE", str(tmp_path))
     assert len(MEASURES["over_refusal"].task()) == 150
+
+
+@pytest.mark.parametrize("name", ["target", "as asked", "easy"])
+def test_measures_have_names_of_their_own(planted, name, monkeypatch):
+    push, task = planted
+    monkeypatch.setattr(Bench, "with_task", None)  # before anything is asked
+    easy = mine(replace(task, name=name))
+    with pytest.raises(ValueError, match=f"two measures are called '{name}'"):
+        measure_suite(push, task, [easy] if name != "easy" else [easy, mine(replace(task, name=name))])

@@ -5,11 +5,20 @@ import json
 import re
 from collections import Counter
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
 
-from concept_transfer.data import ContrastPairs, builtin_rows, lint, load_pairs, overlap, split_words
+from concept_transfer.data import (
+    ContrastPairs,
+    builtin_rows,
+    lint,
+    load_corpus,
+    load_pairs,
+    overlap,
+    split_words,
+)
 from concept_transfer.stats import auc, wilson
 from concept_transfer.tasks import (
     JUDGES,
@@ -490,3 +499,59 @@ def test_lint_says_what_would_leave_no_verdict():
 def test_equal_prompts_are_one_scenario_from_any_file():
     item = {"prompt": "It rained and", "choices": [" we left", " we stayed"], "target": 0}
     assert len({*load_task([item, item]).groups}) == len({*load_task({"items": [item, item]}).groups}) == 1
+
+
+def test_groups_of_choices_are_a_list_as_long_as_the_texts():
+    ask = partial(choice_task, ["Rain.", "Snow."], ["wet", "dry"], "wet", "weather")
+    assert (
+        ask(groups=np.array(["lake", "town"])).groups
+        == ask(groups=["lake", "town"]).groups
+        == ["lake", "town"]
+    )
+    assert ask(groups=["lake", None]).groups == ["lake", "row 1"] and ask().groups == ["Rain.", "Snow."]
+    for groups, says in (
+        ("ab", "a list is needed"),
+        (["lake"], "1 groups for 2 prompts"),
+        ({"a", "b"}, "list"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            ask(groups=groups)
+
+
+def test_the_words_around_pairs_are_what_is_asked():
+    pairs = {"positive": ["I sang."], "negative": ["I left."], "template": "{} So I feel"}
+    ask = partial(load_task, choices=["glad", "sad"], target="glad")
+    assert ask(pairs).prompts == ["I left. So I feel"]
+    assert ask(pairs | {"template": "{}"}).prompts == ["I left. The main emotion in this story is"]
+
+
+@pytest.mark.parametrize("name", "template prompts scorer choices target groups".split())
+def test_what_does_nothing_beside_items_is_refused(name):
+    with pytest.raises(ValueError, match=f"'{name}' does nothing beside 'items'"):
+        load_task({"items": [ITEM], name: ["x"]})
+
+
+def test_items_have_an_order_and_a_task_a_name():
+    item = ("The street", (" is wet", " is dry"), 0, "rain")
+    assert len(ChoiceTask("rain", (x for x in [item]))) == 1
+    with pytest.raises(ValueError, match="a list is needed here, not set"):
+        ChoiceTask("rain", {item})
+    for name in ("", "a\x1b[31m"):
+        with pytest.raises(ValueError, match="name, item 0 is"):
+            ChoiceTask(name, [item])
+
+
+def test_a_rule_looks_for_something_and_finds_it_between_any_marks():
+    found = RULES["contains"].bind(word="C++")
+    assert [found(x) for x in ("We use c++ here.", "C++", "We use C here.", "C++x")] == [1, 1, 0, 0]
+    for rule, args in (("contains", {"word": ""}), ("without", {"what": " "}), ("starts", {"phrase": ""})):
+        with pytest.raises(ValueError, match=f"scorer '{rule}'"):
+            load_task({"prompts": ["Go on"], "scorer": rule, "args": args})
+
+
+@pytest.mark.parametrize("n", [True, "2", 0, 1.5])
+def test_a_number_of_items_is_no_text_and_no_truth(n):
+    for whole in (load_task("emotions/fear"), load_corpus("neutral")):
+        with pytest.raises(ValueError, match=r"take\(n\)"):
+            whole.take(n)
+        assert len(whole.take(np.int64(2))) == len(whole.take(2.0)) == 2
