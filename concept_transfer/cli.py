@@ -1077,8 +1077,8 @@ def _flow(folder, models, pairs, texts, items, settings, most, other=None):
         _expect("     about", _reading(source, pairs.texts))
         return extract_concept(source, pairs)
 
-    of = pairs.hash, data_hash([pairs.name, *pairs.groups])
-    concept = keep("concept.safetensors", find, Concept.load, read, read.precision, *of)
+    of = data_hash([str(vars(pairs))])
+    concept = keep("concept.safetensors", find, Concept.load, read, read.precision, of)
     _say(f"     {concept!r}\n3/6  maps: both models read {len(texts)} texts")
 
     def fit():

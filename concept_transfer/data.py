@@ -213,6 +213,8 @@ def find_file(
         return ours
     if os.path.isfile(own):
         return Path(own)
+    if os.path.exists(own):
+        raise FileNotFoundError(f"{str(ref)!r} is a folder or a device, where a file is needed.")
     folder, name = os.path.split(own)
     beside = os.listdir(folder or ".") if os.path.isdir(folder or ".") else []
     close = get_close_matches(name, beside, 1, 0.8) or nearest(ref, known)

@@ -639,6 +639,9 @@ def _check_asked(t, task, experiments, given, arms):
         raise TypeError(f"evaluate: no arm needs {strange[0]!r}; arms need {', '.join(known)}.")
     given = {k: v for k, v in given.items() if v is not None}
     fits(given, _GIVEN, "evaluate")
+    own = getattr(given.get("pairs"), "hash", t.notes.get("texts_hash"))
+    if "other" in given and given["other"].hash == own:
+        raise ValueError("other= holds the concept's own texts, which control nothing: give another's.")
     if "native" in given:
         given["native"].target.require(t.target, "native=")
     for m in t.carriers(given["map"]) if "map" in given else ():

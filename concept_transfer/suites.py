@@ -484,11 +484,9 @@ def measure_suite(
     parts = dict(steered=of, model=described(t.model), versions=str(versions()))
     journal = Journal(path, "suite", parts)
     asked = {"target": ("target", task)} | {k: ("reworded", _reworded(task, k)) for k in REWORDED}
-    first = {*asked}
-    for ref in measures:
-        m = ref if isinstance(ref, Measure) else _measure(ref)
-        if m.name in (asked if m is ref else first):
-            raise ValueError(f"two measures are called {m.name!r}: give each a name of its own.")
+    for m in (x if isinstance(x, Measure) else _measure(x) for x in measures):
+        if m.name in ("target", *REWORDED):
+            raise ValueError(f"a measure cannot be called {m.name!r}, which is ours: give it another name.")
         try:
             asked[m.name] = m.kind, m.task()
         except ConnectionError as e:

@@ -82,8 +82,8 @@ class Task:
     def __post_init__(self):
         what = f"task {self.name!r}"
         kind: Any = self._item
-        checked(dict(name=self.name, instruction=self.instruction), dict[str, str], what)
         check_texts([self.name], "name")
+        checked(self.instruction, str, f"{what} 'instruction'")
         items = as_tuple(self.items, what)
         vars(self)["items"] = checked(items, tuple[kind, ...], what, strict=False)  # as it is frozen
         check_texts(self.prompts, what)

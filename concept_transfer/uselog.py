@@ -218,6 +218,8 @@ class UseLog:
     ):
         fits(dict(path=path, redact=redact, size=size), UseLog.__init__.__annotations__, "UseLog")
         self.path, self.redact, self.size = Path(path).expanduser(), redact, size
+        if self.path.exists() and not self.path.is_file():  # which keeps nothing
+            raise ValueError(f"{path} is a folder or a device, where a file is needed; give another path.")
         self._turn, self._lock = RLock(), FileLock(f"{self.path}.lock", timeout=0, thread_local=False)
         with ExitStack() as stack:
             try:

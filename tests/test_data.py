@@ -5,6 +5,7 @@ import gzip
 import io
 import itertools
 import json
+import os
 import random
 import re
 import time
@@ -780,3 +781,12 @@ def test_labelled_answers_stand_behind_their_prompt():
     rows = [dict(prompt="Why?", text=" Because.", label=1), dict(prompt="Why?", text="Go away.", label=0)]
     pairs = load_pairs(rows)
     assert pairs.texts == ("Why? Because.", "Why? Go away.") and {*pairs.groups} == {"Why?"}
+
+
+def test_a_folder_and_a_pipe_are_called_what_they_are(tmp_path):
+    (tmp_path / "p.csv").mkdir()
+    os.mkfifo(tmp_path / "p.jsonl")
+    for load in (load_pairs, load_corpus, load_task):
+        for name in ("p.csv", "p.jsonl"):
+            with pytest.raises(FileNotFoundError, match="is a folder or a device"):
+                load(tmp_path / name)

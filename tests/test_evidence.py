@@ -1034,3 +1034,12 @@ def test_a_reducer_that_cannot_be_repeated_is_told(pair, few):
     trial = Trial(Bench(t, 2, few, NEUTRAL), replace(push, notes=push.notes | {"reducer": "median"}), {})
     with pytest.warns(UserWarning, match="made by 'median', which is not in REDUCERS"):
         native_direction(trial, PAIRS)
+
+
+@pytest.mark.parametrize("noted", [True, False])
+def test_the_concept_itself_is_no_other_one(pair, task, monkeypatch, noted):
+    monkeypatch.setattr("concept_transfer.evidence.Bench", None)
+    t = pair[2] if noted else replace(pair[2], notes={})
+    more = {} if noted else {"pairs": PAIRS}
+    with pytest.raises(ValueError, match="other= holds the concept's own texts"):
+        evaluate(t, task, NEUTRAL, other=PAIRS, **more)

@@ -240,7 +240,7 @@ ITEM = dict(prompt="The street", choices=[" is wet", " is dry"], target=0)
         (dict(items=[ITEM | {"n_true": 2}]), "these leave no false one"),
         (dict(items=[ITEM | {"n_true": 1, "target": 1}]), "not one of the 1 that are true"),
         (dict(items=[ITEM, 3]), "row 1: Input should be a valid dictionary, found 3"),
-        (dict(items=[ITEM], name=5), "'name': Input should be a valid string, found 5"),
+        (dict(items=[ITEM], name=5), "name, item 0 is 5"),
         (dict(items=[ITEM], instruction=["x"]), "'instruction': Input should be a valid string, found ['x']"),
         (dict(prompts=[5], scorer="upper"), "item 0 is 5"),
         (dict(prompts=[["x"]], scorer="upper"), "item 0 is ['x']"),

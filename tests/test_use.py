@@ -999,3 +999,13 @@ def test_what_is_no_log_is_not_called_a_torn_one(tmp_path, text, capsys):
     found = audit(tmp_path / "other.json")
     assert not found.torn and found.faults == ["other.json holds a line that is no row"]
     assert main(["audit", str(tmp_path / "other.json")]) == 1
+
+
+def test_a_log_is_no_folder_and_no_device(tmp_path):
+    (tmp_path / "folder").mkdir()
+    os.mkfifo(tmp_path / "pipe")
+    before = {*tmp_path.iterdir()}
+    for path in (tmp_path / "folder", tmp_path / "pipe"):
+        with pytest.raises(ValueError, match="a folder or a device, where a file is needed"):
+            UseLog(path)
+    assert {*tmp_path.iterdir()} == before
