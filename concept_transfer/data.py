@@ -441,8 +441,9 @@ _OF_ROWS = {"group", "prompt"}  # what makes sides into columns
 
 def _read_pairs(path, found):
     "Pairs by what the data looks like."
-    match renamed(found, path) if isinstance(found, dict) else None:
-        case {"positive": [*p], "negative": [*n]} as d if not _OF_ROWS & {*d}:
+    d: Any = renamed(found, path) if isinstance(found, dict) else None
+    match d:
+        case {"positive": [*p], "negative": [*n]} if not _OF_ROWS & {*d}:
             refuse_slips(d, ("name", "template", "groups", *_OF_ROWS), path)
             return ContrastPairs(d.get("name", path.stem), p, n, template=d.get("template", "{}"))
     table = as_table(found, path)
