@@ -656,7 +656,7 @@ class Journal:
             if self.path.exists() and not self.path.is_file():
                 self._refuse("is a folder or a device, where a file is needed")
             parts = {"format": _FORMAT} | (parts or {})
-            short = {k: v if isinstance(v, str | int) else fingerprint(v) for k, v in parts.items()}
+            short = {k: v if type(v) in (str, int) else fingerprint(v) for k, v in parts.items()}
             self._read({"journal": what, "parts": short})
 
 

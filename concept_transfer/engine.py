@@ -955,23 +955,6 @@ def _block_output(model, layer):
     return seen[0]
 
 
-# %% ../nbs/06_engine.ipynb #7458fe42
-def _reply(here):
-    """What a model makes of 16 tokens, unsteered: directions of the last states, folded with random signs
-    into 32 numbers, and how far the eight largest logits at each lie apart, in nats."""
-    ids, mask = _probe(here.model, 16)
-    was = OPEN.set(())
-    try:
-        h = here.read(ids, mask, [len(here.model.layers) - 1])[0][0].float().cpu()  # (t, d)
-        top = here.logits(ids, mask, 16)[0].topk(8).values.cpu()  # (t, 8)
-    finally:
-        OPEN.reset(was)
-    flat = torch.nn.functional.normalize(h).flatten()  # (t d,)
-    signs = torch.tensor(np.random.PCG64(0).random_raw(32 * len(flat)) >> 63).view(32, -1).float() * 2 - 1
-    both = torch.cat([signs @ flat, top.std(-1)])  # (48,)
-    return tuple(both.double().round(decimals=5).tolist())
-
-
 # %% ../nbs/06_engine.ipynb #cd2b168a
 @patch
 def logits(
@@ -1014,6 +997,23 @@ def _shares_prompts(here, n):
     return bool(
         (both - alone).abs().max() <= (2e-3 if here.precision == "float32" else 0.05) * alone.abs().max()
     )
+
+
+# %% ../nbs/06_engine.ipynb #7458fe42
+def _reply(here):
+    """What a model makes of 16 tokens, unsteered: directions of the last states, folded with random signs
+    into 32 numbers, and how far the eight largest logits at each lie apart, in nats."""
+    ids, mask = _probe(here.model, 16)
+    was = OPEN.set(())
+    try:
+        h = here.read(ids, mask, [len(here.model.layers) - 1])[0][0].float().cpu()  # (t, d)
+        top = here.logits(ids, mask, 16)[0].topk(8).values.cpu()  # (t, 8)
+    finally:
+        OPEN.reset(was)
+    flat = torch.nn.functional.normalize(h).flatten()  # (t d,)
+    signs = torch.tensor(np.random.PCG64(0).random_raw(32 * len(flat)) >> 63).view(32, -1).float() * 2 - 1
+    both = torch.cat([signs @ flat, top.std(-1)])  # (48,)
+    return tuple(both.double().round(decimals=5).tolist())
 
 
 # %% ../nbs/06_engine.ipynb #b789305e

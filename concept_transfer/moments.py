@@ -360,6 +360,8 @@ def _differ(one, two):
 def __add__(self: Collected, other: Collected):
     """What both come to, which stay as they are.
     Raises ValueError where they do not belong together, or share texts."""
+    if not isinstance(other, Collected):
+        return NotImplemented
     if wrong := _differ(self, other):
         raise ValueError(f"these moments differ in {', '.join(wrong)}; collect both in the same way.")
     if both := self.seen & other.seen:

@@ -21,7 +21,7 @@ from fastcore.basics import patch
 from pydantic import Field
 from scipy.special import logsumexp
 
-from .artefacts import Share, plain
+from .artefacts import Share, fingerprint, plain
 from .cards import card
 from .moments import Strict, fits
 from .steering import Transplant
@@ -165,6 +165,14 @@ def _percent(*shares):
 
 
 # %% ../nbs/28_rollout.ipynb #ed47717f
+def _told(score):
+    "A score by what it does, or by its name where that cannot be told, as of one that holds a model."
+    try:
+        return fingerprint(score)
+    except ValueError:
+        return getattr(score, "__name__", type(score).__name__)
+
+
 @dataclass(eq=False, repr=False)
 class Rollout:
     """A transplant in use, called with a unit and a prompt. Raises ValueError for what is not of its type,
@@ -192,7 +200,8 @@ class Rollout:
         share = _percent(self.stages[0] if self.share is None else self.share, *self.stages)
         self.course, self._turn = Course(self.stop), RLock()
         self.of, self.flag = used(self.transplant), f"{self.transplant.name}-strength"
-        plan = plain({"stop": asdict(self.stop), "stages": self.stages, "shadow": self.shadow})
+        by = {k: _told(f) for k, f in self.scores.items()}
+        plan = plain({"stop": asdict(self.stop), "stages": self.stages, "shadow": self.shadow, "scores": by})
         rows = []
         for row, fault in read_log(self.log.path):
             if fault:

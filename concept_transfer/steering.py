@@ -530,6 +530,7 @@ def generate(
 def seeded(seed: int) -> Iterator[None]:
     """Within: random numbers of this seed, on this machine, and no pass of another thread; the others go on
     behind it as if nothing had been."""
+    seed = checked(seed, NonNegativeInt, "seed")
     with TURN, torch.random.fork_rng():
         torch.manual_seed(seed)
         yield

@@ -629,3 +629,9 @@ def test_what_a_function_holds_may_be_large():
     b[7, 7] = 1
     assert fingerprint(holding(a)) == fingerprint(holding(a.clone())) != fingerprint(holding(b))
     assert fingerprint(a.bfloat16()) != fingerprint(a) != fingerprint(a.view(-1))
+
+
+def test_true_is_not_one_in_what_a_journal_depends_on(tmp_path):
+    Journal(tmp_path / "j.jsonl", "values", {"x": 1})("a", lambda: 1)
+    with pytest.raises(ValueError, match="j.jsonl"):
+        Journal(tmp_path / "j.jsonl", "values", {"x": True})

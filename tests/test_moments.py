@@ -796,3 +796,8 @@ def test_rows_that_do_not_fit_change_nothing(kind):
         with pytest.raises(ValueError, match="do not fit"):
             m.add(*given)
     assert not m.n.any() and not m.x.any()
+
+
+def test_moments_are_added_to_moments_alone():
+    with pytest.raises(TypeError, match="unsupported operand"):
+        Moments.zeros(2, 1, 3, 1, 3) + None

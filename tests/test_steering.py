@@ -608,6 +608,12 @@ def test_a_strength_for_each_text_is_not_read_under():
         assert len(activations(m, ["A b", "It rained all day"], [3])) == 2
 
 
+@pytest.mark.parametrize("seed", [1.5, "1", True, -1])
+def test_a_seed_is_a_whole_number(seed):
+    with pytest.raises(ValueError, match="seed"), seeded(seed):
+        pass
+
+
 def test_seeded_texts_are_the_same_in_threads():
     t = place(torch.ones(48), tiny_model("llama"), 1)
 

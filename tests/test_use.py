@@ -660,7 +660,8 @@ def rolled(joy, path, texts=("steered", "base"), **how):
         return Answer(texts[0] if strength else texts[1])
 
     scores = {"good": lambda p, x: float(x == "steered"), "bad": lambda p, x: float(x == "broken")}
-    return Rollout(joy, UseLog(path), scores, STOP, **{"stages": (20, 60, 100), "answer": made} | how)
+    usual = {"scores": scores, "stages": (20, 60, 100), "answer": made}
+    return Rollout(joy, UseLog(path), stop=STOP, **usual | how)
 
 
 def test_a_good_rollout_goes_to_all_and_a_bad_one_to_nobody(joy, tmp_path, flags):
@@ -687,6 +688,9 @@ def test_a_rollout_goes_on_from_its_log(joy, tmp_path, flags):
     again.log.close()
     with pytest.raises(ValueError, match="another plan"):
         rolled(joy, tmp_path / "use.jsonl", stages=(20, 100))
+    other = dict.fromkeys(first.scores, lambda prompt, text: 0.5)
+    with pytest.raises(ValueError, match="another plan"):
+        rolled(joy, tmp_path / "use.jsonl", scores=other)
 
 
 def test_a_rollout_that_is_refused_leaves_the_flags_of_another_alone(joy, tmp_path, flags):
