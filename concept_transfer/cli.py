@@ -1130,8 +1130,8 @@ def _beside(t, task, concept, source, maps):
 
     names = [x for x in NEIGHBOURS if x.split("/")[-1] != t.name]
     others = [extract_concept(source, load_pairs(x), sorted({m.layers[0] for m in maps})) for x in names]
-    other = Bench(t.model, t.layer).place(others[0], maps, dose=t.dose)
     with warnings.catch_warnings(action="ignore"):  # of templates, which nobody chose here
+        other = Bench(t.model, t.layer).place(others[0], maps, dose=t.dose)
         return {
             "Concepts that lie near it": views.nearest_concepts(t, names),
             "With another concept at once": views.together(t, other, [task]),
