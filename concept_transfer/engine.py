@@ -643,8 +643,9 @@ def _seen(tensors):
 
 
 def _numbers(module):
-    "Numbers that the parts of a model keep, beside their tensors."
-    return [x for part in module.modules() for x in vars(part).values() if type(x) is float]
+    "Numbers that the parts of a model and its configuration keep, beside their tensors."
+    parts = [*module.modules(), module.config.get_text_config()]
+    return [x for part in parts for x in vars(part).values() if type(x) is float]
 
 
 # %% ../nbs/06_engine.ipynb #f6be36c2
@@ -943,16 +944,19 @@ def _block_output(model, layer):
 
 # %% ../nbs/06_engine.ipynb #7458fe42
 def _reply(here):
-    "Directions of the last states at some tokens, unsteered, folded with random signs into 32 numbers."
+    """What a model makes of 16 tokens, unsteered: directions of the last states, folded with random signs
+    into 32 numbers, and how far the eight largest logits at each lie apart, in nats."""
     ids, mask = _probe(here.model, 16)
     was = OPEN.set(())
     try:
         h = here.read(ids, mask, [len(here.model.layers) - 1])[0][0].float().cpu()  # (t, d)
+        top = here.logits(ids, mask, 16)[0].topk(8).values.cpu()  # (t, 8)
     finally:
         OPEN.reset(was)
     flat = torch.nn.functional.normalize(h).flatten()  # (t d,)
     signs = torch.tensor(np.random.PCG64(0).random_raw(32 * len(flat)) >> 63).view(32, -1).float() * 2 - 1
-    return tuple((signs @ flat).double().round(decimals=5).tolist())
+    both = torch.cat([signs @ flat, top.std(-1)])  # (48,)
+    return tuple(both.double().round(decimals=5).tolist())
 
 
 # %% ../nbs/06_engine.ipynb #cd2b168a

@@ -37,7 +37,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from inspect import signature
@@ -99,20 +99,20 @@ def answers(transplant: Transplant) -> EngineAnswers:
 # %% ../nbs/23_export.ipynb #d8382d2d
 def _write_gguf(path, kind, values, tensors):
     "Values and 32-bit tensors by name, as one file."
-    out, kinds = gguf.GGUFWriter(path, kind), gguf.GGUFValueType
-    for k, v in values.items():  # llama.cpp wants whole numbers unsigned
-        out.add_key_value(k, v, kinds.UINT32 if type(v) is int else kinds.get_type(v))
-    for k, w in tensors.items():
-        out.add_tensor(k, w.detach().float().cpu().contiguous().numpy())
-    out.write_header_to_file()
-    out.write_kv_data_to_file()
-    out.write_tensors_to_file()
-    out.close()
+    kinds = gguf.GGUFValueType
+    with whole_file(path) as made, closing(gguf.GGUFWriter(made, kind)) as out:
+        for k, v in values.items():  # llama.cpp wants whole numbers unsigned
+            out.add_key_value(k, v, kinds.UINT32 if type(v) is int else kinds.get_type(v))
+        for k, w in tensors.items():
+            out.add_tensor(k, w.detach().float().cpu().contiguous().numpy())
+        out.write_header_to_file()
+        out.write_kv_data_to_file()
+        out.write_tensors_to_file()
 
 
 # %% ../nbs/23_export.ipynb #1810af5f
 _GGUF = {known["model_type"]: (arch, known) for arch, known in FAMILIES["gguf"].items()}
-_MADE, _RECEIPT = "concept_transfer.transplant", "concept_transfer.receipt"
+_OURS = [f"concept_transfer.{k}" for k in ("transplant", "receipt", "digest")]
 
 
 # %% ../nbs/23_export.ipynb #efe30e8b
@@ -120,10 +120,11 @@ def _write_vector(t, path, receipt=None):
     arch, _ = _GGUF.get(t.target.family, (t.target.family, None))
     apart = ("direction", "shuffled", "deeper_directions", "deeper_shuffled", "model")
     head = {k: v for k, v in vars(t).items() if k not in apart and not (k in t.added and v is None)}
-    said = {_MADE: head, _RECEIPT: receipt}
-    values: dict = {k: json.dumps(plain(v)) for k, v in said.items()}
+    vectors, said = [p.vector(1) for p in t.places], [json.dumps(plain(x)) for x in (head, receipt)]
+    values: dict = dict(zip(_OURS, [*said, _digest(vectors, *said)], strict=True))
     values |= {"controlvector.model_hint": arch, "controlvector.layer_count": len(t.places)}
-    _write_gguf(path, "controlvector", values, {f"direction.{p.layer}": p.vector(1) for p in t.places})
+    tensors = {f"direction.{p.layer}": v for p, v in zip(t.places, vectors, strict=True)}
+    _write_gguf(path, "controlvector", values, tensors)
 
 
 # %% ../nbs/23_export.ipynb #92122c8a
@@ -259,35 +260,36 @@ def _read_gguf(path):
 
 def _check_llama(file, model):
     "Raise ValueError for a vector file that does not fit a model file."
-    (layers, *_, receipt), fields = _vectors(file), _read_gguf(model).fields
+    (layers, said), fields = _vectors(file), _read_gguf(model).fields
     kind = fields["general.architecture"].contents()
     width, n = (fields[f"{kind}.{k}"].contents() for k in ("embedding_length", "block_count"))
     if not layers or not all(0 < k < n and len(v) == width for k, v in layers.items()):
         said = ", ".join(f"{k}: {len(v)} wide" for k, v in layers.items())
         raise ValueError(f"{file} (layers {said}) does not fit {model} (layers 1 to {n - 1}: {width} wide).")
-    _refuse_changed(file, layers, receipt)
+    _made(file, layers, said)
 
 
 # %% ../nbs/23_export.ipynb #44899c77
 def _vectors(path):
-    "{layer: vector} of a GGUF file, the lowest first; of one of ours also its transplant and its receipt."
+    "{layer: vector} of a GGUF file, the lowest first, and what `_OURS` name in it."
     read = _read_gguf(path)
     found = {t.name: gguf.dequantize(t.data, t.tensor_type) for t in read.tensors}
     layers = {int(k[10:]): torch.tensor(v) for k, v in found.items() if k.startswith("direction.")}
-    said = [read.fields.get(k) for k in (_MADE, _RECEIPT)]
-    said = [x and checked(parse_json(x.contents(), path), dict | None, path) for x in said]
-    return dict(sorted(layers.items())), *said
+    said = [read.fields[k].contents() if k in read.fields else None for k in _OURS]
+    return dict(sorted(layers.items())), said
 
 
 # %% ../nbs/23_export.ipynb #bdbf1e70
-def _digest(vectors):
-    return hashlib.sha256(torch.cat(vectors).numpy().tobytes()).hexdigest()
+def _digest(vectors, *said):
+    return hashlib.sha256(torch.cat(vectors).numpy().tobytes() + "".join(said).encode()).hexdigest()
 
 
-def _refuse_changed(path, layers, receipt):
-    "Raise ValueError for vectors that are not those of their receipt."
-    if receipt and receipt.get("vector") != _digest([*layers.values()]):
-        raise ValueError(f"{path} was changed: its vectors are not those of its receipt. Export it anew.")
+def _made(path, layers, said):
+    "The transplant of a file of ours. Raises ValueError for one that was changed since."
+    *texts, digest = said
+    if any(said) and (None in said or digest != _digest([*layers.values()], *texts)):
+        raise ValueError(f"{path} was changed since it was exported. Export it anew.")
+    return texts[0] and checked(parse_json(texts[0], path), dict, path)
 
 
 # %% ../nbs/23_export.ipynb #ee2b6454
@@ -793,7 +795,7 @@ def import_vector(
     try:
         with path.open("rb") as file:
             known = file.read(4) == b"GGUF"
-        layers, ours, receipt = _vectors(path) if known else (_pickled(path), None, None)
+        layers, said = _vectors(path) if known else (_pickled(path), [None] * 3)
         hint = known and _read_gguf(path).fields.get("controlvector.model_hint")
         rows = torch.stack([*layers.values()])  # (L, d)
     except FileNotFoundError:
@@ -804,7 +806,7 @@ def import_vector(
     if rows.shape[1:] != (info.width,) or max(layers) >= info.layers:
         say = f"{path} has vectors {rows.shape[-1]} wide, for layers up to {max(layers)}"
         raise ValueError(f"{say}; these do not fit {info}.")
-    _refuse_changed(path, layers, receipt)
+    ours = _made(path, layers, said)
     arch, _ = _GGUF.get(info.family, (info.family, None))
     if hint and (kind := hint.contents()) not in (arch, info.family):
         warnings.warn(

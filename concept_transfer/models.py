@@ -68,13 +68,13 @@ class ModelInfo:
     revision: str = ""
     precision: str = field(default="", compare=False)
     sketch: tuple[float, ...] = field(default=(), compare=False)  # 64 numbers, for float16
-    reply: tuple[float, ...] = field(default=(), compare=False)  # 32 numbers, for the configuration
+    reply: tuple[float, ...] = field(default=(), compare=False)  # 48 numbers, for the configuration
 
     def __post_init__(self):
         if not re.fullmatch(r"(remote:[\w.]+:)?\w+", self.weights):
             raise ValueError(f"{self.weights!r} is no fingerprint of weights; this was not written by us.")
-        if len(self.reply) not in (0, 32):
-            raise ValueError(f"a reply has 32 numbers, not {len(self.reply)}; this was not written by us.")
+        if len(self.reply) not in (0, 32, 48):  # 32 before the logits came
+            raise ValueError(f"a reply has 48 numbers, not {len(self.reply)}; this was not written by us.")
 
     def __str__(self):
         *remote, mark = self.weights.split(":")
@@ -143,11 +143,12 @@ def model_info(model: TransformersModel) -> ModelInfo:
 @patch
 def replies_as(self: ModelInfo, other: ModelInfo) -> bool:
     "Whether both make the same of some tokens, up to rounding, or one does not say."
-    if not self.reply or not other.reply:
-        return True
-    one, two = torch.tensor(self.reply), torch.tensor(other.reply)  # (32,)
     exact = self.precision == other.precision == "float32"
-    return bool((one - two).norm() <= (0.01 if exact else 0.2) * one.norm())
+    for part in (slice(32), slice(32, None)):  # states, logits
+        one, two = torch.tensor(self.reply[part]), torch.tensor(other.reply[part])
+        if len(one) == len(two) and (one - two).norm() > (0.01 if exact else 0.2) * one.norm():
+            return False
+    return True
 
 
 @patch

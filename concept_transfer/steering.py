@@ -346,11 +346,14 @@ def __call__(
     _with_model(self)
     if alpha is not None and np.any(np.asarray(strength, object) != 1):
         raise ValueError(f"strength {strength!r} and alpha {alpha!r}: give one of them.")
+    dtype = self.model._module.dtype  # type: ignore[union-attr]
     with ExitStack() as opened:
         opened.callback(EACH.set, EACH.get())
         EACH.set(EACH.get() or np.ndim(strength) > 0)
         for t in self.places:
             vector = t.vector(strength) if alpha is None else _number(alpha, "alpha") * t.direction
+            if not (vector.norm().isfinite() and vector.to(dtype).isfinite().all()):
+                raise ValueError(f"strength {strength!r} is beyond {dtype}: the logits are not finite.")
             if vector.any():  # nothing added is nothing done: not a bit changes
                 change = adding(vector, t.positions)
                 opened.enter_context(engine(self.model).steer(t.layer, change, masked=True))
@@ -481,6 +484,10 @@ def generate(
     given = _options(model.tokenizer, options | {"max_new_tokens": max_new_tokens})
     ids = encode(model, [prompts] if one else [*prompts], room=max_new_tokens)
     x, mask = pad(model, ids, left=True)  # (b, t)
+    if (given["min_length"] or 0) > (room := x.shape[1] + max_new_tokens):
+        raise ValueError(
+            f"min_length={given['min_length']}: prompt and max_new_tokens have but {room} tokens. Lower it."
+        )
     try:
         new = _continued(model, x, mask, given, [*range(len(x))])
     except (

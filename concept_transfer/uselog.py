@@ -275,6 +275,8 @@ def write(
     ValueError for values that every row has of its own, and for what JSON cannot hold."""
     if not isinstance(event, str):
         raise ValueError(f"event {event!r}: say in a word what happened, and give the rest by name.")
+    if event == "request" and "arm" not in values:
+        raise ValueError("rows of requests hold what was applied and answered: write them with `request`.")
     if taken := {"n", "time", "digest"} & values.keys():
         raise ValueError(f"a row has its own {', '.join(taken)}; give yours another name.")
     with self._turn, disk_space(self.path):

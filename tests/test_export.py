@@ -163,23 +163,25 @@ def test_a_gguf_holds_what_we_know_and_comes_back(llama, tmp_path):
 @pytest.mark.usefixtures("nothing_installed")
 @pytest.mark.filterwarnings("ignore:the export to")
 @pytest.mark.parametrize(
-    "change, say",
+    "change",
     [
-        (lambda raw: raw[:-40] + bytes([raw[-40] ^ 1]) + raw[-39:], "not those of its receipt"),
-        (lambda raw: raw.replace(b'"dose"', b'"doqe"'), "was changed: .*'doqe'"),
-        (lambda raw: raw.replace(b'"norm"', b'"nprm"'), "was changed: 'norm'"),
-        (lambda raw: raw.replace(b'"vector"', b'"vectpr"'), "not those of its receipt"),
+        lambda raw: raw[:-40] + bytes([raw[-40] ^ 1]) + raw[-39:],
+        lambda raw: raw.replace(b'"norm"', b'"nprm"'),
+        lambda raw: raw.replace(b'"vector"', b'"vectpr"'),
+        lambda raw: raw.replace(b'"name": "joy"', b'"name": "toy"'),
+        lambda raw: raw.replace(b"concept_transfer.transplant", b"concept_transfer.transplanu"),
+        lambda raw: raw.replace(b"concept_transfer.digest", b"concept_transfer.digesu"),
     ],
 )
-def test_our_own_gguf_that_was_changed_is_refused(llama, tmp_path, change, say):
+def test_our_own_gguf_that_was_changed_is_refused(llama, tmp_path, change):
     llama.export(tmp_path / "joy.gguf")
     (tmp_path / "bad.gguf").write_bytes(change((tmp_path / "joy.gguf").read_bytes()))
-    with pytest.raises(ValueError, match=f"bad.gguf.*{say}"):
+    assert (tmp_path / "bad.gguf").read_bytes() != (tmp_path / "joy.gguf").read_bytes()
+    with pytest.raises(ValueError, match="bad.gguf was changed since it was exported"):
         import_vector(tmp_path / "bad.gguf", llama.model)
     write_target(llama.model, tmp_path / "model.gguf")
-    if "receipt" in say:
-        with pytest.raises(ValueError, match=say):
-            server_command("llama.cpp", tmp_path / "bad.gguf", tmp_path / "model.gguf")
+    with pytest.raises(ValueError, match="bad.gguf was changed since it was exported"):
+        server_command("llama.cpp", tmp_path / "bad.gguf", tmp_path / "model.gguf")
 
 
 def write_words(path, words):

@@ -1,6 +1,7 @@
 """The embedded pair: the cache, its faults, and models against their known twin."""
 
 import copy
+import dataclasses
 import io
 import json
 import os
@@ -770,7 +771,7 @@ def test_a_model_replies_the_same_in_every_precision(family):
     whole = model_info(wrap(module, tokenizer))
     for kind in (torch.bfloat16, torch.float16):
         half = model_info(wrap(copy.deepcopy(module).to(kind), tokenizer))
-        assert whole.same(half) and half.same(whole) and len(half.reply) == 32
+        assert whole.same(half) and half.same(whole) and len(half.reply) == 48
     with steered(m := wrap(copy.deepcopy(module), tokenizer), 0, lambda h: -h):
         assert model_info(m).reply == whole.reply
 
@@ -805,15 +806,26 @@ def test_a_reply_of_another_length_is_refused(folder, tmp_path):
     m = load_model(folder)
     t = place(torch.ones(48), m, 1)
     save_fields(t, tmp_path / "t.safetensors", target=vars(t.target) | {"reply": t.target.reply[:-1]})
-    with pytest.raises(ValueError, match="t.safetensors.*a reply has 32 numbers, not 31"):
+    with pytest.raises(ValueError, match="t.safetensors.*a reply has 48 numbers, not 47"):
         Transplant.load(tmp_path / "t.safetensors", m)
 
 
-@pytest.mark.parametrize("part", ["tokenizer", "rotations", "norms"])
+def test_a_reply_of_before_is_compared_as_far_as_it_goes():
+    now = model_info(tiny_model("llama"))
+    before = dataclasses.replace(now, reply=now.reply[:32])
+    assert before.same(now) and now.same(before)
+    assert not dataclasses.replace(before, reply=now.reply[1:33]).same(now)
+
+
+@pytest.mark.parametrize("part", ["tokenizer", "rotations", "norms", "last norm", "cap of logits"])
 def test_a_change_in_place_makes_another_model(part):
-    m = tiny_model("llama")
+    m = tiny_model("gemma3_text" if "cap" in part else "llama")
     before = model_info(m)
-    if part == "tokenizer":
+    if part == "last norm":
+        m._module.model.norm.variance_epsilon = 0.5
+    elif part == "cap of logits":
+        m._module.config.final_logit_softcapping = 0.01
+    elif part == "tokenizer":
         m.tokenizer.backend_tokenizer.normalizer = normalizers.Lowercase()
     elif part == "rotations":
         next(b for name, b in m._module.named_buffers() if "inv_freq" in name).mul_(0.5)

@@ -635,6 +635,17 @@ def test_prompts_come_as_arrays_and_columns_too():
 def test_least_and_most_new_tokens_go_together():
     with pytest.raises(ValueError, match="min_new_tokens is more than max_new_tokens"):
         generate(tiny_model("llama"), "Rain", 3, min_new_tokens=9)
+    with pytest.raises(ValueError, match="min_length=99: prompt and max_new_tokens have but"):
+        generate(tiny_model("llama"), "Rain", 3, min_length=99)
+
+
+@pytest.mark.parametrize("kind, strength", [(torch.float32, 1e30), (torch.float16, [1.0, 1e6])])
+def test_what_a_model_has_no_numbers_for_is_not_added(kind, strength):
+    m = tiny_model("llama")
+    m._module.to(kind)
+    t = place(torch.ones(48), m, 1, dose=1.0, norm=1.0)
+    with pytest.raises(ValueError, match=f"is beyond {kind}"):
+        t.generate(["Rain", "Snow"], strength, 3)
 
 
 @pytest.mark.parametrize(

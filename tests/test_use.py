@@ -274,6 +274,7 @@ def test_a_row_has_names_of_its_own(tmp_path):
         ({"mine": 1}, 1, "say in a word"),
         ("note", object(), "cannot be kept in a file"),
         ("note", {(1, 2): 3}, "the row 'note' cannot be kept as JSON"),
+        ("request", 1, "write them with `request`"),
     ],
 )
 def test_what_is_no_row_is_not_written(tmp_path, event, value, say):
