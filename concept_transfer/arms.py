@@ -530,7 +530,7 @@ def _measure_arm(trial, arm):
         return [], []
     draws = arm.make(trial)
     runs: list = []
-    for first in range(0, len(draws), 4):
+    for first in tqdm(range(0, len(draws), 4), arm.name, disable=None, leave=False):
         some = draws[first : first + 4]
         if runs and isinstance(some[0], Transplant):
             some = [replace(t, dose=runs[-1].dose) for t in some]
@@ -696,12 +696,22 @@ def _text(trial, runs, dosed):
 
 
 # %% ../nbs/17_arms.ipynb #131b79f0
+def _steps(names):
+    "A bar that moves on with each `next`, and says which of them is measured."
+    with tqdm(names, disable=None, leave=False) as bar:
+        for i, name in enumerate(bar, 1):
+            bar.set_description(f"evidence {i} of {len(names)}, {name}")
+            yield
+
+
 def measured(trial: Trial, arms: dict[str, Arm]) -> tuple[list[Run], dict[str, str], str]:
     """Runs of all arms, then of the experiments on those that are followed, why other arms are missing, and
     why sampled text is."""
     runs: list = []
     missing, placed, dosed, untold = {}, {"base": None}, {}, ""
-    for arm in tqdm(arms.values(), desc="arms", disable=None, leave=False):
+    step = _steps([*arms, *(x for x in (*FOLLOWED, "readouts", "text") if x in trial.experiments)])
+    for arm in arms.values():
+        next(step)
         asked = arm.name == "base" or "equal_damage" in trial.experiments
         draws, new = _measure_arm(trial, arm) if asked else ([], [])
         runs += new
@@ -720,13 +730,17 @@ def measured(trial: Trial, arms: dict[str, Arm]) -> tuple[list[Run], dict[str, s
     of = [(k, t and made_of(t)) for k, t in placed.items()], trial.settings.strengths, [x.hash for x in read]
     for name, follow in FOLLOWED.items():
         if name in trial.experiments:
+            next(step)
             runs += trial.keep(name, partial(follow, trial, placed), of)
     if "readouts" in trial.experiments:
+        next(step)
         asked_of = [(k, made_of(t), dose) for k, draws in dosed.items() for t, dose in draws]
         tasks = _asked_again(trial)
         readouts = partial(_readouts, trial, tasks, dosed)
         runs += trial.keep("readouts", readouts, asked_of, [x.hash for x in tasks])
     if "text" in trial.experiments:
+        next(step)
         new, untold = _text(trial, runs, dosed)
         runs += new
+    step.close()
     return runs, missing, untold

@@ -6,7 +6,6 @@
 __all__ = [
     "Said",
     "app",
-    "FEW",
     "NEIGHBOURS",
     "command",
     "main",
@@ -103,7 +102,7 @@ class _Lines:
 
     def __init__(self, stream, every=30.0):
         self.stream, self.every, self.due = stream, every, time.monotonic() + every
-        self.within = False  # a line of others
+        self.within, self.step = False, ""  # a line of others; of a bar that names its steps
 
     def __getattr__(self, name):
         return getattr(self.stream, name)
@@ -114,7 +113,11 @@ class _Lines:
 
     def write(self, text):
         if text.startswith("\r"):
-            if text.strip() and time.monotonic() >= self.due:
+            step = re.match(r"\r(\w+ \d+ of \d+, \w+)", text)
+            if step and step[1] != self.step:
+                self.step = step[1]
+                self.stream.write(self.step + "\n")
+            elif text.strip() and time.monotonic() >= self.due:
                 self.stream.write(text.strip() + "\n")
                 self.due = time.monotonic() + self.every
         elif self.within or text.strip("\n\x1b[A"):  # that alone is a bar which looks for its line
@@ -239,7 +242,13 @@ def _beside_decoding(
 ): ...
 
 
+def _beside_pairs(
+    position: str = "last",  # which tokens of a text are read: last, or mean over all but the first
+): ...
+
+
 _BESIDE = {
+    "pairs": _beside_pairs,
     "task": _beside_a_task,
     "transplant": _beside_a_transplant,
     "settings": _beside_settings,
@@ -277,6 +286,17 @@ def _asked(file, split, choices=None, target=None, items=None):
     return task if items is None else task.take(items)
 
 
+def _read_pairs(file, position):
+    "Pairs, and the position at which they are read."
+    from concept_transfer.concepts import POSITIONS
+    from concept_transfer.data import load_pairs
+
+    known = [k for k, rule in POSITIONS.items() if rule.take]  # one state a text
+    if position not in known:
+        raise BadParameter(f"--position {position!r} is not one of {', '.join(known)}.")
+    return load_pairs(file), position
+
+
 def _settings(**given):
     from concept_transfer.arms import Settings
 
@@ -293,7 +313,7 @@ def _help(run):
 def command(run: Callable) -> Callable:
     "Decorator: the function `cmd_name` becomes the command `name`."
     name, own = run.__name__.removeprefix("cmd_"), signature(run).parameters
-    opened = [k for k in _BESIDE if k in own and own[k].annotation is not str]
+    opened = [k for k in _BESIDE if k in own and own[k].annotation not in (str, str | None)]
     reads = [] if name in _WITHOUT_MODELS else [_beside_models]
     parts: list = [run, *map(_BESIDE.get, opened), *reads, _everywhere]
     listed = [(f, k, p) for f in parts for k, p in signature(f).parameters.items()]
@@ -308,6 +328,8 @@ def command(run: Callable) -> Callable:
             mine["settings"] = partial(_settings, random=given["random"], seed=given["seed"])
         if "decoding" in own:
             mine["decoding"] = {k: given[k] for k in signature(_beside_decoding).parameters}
+        if "pairs" in opened:
+            mine["pairs"] = partial(_read_pairs, mine["pairs"], given["position"])
         if "task" in opened:
             words = {k: given[k] for k in ("choices", "target", "items")}
             if not mine["task"] and (idle := [k for k, x in words.items() if x is not None]):
@@ -346,10 +368,49 @@ def main(argv: list[str] | None = None) -> int:
 
 
 # %% ../nbs/31_cli.ipynb #5a0c71d2
-def _short(v):
-    "A value of a header on a line; the sketch of a model's weights is for programs."
-    told = {k: x for k, x in v.items() if k not in ("sketch", "reply")} if isinstance(v, dict) else v
-    return shorten(json.dumps(told), 300, placeholder=" ...")
+_NAMED = {
+    "auc": "held-out AUC",
+    "r2": "held-out R2",
+    "r2_shuffled": "R2 of shuffled pairs",
+    "n_pairs": "pairs",
+    "kl": "damage, nats a token",
+    "damage_budget": "damage allowed, nats a token",
+    "dose": "dose, of the norm",
+    "norm": "median norm of the states",
+    "deeper": "further layers",
+    "deeper_norms": "median norms there",
+    "lam": "ridge penalty",
+    "search": "steps of the search",
+}
+
+
+def _brief(v):
+    "A value of a header in a few words: of many numbers their range, of many other things how many."
+    if not isinstance(v, list):
+        return f"{v:.4g}" if isinstance(v, float) else str(v)
+    v = sum(v, []) if isinstance(v[0], list) else v
+    if len(v) <= 8 and not isinstance(v[0], dict):
+        return ", ".join(map(_brief, v))
+    numbers = [x for x in v if isinstance(x, int | float)]
+    return f"{min(numbers):.4g} to {max(numbers):.4g} ({len(v)})" if numbers else f"{len(v)}"
+
+
+def _facts(head):
+    "What a header says, name and value; what stands under a name of its own, laid flat."
+    from concept_transfer.models import ModelInfo
+
+    for k, v in head.items():
+        if isinstance(v, dict) and "weights" not in v:
+            yield from _facts(v)
+        elif v not in (None, "", [], "{}"):
+            yield _NAMED.get(k, k.replace("_", " ")), _brief(ModelInfo(**v) if isinstance(v, dict) else v)
+
+
+def _aligned(pairs):
+    "Names and values under each other; of a name that comes again the last value."
+    facts = dict(pairs)
+    width = max(map(len, facts))
+    return "\n".join(f"  {k:{width}}  {shorten(v, 300, placeholder=' ...')}" for k, v in facts.items())
 
 
 # %% ../nbs/31_cli.ipynb #3f7d4add
@@ -365,16 +426,36 @@ def _words(file, kind, model):
         t = _placed(file, model)
         return [direction_words(t), farthest_texts(t, load_corpus("neutral").texts), ladder(t, PROMPTS[0])]
     if kind != Concept.artefact:
-        raise BadParameter("--words: a map means no words; give a concept or a transplant.")
+        raise BadParameter(f"--words: a {kind} means no words; give a concept or a transplant.")
     c = Concept.load(file)
     read = load_model(model) if model else c.model.load()
     c.model.require(model_info(read), f"concept {c.name!r}")
     return [words_of(c.name, {f"layer {c.best} of {c.model.name}": (read, c[c.best])})]
 
 
+def _found(file):
+    "Facts and text of what was found, in a JSON file that a command wrote."
+    from concept_transfer.data import parse_json
+    from concept_transfer.evidence import Evidence
+    from concept_transfer.report import details, verdict
+    from concept_transfer.suites import SuiteResult
+
+    d = parse_json(Path(file).expanduser().read_bytes(), file)
+    if "runs" in d:
+        e = Evidence.load(file)
+        return e.data, f"{e!r}\n\n{verdict(e)}\n{' '.join(details(e))}"
+    if "measured" in d:
+        suite = SuiteResult.load(file)
+        return suite.data, repr(suite)
+    if "tolerance" in d:  # a receipt of `export`
+        return d, _aligned(_facts(d))
+    raise ValueError(f"{file!r} is neither evidence nor a suite or receipt; pairs and tasks are for `lint`.")
+
+
+# %% ../nbs/31_cli.ipynb #65fd1dbb
 @command
 def cmd_info(
-    file: str,  # concept, map or transplant
+    file: str,  # concept, map, transplant or what else a command wrote, evidence.json too
     words: bool = False,  # load its model: the words that it means, and texts at several strengths
     model: str | None = None,  # the same with that model: where it comes from a hub, or lies elsewhere now
 ) -> Said:
@@ -384,12 +465,22 @@ def cmd_info(
     from concept_transfer.artefacts import load_artefact, load_fields
     from concept_transfer.concepts import Concept
     from concept_transfer.maps import AffineMap, LayerGrid
+    from concept_transfer.models import DEFAULTS
     from concept_transfer.steering import Transplant
 
-    head, kinds = load_artefact(file)[1], (Concept, LayerGrid, AffineMap, Transplant)
-    shown = _words(file, head["kind"], model) if words or model else []
+    asked = words or model
+    if DEFAULTS.get({}) and not asked:
+        raise BadParameter("--dtype and --device go with --words or --model: without them no model is read.")
+    if Path(file).suffix == ".json" and not asked:
+        return _found(file)
+    (tensors, head), kinds = load_artefact(file), (Concept, LayerGrid, AffineMap, Transplant)
+    shown = _words(file, head["kind"], model) if asked else []
     said = [repr(load_fields(c, file)) for c in kinds if c.artefact == head["kind"]]
-    said += [f"{k}: {_short(v)}" for k, v in head.items()] + [f"\n{view!r}" for view in shown]
+    sizes = {k: " x ".join(map(str, v.shape)) for k, v in tensors.items() if v.ndim and k not in head}
+    sizes["size"] = f"{Path(file).expanduser().stat().st_size / 1e6:.3g} MB"
+    said += [_aligned(_facts(head | sizes)), *(f"\n{view!r}" for view in shown)]
+    if not asked and head["kind"] in (Concept.artefact, Transplant.artefact):
+        said.append("Add --words for the words that it means, which reads its model.")
     return head | ({"words": [view.data for view in shown]} if shown else {}), "\n".join(said)
 
 
@@ -517,23 +608,23 @@ def _made(x, out, **facts):
 @command
 def cmd_extract(
     model: str,  # a name, a folder or a .gguf file
-    pairs: str,  # file, whose name the concept gets, or a built-in set such as honesty
+    pairs: Callable,  # file, whose name the concept gets, or a built-in set such as honesty
     out: str,  # file that is written
 ) -> Said:
     """a concept from contrast pairs
 
     concept-transfer extract --model smollm2-135m-instruct --pairs emotions/happiness --out joy.safetensors"""
     from concept_transfer.concepts import extract_concept
-    from concept_transfer.data import lint, load_pairs
+    from concept_transfer.data import lint
     from concept_transfer.models import load_model
 
-    file, data = _writable(out), load_pairs(pairs)
+    (data, position), file = pairs(), _writable(out)
     for problem in lint(data):
         _warn(problem)
     states = Path(f"{file}.states.part")  # until the concept is made
     read = load_model(model)
     _expect("reading the pairs: about", _reading(read, data.texts))
-    c = extract_concept(read, data, path=states)
+    c = extract_concept(read, data, None, position, path=states)
     facts = dict(concept=c.name, model=c.model.name, n_pairs=c.n_pairs, layers=c.layers, auc=c.auc)
     answer = _made(c, out, **facts)
     shutil.rmtree(states)
@@ -1020,9 +1111,6 @@ def _two_parts(task):
     return [replace(test, items=part) for part in parts]
 
 
-FEW = 4  # layer pairs of a flow in some minutes
-
-
 def _smaller(texts, tune, test):
     "A corpus and items of which some minutes are enough."
     return texts.take(300), (tune.take(32), test.take(50))
@@ -1041,8 +1129,8 @@ def _beside(t, task, concept, source, maps):
 
     names = [x for x in NEIGHBOURS if x.split("/")[-1] != t.name]
     others = [extract_concept(source, load_pairs(x), sorted({m.layers[0] for m in maps})) for x in names]
-    other = Bench(t.model, t.layer).place(others[0], maps, dose=t.dose)
     with warnings.catch_warnings(action="ignore"):  # of templates, which nobody chose here
+        other = Bench(t.model, t.layer).place(others[0], maps, dose=t.dose)
         return {
             "Concepts that lie near it": views.nearest_concepts(t, names),
             "With another concept at once": views.together(t, other, [task]),
@@ -1051,9 +1139,9 @@ def _beside(t, task, concept, source, maps):
 
 
 # %% ../nbs/31_cli.ipynb #4e7a9c48
-def _flow(folder, models, pairs, texts, items, settings, most, other=None):
-    """From pairs to the report, each step in a file of the folder. `items` choose, and judge; `most` layer
-    pairs are tried. With `FEW` of these, readouts are short too."""
+def _flow(folder, models, read_at, texts, items, settings, quick, other=None):
+    """From pairs, read at a position, to the report, each step in a file of the folder. `items` choose, and
+    judge. A quick flow tries fewer layer pairs, and its readouts are short."""
     from concept_transfer.arms import readouts_of
     from concept_transfer.concepts import Concept, extract_concept
     from concept_transfer.data import PAIRS, data_hash, load_corpus, load_pairs
@@ -1066,6 +1154,7 @@ def _flow(folder, models, pairs, texts, items, settings, most, other=None):
     from concept_transfer.views import layer_scores, separation
 
     start, keep, neutral, (tune, test) = time.time(), _steps(folder), load_corpus("neutral"), items
+    (pairs, position), most = read_at, 4 if quick else 12  # layer pairs
     _say("1/6  models")
     source, target = map(load_model, models)
     read, written = model_info(source), model_info(target)
@@ -1075,10 +1164,10 @@ def _flow(folder, models, pairs, texts, items, settings, most, other=None):
 
     def find():
         _expect("     about", _reading(source, pairs.texts))
-        return extract_concept(source, pairs)
+        return extract_concept(source, pairs, position=position)
 
-    of = data_hash([str(vars(pairs))])
-    concept = keep("concept.safetensors", find, Concept.load, read, read.precision, of)
+    made_of = read, read.precision, data_hash([str(vars(pairs))]), position
+    concept = keep("concept.safetensors", find, Concept.load, *made_of)
     _say(f"     {concept!r}\n3/6  maps: both models read {len(texts)} texts")
 
     def fit():
@@ -1101,7 +1190,7 @@ def _flow(folder, models, pairs, texts, items, settings, most, other=None):
     _say(f"     {t!r}\n5/6  evidence, on {len(test)} items that made and chose nothing here")
     given: dict = dict(pairs=pairs, other=other, source=source, map=_own(maps, t))
 
-    if most == FEW and settings.readouts is None:
+    if quick and settings.readouts is None:
         asked = readouts_of(test, t.notes.get("tuning_items", ()))
         settings = replace(settings, readouts=[x.take(12) for x in asked])
 
@@ -1114,7 +1203,9 @@ def _flow(folder, models, pairs, texts, items, settings, most, other=None):
     looks = _looks(t, test, e, neutral, concept, source, pairs)
     looks["pictures"]["Where the concept is found"] = plot_separation(concept)
     if pairs.name in PAIRS:
-        looks["pictures"]["Texts it tells apart"] = separation(t, load_pairs(pairs.name, "test")).show()
+        looks["pictures"]["Texts it tells apart"] = separation(
+            t, load_pairs(pairs.name, "test"), position
+        ).show()
     else:
         looks["pictures"] |= _beside(t, test, concept, source, _own(maps, t))
     looks["pictures"]["Where it can be carried"] = layer_scores(maps, concept, t, pairs).show()
@@ -1125,7 +1216,7 @@ def _flow(folder, models, pairs, texts, items, settings, most, other=None):
 # %% ../nbs/31_cli.ipynb #682ad392
 @command
 def cmd_run(
-    pairs: str,  # file, whose name the concept gets, or a built-in set such as honesty
+    pairs: Callable,  # file, whose name the concept gets, or a built-in set such as honesty
     task: str,  # file, of which a third chooses and the rest judges, or a built-in one such as emotions/fear
     out: str,  # folder of the report and of what each step made
     settings: Callable,  # of the controls
@@ -1137,15 +1228,15 @@ def cmd_run(
     """extract, align, transplant and evaluate in one
 
     concept-transfer run --pairs joy.csv --task joy-task.json --out joy --quick"""
-    from concept_transfer.data import lint, load_corpus, load_pairs
+    from concept_transfer.data import lint, load_corpus
 
-    data, texts, items, chosen = load_pairs(pairs), load_corpus(corpus), _two_parts(task), settings()
-    for problem in lint(data, items[1]):
+    read, texts, items, chosen = pairs(), load_corpus(corpus), _two_parts(task), settings()
+    for problem in lint(read[0], items[1]):
         _warn(problem)
     if quick:
         texts, items = _smaller(texts, *items)
     folder = _writable(out, folder=True)
-    return _flow(folder, (source, target), data, texts, items, chosen, FEW if quick else 12)
+    return _flow(folder, (source, target), read, texts, items, chosen, quick)
 
 
 @command
@@ -1163,4 +1254,4 @@ def cmd_demo(
     texts, items = _smaller(load_corpus("general"), *_two_parts(pairs.name))
     models = "smollm2-135m-instruct", "gemma-3-270m"
     folder = _writable(out, folder=True)
-    return _flow(folder, models, pairs, texts, items, Settings(seed=seed), FEW, other)
+    return _flow(folder, models, (pairs, "last"), texts, items, Settings(seed=seed), True, other)

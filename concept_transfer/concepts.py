@@ -287,12 +287,13 @@ def __repr__(self: Concept):
 # %% ../nbs/11_concepts.ipynb #422363fd
 @patch
 def _repr_html_(self: Concept):
+    auc, n = self.auc[self.layers.index(self.best)], len(self.layers)
     facts = {
         "model": self.model,
         "pairs": self.n_pairs,
         "direction": f"{self.reducer}, position {self.position}",
         "read inside": None if self.template == "{}" else self.template,
-        "held-out AUC": f"{self.auc[self.layers.index(self.best)]:.2f} at layer {self.best}",
+        "held-out AUC": f"{auc:.2f} at layer {self.best}{f', the best of {n}' * (n > 1)}",
     }
     return card(f"Concept {self.name}", facts, sparkline(self.auc, self.layers, "held-out AUC by layer"))
 

@@ -60,14 +60,15 @@ def plot_separation(*concepts: Concept) -> Figure:
     "Held-out AUC of each concept by layer."
     title = "How well a direction tells held-out scenarios apart"
     how = """AUC is the share of pairs of texts, one of the concept and one not, that stand in the right order
-        along the direction: 1 is perfect, .5 is chance."""
+        along the direction: 1 is perfect, .5 is chance. The best of many layers is chosen by its AUC, which
+        flatters it."""
     with canvas(how=how) as (fig, ax):
         for c in concepts:
             ax.plot(c.layers, c.auc, label=f"{c.name}, {c.model.name}")
         ax.axhline(0.5, ls=":", label="chance")
         ax.set(xlabel="layer", ylabel="held-out AUC", ylim=(None, 1.01), title=title)
         ax.locator_params("x", integer=True)
-        ax.legend()
+        fig.legend(loc="outside lower center", ncol=2)
     return fig
 
 

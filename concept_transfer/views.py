@@ -537,6 +537,13 @@ def token_heat(
 
 
 # %% ../nbs/25_views.ipynb #93e28485
+def _moved(p, q):
+    "Two shares, with as many digits as tell them apart, if four do."
+    shown = ([f"{x:.{digits}f}" for x in (p, q)] for digits in (2, 3, 4))
+    return next((" to ".join(both) for both in shown if both[0] != both[1]), f"stays at {p:.2f}")
+
+
+# %% ../nbs/25_views.ipynb #5e4009d8
 @dataclass(frozen=True, repr=False)
 class MovedItems(_View):
     "Items of a task before and after."
@@ -552,8 +559,10 @@ class MovedItems(_View):
 
     @property
     def title(self) -> str:
-        wrong = (self.after.margin < self.before.margin).mean()
-        return f"{self.name}: {len(self.task)} items, {wrong:.0%} moved the wrong way"
+        change = self.after.margin - self.before.margin
+        moved = f"{(change < 0).mean():.0%} moved the wrong way"
+        moved = moved if np.abs(change).max() >= 0.005 else "none of which moved"
+        return f"{self.name}: {len(self.task)} items, {moved}"
 
     def choices(self, k: int) -> list[tuple[str, float, float]]:
         "Choices of an item with their shares before and after, the wanted one first."
@@ -566,7 +575,7 @@ class MovedItems(_View):
     def table(self) -> pd.DataFrame:
         "All items, the most moved first."
         items, before, after = range(len(self.task)), self.before.margin, self.after.margin
-        said = ["; ".join(f"{c} {p:.2f} to {q:.2f}" for c, p, q in self.choices(k)) for k in items]
+        said = ["; ".join(f"{c}: {_moved(p, q)}" for c, p, q in self.choices(k)) for k in items]
         found = pd.DataFrame({"item": items, "prompt": self.task.prompts, "choices": said, "before": before})
         found = found.assign(after=after, change=after - before)
         return found.sort_values("change", ascending=False, ignore_index=True)
@@ -728,7 +737,7 @@ def show(self: Separation) -> Figure:
                 )
         ax.set(xlabel="along the direction, standard deviations", ylabel="texts", title=self.title)
         ax.set_ylim(0, 1.45 * ax.get_ylim()[1])
-        ax.legend(loc="center right")
+        fig.legend(loc="outside lower center", ncol=2)
     return fig
 
 
@@ -803,7 +812,8 @@ def show(self: LayerScores) -> Figure:
         ["\n".join(f"{k} {x[s, u]:.2f}" for k, x in self.scores.items() if (s, u) in x) for u in columns]
         for s in rows
     ]
-    how = "R2: of the map. AUC: of the carried direction on the target's texts. Gain: of the margin, in nats."
+    how = f"""R2: of the map. AUC: of the carried direction on the target's texts. Gain: of the margin, in
+        nats. The best of {self.maps.r2.numel()} cells is chosen by its number, which flatters it."""
     size = 1.6 + 0.85 * len(columns), 1.5 + (0.2 + 0.16 * len(self.scores)) * len(rows)
     with canvas(*size, how) as (fig, ax):
         look = dict(annot=np.array(said), fmt="", annot_kws={"size": 7})
@@ -865,6 +875,8 @@ class Together(_View):
     names: tuple[str, str]
     shifts: dict[str, list[float]]  # task: mean change of the margin by the one, the other, both, in nats
     kl: list[float]  # damage of the same three, nats a token
+
+    how = "Change of the margin by each alone, by both at once and added up, in nats; damage in nats a token."
 
     @property
     def title(self) -> str:

@@ -197,9 +197,59 @@ def test_arms_without_input_are_null_with_a_reason(here, graft, little, capsys):
     judged = ["--task", "task.json", "--neutral", "short.txt", "--out", "bare", "--random", "0"]
     capsys.readouterr()
     assert main("evaluate", *graft, *judged, "--json") == 0
-    arms = json.loads(capsys.readouterr().out)["arms"]
+    out, err = capsys.readouterr()
+    steps = re.findall(r"^evidence (\d+) of (\d+), (\w+)$", err, re.M)
+    assert [int(k) for k, *_ in steps] == [*range(1, int(steps[0][1]) + 1)]
+    assert [x for *_, x in steps] == [*arms.ARMS, *arms.FOLLOWED, "readouts"]
+    found = json.loads(out)["arms"]
     for name in ("native", "random", "other_concept"):
-        assert arms[name]["choice_rate"] is None and arms[name]["reason"]
+        assert found[name]["choice_rate"] is None and found[name]["reason"]
+    assert main("info", "bare/evidence.json") == 0
+    out = capsys.readouterr().out
+    assert out.startswith("Evidence(") and "other_concept not run: " in out and "No effect" in out
+    assert main("info", "bare/evidence.json", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["arms"].keys() == found.keys()
+
+
+def test_what_a_file_is_can_be_read(here, made, graft, monkeypatch, capsys):
+    several = [*made, "--layers", "1:1,2", "--out", "several.safetensors"]
+    assert main(*several) == 0
+    LayerGrid.load("grid.safetensors")[1, 1].save("single.safetensors")
+    (here / "receipt.json").write_text(json.dumps(dict(to="gguf", tolerance=0.01, versions={"torch": "2"})))
+    for file, says in (
+        ("made.safetensors", "held-out AUC +[0-9., ]+|layers +0, 1, 2, 3|directions +4 x 48|pairs +"),
+        ("grid.safetensors", r"held-out R2 +\S+, |rows +\d+|W +2 x 2 x 48 x 48|source +small [(]llama"),
+        ("single.safetensors", r"layers +1, 1|held-out R2 +\S+\n"),
+        (graft[1], "damage allowed, nats a token +0.3|dose, of the norm +0|steps of the search +[0-9]+\n"),
+        ("several.safetensors", r"layer +1\n|further layers +2\n|median norms there +\S+\n"),
+        ("receipt.json", r"to +gguf|torch +2\n"),
+    ):
+        capsys.readouterr()
+        assert main("info", file) == 0
+        out = capsys.readouterr().out
+        for line in says.split("|"):
+            assert re.search(f"^  {line}", out, re.M), (line, out)
+        assert "{" not in out and "[" not in out.split("\n", 1)[1] and max(map(len, out.splitlines())) < 330
+        assert ("Add --words" in out) == (file in ("made.safetensors", graft[1], "several.safetensors"))
+        assert main("info", file, "--json") == 0
+        facts = json.loads(capsys.readouterr().out)
+        assert file == "receipt.json" or {"kind", "format", "package"} <= facts.keys()
+
+
+@pytest.mark.parametrize("how", [["--dtype", "bfloat16"], ["--device", "cpu"]])
+def test_precision_beside_a_file_that_is_only_read_is_refused(here, made, how, capsys):
+    capsys.readouterr()
+    assert main("info", "made.safetensors", *how) == 2
+    assert "go with --words or --model" in capsys.readouterr().err
+    assert main("info", "made.safetensors", "--words", *how) == 0
+
+
+def test_which_tokens_are_read_is_chosen(here, capsys):
+    argv = ["extract", "--model", "./small", "--pairs", "joy.json", "--out", "mean.safetensors", "--position"]
+    assert main(*argv, "mean") == 0 and Concept.load("mean.safetensors").position == "mean"
+    for name in ("all", "first"):
+        assert main(*argv, name) == 2
+        assert f"--position '{name}' is not one of last, mean." in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -850,6 +900,8 @@ def test_one_command_goes_from_pairs_to_a_report(demo, here, capsys):
     assert found["n"] == 8 and len(tuned) == 4 and {*tuned} < asked_of
     assert "chose layers and dose" not in err and Path(found["report"]).exists()
     assert demo(*asked, command="run") == []
+    again = demo(*asked, "--position", "mean", command="run")
+    assert again[0] == "extract_concept" and Concept.load(demo.out / "concept.safetensors").position == "mean"
 
 
 def test_items_of_one_scenario_cannot_choose_and_judge(here, capsys):

@@ -27,7 +27,7 @@ from concept_transfer.report import advice, details, verdict, write_report
 from concept_transfer.steering import place
 from concept_transfer.tasks import ChoiceItem, ChoiceTask, load_task
 from concept_transfer.toys import planted_module
-from concept_transfer.views import damage_anchors, moved_items
+from concept_transfer.views import damage_anchors, layer_scores, moved_items
 
 PAIRS = load_pairs("emotions/happiness")
 SCENES = Corpus("scenes", [x for e in EMOTIONS[1:4] for x in load_pairs(f"emotions/{e}").texts])
@@ -443,6 +443,13 @@ def test_curves_are_those_of_the_file(evidence):
         runs = [r for r in evidence.data["runs"] if (r["experiment"], r["arm"]) == ("curves", arm)]
         points = [(r["strength"], r["dose"], np.mean(r["answers"]["chosen"]), np.mean(r["kl"])) for r in runs]
         np.testing.assert_allclose(curves(evidence)[arm], points)
+
+
+def test_the_best_of_many_layers_says_so(pair):
+    *_, concept, maps = pair
+    assert f"the best of {len(concept.layers)}<" in concept._repr_html_()
+    assert "best of many layers is chosen by its AUC" in plot_separation(concept).get_label()
+    assert "best of 4 cells is chosen by its number" in layer_scores(maps, concept).show().get_label()
 
 
 def test_a_grid_wants_a_value_for_each_layer_pair(pair):

@@ -2,6 +2,7 @@
 
 import html
 import json
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -18,6 +19,7 @@ from concept_transfer.tasks import load_task
 from concept_transfer.views import (
     TEMPERATURES,
     Along,
+    TokenHeat,
     damage_anchors,
     direction_words,
     farthest_texts,
@@ -149,6 +151,38 @@ def test_items_are_those_of_the_bench(tiny, t):
     assert wanted[0] == task.items[k].choices[task.items[k].target].strip()
     np.testing.assert_allclose([sum(x[1:][i] for x in (wanted, *rest)) for i in (0, 1)], 1)
     assert table.change.sort_values().iloc[3] == table.change[table.item == k].item()
+
+
+def test_small_moves_are_told_apart_from_none(tiny, t):
+    task, shares = load_task("emotions/happiness").take(1), [0.00121, 0.5, 0.4, 0.05, 0.04, 0.00879]
+    moved = moved_items(t, task)
+
+    def answered(*shares):
+        return replace(moved.before, logp=(np.log(shares),))
+
+    before, after = answered(*shares), answered(0.00134, 0.49987, *shares[2:])
+    (said,) = replace(moved, before=before, after=after).table.choices
+    for words in ("0.0012 to 0.0013; ", "0.5000 to 0.4999; ", ": stays at 0.40; "):
+        assert words in said
+    same = replace(moved, before=before, after=before)
+    assert same.title == f"{t.name}: 1 items, none of which moved" and "stays at 0.00; " in repr(same)
+
+
+@pytest.mark.parametrize("page, text", [((255, 255, 255), (34, 34, 34)), ((17, 17, 17), (224, 224, 224))])
+def test_highlights_are_seen_and_read_on_light_and_dark_pages(page, text):
+    def luminance(colour):
+        x = np.array(colour) / 255
+        return np.where(x <= 0.04045, x / 12.92, ((x + 0.055) / 1.055) ** 2.4) @ (0.2126, 0.7152, 0.0722)
+
+    def contrast(*colours):
+        low, high = sorted(map(luminance, colours))
+        return (high + 0.05) / (low + 0.05)
+
+    shown = TokenHeat("joy", "", {"tiny": [(" word", x) for x in (0.01, -0.01, 9, -9)]})._repr_html_()
+    grounds = np.array(re.findall(r"rgba\(([\d.]+),([\d.]+),([\d.]+),([\d.]+)\)", shown), float)
+    mixed = [a * np.array(c) + (1 - a) * np.array(page) for *c, a in grounds]
+    assert len(mixed) == 4 and min(contrast(x, page) for x in mixed) > 1.1
+    assert min(contrast(x, text) for x in mixed) > 4.5
 
 
 def test_labels_of_moved_items_do_not_cover_each_other(tiny, t):
