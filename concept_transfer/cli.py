@@ -406,9 +406,8 @@ def _facts(head):
             yield _NAMED.get(k, k.replace("_", " ")), _brief(ModelInfo(**v) if isinstance(v, dict) else v)
 
 
-def _aligned(pairs):
-    "Names and values under each other; of a name that comes again the last value."
-    facts = dict(pairs)
+def _aligned(facts):
+    "Names and values under each other."
     width = max(map(len, facts))
     return "\n".join(f"  {k:{width}}  {shorten(v, 300, placeholder=' ...')}" for k, v in facts.items())
 
@@ -448,7 +447,7 @@ def _found(file):
         suite = SuiteResult.load(file)
         return suite.data, repr(suite)
     if "tolerance" in d:  # a receipt of `export`
-        return d, _aligned(_facts(d))
+        return d, _aligned(dict(_facts(d)))
     raise ValueError(f"{file!r} is neither evidence nor a suite or receipt; pairs and tasks are for `lint`.")
 
 
@@ -476,9 +475,11 @@ def cmd_info(
     (tensors, head), kinds = load_artefact(file), (Concept, LayerGrid, AffineMap, Transplant)
     shown = _words(file, head["kind"], model) if asked else []
     said = [repr(load_fields(c, file)) for c in kinds if c.artefact == head["kind"]]
-    sizes = {k: " x ".join(map(str, v.shape)) for k, v in tensors.items() if v.ndim and k not in head}
+    sizes = {k: " x ".join(map(str, v.shape)) for k, v in tensors.items() if v.ndim}
     sizes["size"] = f"{Path(file).expanduser().stat().st_size / 1e6:.3g} MB"
-    said += [_aligned(_facts(head | sizes)), *(f"\n{view!r}" for view in shown)]
+    facts = dict(_facts(head))
+    facts |= {k: x for k, x in _facts(sizes) if k not in facts}  # numbers rather than how many
+    said += [_aligned(facts), *(f"\n{view!r}" for view in shown)]
     if not asked and head["kind"] in (Concept.artefact, Transplant.artefact):
         said.append("Add --words for the words that it means, which reads its model.")
     return head | ({"words": [view.data for view in shown]} if shown else {}), "\n".join(said)
