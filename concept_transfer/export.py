@@ -116,6 +116,10 @@ _OURS = [f"concept_transfer.{k}" for k in ("transplant", "receipt", "digest")]
 
 
 # %% ../nbs/23_export.ipynb #efe30e8b
+def _digest(vectors, *said):
+    return hashlib.sha256(torch.cat(vectors).numpy().tobytes() + "".join(said).encode()).hexdigest()
+
+
 def _write_vector(t, path, receipt=None):
     arch, _ = _GGUF.get(t.target.family, (t.target.family, None))
     apart = ("direction", "shuffled", "deeper_directions", "deeper_shuffled", "model")
@@ -280,10 +284,6 @@ def _vectors(path):
 
 
 # %% ../nbs/23_export.ipynb #bdbf1e70
-def _digest(vectors, *said):
-    return hashlib.sha256(torch.cat(vectors).numpy().tobytes() + "".join(said).encode()).hexdigest()
-
-
 def _made(path, layers, said):
     "The transplant of a file of ours. Raises ValueError for one that was changed since."
     *texts, digest = said
