@@ -170,6 +170,8 @@ def read_file(path: Path) -> Any:
     if "json" in form or _LIKE_JSON.match(text):
         rows, more = _BETWEEN.subn(lambda found: found[0].replace("\n", ",\n", 1), text)  # as one list
         found = checked(parse_json(f"[{rows}]" if more else text, path), dict | list, path)
+        if more and len(found) != more + 1:  # a comma is missing within a value
+            parse_json(text, path)
         return [found] if isinstance(found, dict) and form in ("jsonl", "ndjson") else found
     if form == "txt" and not _LIKE_TABLE.match(text):
         return text.split("\n")

@@ -790,3 +790,10 @@ def test_a_folder_and_a_pipe_are_called_what_they_are(tmp_path):
         for name in ("p.csv", "p.jsonl"):
             with pytest.raises(FileNotFoundError, match="is a folder or a device"):
                 load(tmp_path / name)
+
+
+@pytest.mark.parametrize("text", ['["It rained"\n"It snowed"]', '[{"text": "a"}\n{"text": "b"}]'])
+def test_a_comma_that_is_missing_is_said(tmp_path, text):
+    (tmp_path / "a.json").write_text(text)
+    with pytest.raises(ValueError, match="a.json: not valid JSON .line 2: Expecting ',' delimiter"):
+        load_corpus(tmp_path / "a.json")
