@@ -113,6 +113,9 @@ def _direction(x):
 
 
 # %% ../nbs/15_steering.ipynb #a24468bd
+_Norm = Annotated[Size, Field(gt=0)]
+
+
 @final
 @dataclass(frozen=True)
 class Transplant(Artefact):
@@ -137,7 +140,7 @@ class Transplant(Artefact):
     direction: Tensor  # (d,) as the map gives it, not normalised
     layer: Count  # of the target
     dose: float  # norm of what strength 1 adds, in units of `norm`; below 0: the other way
-    norm: Annotated[Size, Field(gt=0)]  # median residual norm at the layer
+    norm: _Norm  # median residual norm at the layer
     target: ModelInfo
     source: ModelInfo | None = None
     source_layer: Count | None = None
@@ -145,7 +148,7 @@ class Transplant(Artefact):
     shuffled: Tensor | None = None  # (d,) the same concept through a map of shuffled pairs: a control
     deeper: Layers | None = None  # K further layers, ascending; None: one place
     deeper_directions: Tensor | None = None  # (K, d)
-    deeper_norms: tuple[Size, ...] | None = None  # (K,)
+    deeper_norms: tuple[_Norm, ...] | None = None  # (K,)
     deeper_sources: Layers | None = None  # (K,) layers of the source
     deeper_shuffled: Tensor | None = None  # (K, d)
     notes: Notes = field(default_factory=dict)  # where it comes from: concept, map, damage, search

@@ -101,6 +101,7 @@ def test_places_come_apart_and_together(llama):
         dict(deeper=(2, 9)),
         dict(deeper=(2,)),
         dict(deeper_norms=None),
+        dict(deeper_norms=(1.0, 0.0)),
         dict(deeper_directions=torch.zeros(2, 48)),
         dict(deeper_directions=torch.ones(2, 47)),
         dict(deeper_sources=(1,)),
