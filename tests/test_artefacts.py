@@ -145,6 +145,7 @@ def test_15_16_what_is_loaded_stays(joy, file):
     assert torch.equal(kept.directions * 1, joy.directions)
 
 
+@pytest.mark.slow
 def test_loading_takes_no_more_memory_than_what_is_loaded(file):
     "The peak of resident memory in a process of its own: once, not twice, the size of the file."
     Journal(file, "states", tensors=True).keep({f"t{k}": torch.ones(10_000_000) for k in range(4)})
@@ -530,6 +531,7 @@ print(fingerprint(a))
 """
 
 
+@pytest.mark.slow
 def test_fingerprints_are_those_of_another_process():
     told = [
         subprocess.run([sys.executable, "-c", CIRCLE], env=os.environ | {"PYTHONHASHSEED": k}, **CAUGHT)

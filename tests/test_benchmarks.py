@@ -165,6 +165,7 @@ def test_its_grid_is_that_of_the_package(gpu):
         assert torch.allclose(N[s].float() * scale, control(u), rtol=0.02, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_gelu_of_float16_is_a_little_off():
     model = tiny_model("gemma3_text")
     t = place(torch.ones(48), model, 1, dose=0.05)

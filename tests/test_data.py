@@ -608,6 +608,7 @@ TEXTS = st.text(st.characters(codec="utf-8", exclude_categories=["Cc", "Cs"]), m
 ROWS = st.lists(st.tuples(TEXTS, TEXTS), min_size=1, max_size=6)
 
 
+@pytest.mark.slow
 @few
 @given(ROWS, st.sampled_from(",;\t"))
 def test_any_texts_come_back_from_every_kind_of_file(tmp_path, rows, mark):

@@ -92,6 +92,7 @@ def kept(given, tmp_path_factory):
 VERDICTS = dict(shaken="valid", larger="re-dose", trained="re-fit", turned="re-fit", random="refuse")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", VERDICTS)
 def test_a_planted_change_is_found_and_a_file_will_do(given, descendants, kept, name):
     source, target, map, _ = given
@@ -110,6 +111,7 @@ def test_an_unchanged_target_is_valid_and_nothing_is_read(given, monkeypatch):
     assert (found.verdict, found.numbers) == ("valid", {})
 
 
+@pytest.mark.slow
 def test_without_the_old_target_the_map_and_the_notes_stand_in(given, descendants):
     source, _, map, t = given
     for name, want in VERDICTS.items():
@@ -173,6 +175,7 @@ def test_a_descendant_that_holds_is_adopted_with_its_dose(given, descendants, ke
         Transplant.load(tmp_path / "a.safetensors", given[1])
 
 
+@pytest.mark.slow
 def test_descent_is_told_generation_by_generation(given, descendants, kept):
     _, target, _, _ = given
     a = adopt(kept, descendants["shaken"], target, neutral=NEUTRAL)
@@ -343,6 +346,7 @@ def test_a_check_that_cannot_be_made_says_why(shell, monkeypatch, capsys, argv, 
     assert said in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_descendant_is_adopted_from_a_shell(shell, monkeypatch, capsys):
     monkeypatch.chdir(shell)
     argv = "adopt --transplant t --target larger --old old --neutral neutral.txt --out adopted --json".split()

@@ -413,6 +413,7 @@ def test_30_a_metric_of_ones_own_is_measured_anew(pair, few, tmp_path, monkeypat
         assert e.arms["base"].score_means["mine"]["mean"] == k
 
 
+@pytest.mark.slow
 def test_30_another_transplant_task_text_or_model_is_refused(pair, task, tmp_path):
     t, path = pair[2], tmp_path / "arms"
     how = dict(experiments=EQUAL, settings=Settings(random=0, damage=0.5))
@@ -915,6 +916,7 @@ def test_all_arms_go_on_from_the_same_beginnings_with_the_same_seed(pair, two_wo
     assert other.texts != said["base"].texts and (torch.random.get_rng_state() == before).all()
 
 
+@pytest.mark.slow
 def test_text_changes_no_other_number_and_is_kept(pair, few, tmp_path, monkeypatch):
     plain = texts_of(pair, few, tmp_path / "arms", EQUAL, random=2)
     e = texts_of(pair, few, tmp_path / "arms", random=2)
@@ -930,6 +932,7 @@ def test_text_changes_no_other_number_and_is_kept(pair, few, tmp_path, monkeypat
     assert data["n"] == 4 and data["labelled"] == 0 and data["gain"]["base"] == 0
 
 
+@pytest.mark.slow
 def test_text_is_left_out_with_a_reason(pair, few, tmp_path, monkeypatch):
     def gone(text):
         raise ImportError(name="lingua")
@@ -970,12 +973,14 @@ def test_text_follows_where_the_gain_is_clear_and_the_judge_can_tell(plain):
         assert both.data["verdict"] == {"kind": "concept", "text": f"It is a concept; sampled {said}"}
 
 
+@pytest.mark.slow
 def test_text_without_a_gain_rarely_follows(plain):
     rng = np.random.default_rng(0)
     skewed = rng.exponential(1, (200, 24, 2)) @ [1, -1]  # scores of two draws of the same
     assert sum(heard(plain, x).text.follows for x in skewed) <= 10  # 5 %
 
 
+@pytest.mark.slow
 def test_text_is_told_with_its_judge(pair, few, tmp_path):
     e = texts_of(pair, few, scorer=judge(18))
     assert "right on 90% of 20 labelled texts, by chance 50%" in verdict(e) and "right on 90%" in repr(e)

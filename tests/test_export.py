@@ -62,6 +62,7 @@ def like(t):
     return replace(FORMATS["vllm"], ask=lambda *_: ("an engine", answers(t)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layer", [0, 1, 3])
 def test_a_baked_checkpoint_is_an_ordinary_one(tmp_path, layer):
     t = planted("llama", layer)
@@ -238,6 +239,7 @@ def test_the_file_of_vllm_is_our_own(llama, tmp_path):
     assert torch.equal(Transplant.load(tmp_path / "joy.safetensors", llama.model).vector(1), llama.vector(1))
 
 
+@pytest.mark.slow
 def test_the_folder_for_the_hub_reads_as_a_model_card(llama, tmp_path):
     llama.export(tmp_path / "hub", to="hub")
     card = ModelCard.load(tmp_path / "hub" / "README.md")
@@ -298,6 +300,7 @@ def hub(monkeypatch):
         server.shutdown()
 
 
+@pytest.mark.slow
 def test_a_folder_is_pushed_to_the_hub_as_it_is(llama, tmp_path, hub):
     llama.export(tmp_path / "hub", to="hub")
     assert push_to_hub(tmp_path / "hub", "me/joy", token="secret").startswith(f"{hub.url}/me/joy")
@@ -615,6 +618,7 @@ def test_serve_tells_when_the_server_or_the_plugin_fails(llama, engines, capsys)
     assert "plugin" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_export_on_the_command_line(llama, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for part in (llama.model._module, llama.model.tokenizer):

@@ -293,6 +293,7 @@ def test_a_changed_target_is_checked_at_every_place(given):
     assert adopt(t, louder, target).layers == t.layers
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("to", ["baked", "hub", "lm-eval", "gguf", "vllm"])
 @pytest.mark.filterwarnings("ignore:the export to")
 def test_every_way_out_holds_all_places(llama, tmp_path, to, monkeypatch):

@@ -92,6 +92,7 @@ def test_layer_and_positions_are_those_of_place(joy):
         assert shows(ground, other.generate("It rained and", 3, **WRITTEN))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layer", [1, 2])
 def test_a_second_concept_is_added(joy, fear, layer):
     "At the same layer and at another one."

@@ -235,6 +235,7 @@ def test_an_interrupted_collection_goes_on(near, distant, tmp_path, monkeypatch)
     close(covariance(again), covariance(whole), 1e-4)
 
 
+@pytest.mark.slow
 def test_rows_come_back_where_rows_are_kept(near, distant, corpus, monkeypatch):
     one, other = (collect(near[0], m, corpus, [1], [1, 2], products=False) for m in (near[1], distant[1]))
     monkeypatch.setattr("concept_transfer.moments.chosen", lambda *a: "rows")

@@ -424,6 +424,7 @@ def test_pictures_are_shown_once_and_in_one_style(evidence, pair):
     assert not plt.get_fignums() and all(p.get_facecolor() == (1, 1, 1, 1) for p in pictures)
 
 
+@pytest.mark.slow
 def test_an_arm_of_your_own_is_drawn(joy, tmp_path):
     mine = Arm(
         "opposite", "the other way", lambda x: [replace(x.t, direction=-x.t.direction)], colour="#56b4e9"

@@ -614,6 +614,7 @@ def test_a_seed_is_a_whole_number(seed):
         pass
 
 
+@pytest.mark.slow
 def test_seeded_texts_are_the_same_in_threads():
     t = place(torch.ones(48), tiny_model("llama"), 1)
 

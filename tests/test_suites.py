@@ -298,6 +298,7 @@ def test_the_page_shows_a_suite_with_what_is_missing(result):
     assert "Public measures" not in page.render(e=evidence, **said)
 
 
+@pytest.mark.slow
 def test_a_rerun_goes_on_and_no_text_is_kept(planted, tmp_path, monkeypatch):
     push, task = planted
     secret = generation_task("secret", ["A vile beginning", "Another one"], lambda text: 0.25)

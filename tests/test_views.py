@@ -64,6 +64,7 @@ def test_a_row_costs_what_plain_logits_say(tiny, t):
     assert any(all(x is not None for _, x in r.words) for r in up.rungs)
 
 
+@pytest.mark.slow
 def test_decoding_is_the_same_in_every_row(tiny, t):
     up = ladder(t, "It rained and", [2], max_new_tokens=8)
     assert up.base.text == generate(tiny, up.prompt, 8, repetition_penalty=1.2)
