@@ -33,12 +33,13 @@ __all__ = [
     "written",
     "readouts_of",
     "text_of",
+    "steps",
     "measured",
 ]
 
 # %% ../nbs/17_arms.ipynb #ced4721e
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Annotated, Any, cast
@@ -696,12 +697,12 @@ def _text(trial, runs, dosed):
 
 
 # %% ../nbs/17_arms.ipynb #131b79f0
-def _steps(names):
-    "A bar that moves on with each `next`, and says which of them is measured."
+def steps(what: str, names: Sequence[str]) -> Generator[str]:
+    "The names one by one, with a bar that says which of them is measured."
     with tqdm(names, disable=None, leave=False) as bar:
         for i, name in enumerate(bar, 1):
-            bar.set_description(f"evidence {i} of {len(names)}, {name}")
-            yield
+            bar.set_description(f"{what} {i} of {len(names)}, {name}")
+            yield name
 
 
 def measured(trial: Trial, arms: dict[str, Arm]) -> tuple[list[Run], dict[str, str], str]:
@@ -709,7 +710,8 @@ def measured(trial: Trial, arms: dict[str, Arm]) -> tuple[list[Run], dict[str, s
     why sampled text is."""
     runs: list = []
     missing, placed, dosed, untold = {}, {"base": None}, {}, ""
-    step = _steps([*arms, *(x for x in (*FOLLOWED, "readouts", "text") if x in trial.experiments)])
+    followed = (x for x in (*FOLLOWED, "readouts", "text") if x in trial.experiments)
+    step = steps("evidence", [*arms, *followed])
     for arm in arms.values():
         next(step)
         asked = arm.name == "base" or "equal_damage" in trial.experiments

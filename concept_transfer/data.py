@@ -121,12 +121,14 @@ def checked(
 
 # %% ../nbs/01_data.ipynb #488de1aa
 def _table(text, path, mark):
-    "Rows of a table with a header."
-    lines = csv.reader(io.StringIO(text), delimiter=mark, strict=True, skipinitialspace=True)
+    "Rows of a table with a header. Blanks between a mark and a quote are left out, all others are text."
+    text = re.sub(rf'(^|{mark}) *("(?:[^"]|"")*")', r"\1\2", text, flags=re.MULTILINE)
+    lines = csv.reader(io.StringIO(text), delimiter=mark, strict=True)
     try:
         table = [row for row in lines if any(map(str.strip, row))]
     except csv.Error as e:
         raise ValueError(f"{path}: line {lines.line_num}: {e}.") from None
+    table[:1] = [[*map(str.strip, row)] for row in table[:1]]
     for i, row in enumerate(table):
         if not len(row) == len(table[0]) == len({*table[0]}):
             raise ValueError(

@@ -70,6 +70,7 @@ import torch
 from fastcore.basics import patch
 from nnsight import TransformersModel, save
 from nnsight._c import mount, unmount
+from nnsight.intervention.interleaver import OutOfOrderError
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.overrides import TorchFunctionMode
@@ -1008,6 +1009,11 @@ def _reply(here):
     try:
         h = here.read(ids, mask, [len(here.model.layers) - 1])[0][0].float().cpu()  # (t, d)
         top = here.logits(ids, mask, 16)[0].topk(8).values.cpu()  # (t, 8)
+    except OutOfOrderError:
+        raise ValueError(
+            "nnsight cannot read this model, as with one that was copied or unpickled; make another: "
+            "load_model(model._module, tokenizer=model.tokenizer)."
+        ) from None
     finally:
         OPEN.reset(was)
     flat = torch.nn.functional.normalize(h).flatten()  # (t d,)

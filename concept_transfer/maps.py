@@ -249,7 +249,8 @@ def contrans(X: Tensor, Y: Tensor) -> Tensor:  # (n, d1), (n, d2) -> (d1, d2)
 
 
 # %% ../nbs/14_maps.ipynb #aef4716a
-def random_map(W: Tensor, seed: int = 0) -> Tensor:
+@strict
+def random_map(W: Tensor, seed: Count = 0) -> Tensor:
     "Gaussian matrix with the norm of `W`: a control."
     Z = torch.randn(W.shape, generator=torch.Generator().manual_seed(seed))
     return Z * (W.norm() / Z.norm())
@@ -440,6 +441,8 @@ def _span(u):
 
 def _grid(m, make, method, lambdas=LAMBDAS, centred=True):
     "The maps and controls that `make` gives for a `SourceLayer`, one target layer after the other, judged."
+    if m.shift_x is None or len(m.held_x) < 2:
+        raise ValueError(f"{m!r} has too few rows to fit or to judge by; `collect` reads enough of both.")
     (_, L1, d1, L2, d2), rows, layers, deals = m.shape, [], [], _deals(m.held_of)
     W, N = (torch.empty(L1, L2, d1, d2, dtype=k) for k in (torch.float32, torch.bfloat16))
     for s in tqdm(range(L1), desc="solving", disable=None, leave=False):

@@ -181,7 +181,7 @@ class Rollout:
 
     transplant: Transplant
     log: UseLog
-    scores: dict[str, Callable]  # by name, (prompt, answer) -> a number from 0 to 1
+    scores: dict[str, Callable]  # by name, (prompt, answer) -> a number from 0 to 1; part of the plan
     stop: Stop
     stages: Sequence[float] = (1, 5, 25, 100)  # percent of units
     share: float | None = None  # percent to begin with; default: the first stage

@@ -35,9 +35,8 @@ import pandas as pd
 from fastcore.basics import patch
 from markupsafe import Markup
 from pydantic import PositiveInt
-from tqdm import tqdm
 
-from .arms import Trial, described, made_of, native_direction, written
+from .arms import Trial, described, made_of, native_direction, steps, written
 from .artefacts import Journal, file_hash, fingerprint, plain, versions, whole_file
 from .cards import Entry, card
 from .cards import table as html_table
@@ -492,7 +491,8 @@ def measure_suite(
         except ConnectionError as e:
             missing[m.name] = str(e)
     measured, two = [], {k: arms[k] for k in ("base", "transplanted")}
-    for name, (kind, whole) in tqdm(asked.items(), desc="measures", disable=None, leave=False):
+    for name in steps("measure", [*asked]):
+        kind, whole = asked[name]
         some = whole.take((items + 1) // 2 if isinstance(whole, GenerationTask) else items)
         nats = kind == "reworded"
         how = (two, tokens, "margin") if nats else (arms, tokens)

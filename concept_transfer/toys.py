@@ -109,7 +109,9 @@ def random_rotation(
     seed: int = 0,
     keep_ones: bool = False,  # with d = width: the all-ones direction stays where it is
 ) -> torch.Tensor:
-    "Random matrix (d, width) with orthonormal rows, float64."
+    "Random matrix (d, width) with orthonormal rows, float64. Raises ValueError for sizes that cannot be."
+    if not 0 < d <= width or keep_ones and d < width:
+        raise ValueError(f"d={d} is not from 1 to width={width}, or is less with keep_ones.")
     g = torch.Generator().manual_seed(seed)
     Q = torch.linalg.qr(torch.randn(width, width, generator=g, dtype=torch.float64))[0][:d]
     if not keep_ones:

@@ -750,11 +750,13 @@ def test_a_slip_in_the_name_of_a_file_is_seen(tmp_path):
         load_pairs(tmp_path / "curosity.csv")
 
 
-@pytest.mark.parametrize("ending, mark", [("csv", ", "), ("csv", "; "), ("tsv", "\t ")])
-def test_a_blank_after_a_mark_is_no_part_of_a_text(write, ending, mark):
-    text = f'positive{mark}negative\nI sang{mark}"I ""wept"", too"\n"We, too"{mark}We left\n'
-    pairs = load_pairs(write(f"p.{ending}", text))
-    assert pairs.positive == ("I sang", "We, too") and pairs.negative == ('I "wept", too', "We left")
+@pytest.mark.parametrize("ending, mark", [("csv", ","), ("csv", ";"), ("tsv", "\t")])
+def test_a_blank_between_a_mark_and_a_quote_is_no_part_of_a_text(write, ending, mark):
+    rows = 'I sang|   "I ""wept"", | ""too"""', '"We| ""too"""| We left', '5" nails|"a|b"'
+    text = "\n".join(["positive| negative", *rows, ""])
+    pairs = load_pairs(write(f"p.{ending}", text.replace("|", mark)))
+    assert pairs.positive == ("I sang", f'We{mark} "too"', '5" nails')
+    assert pairs.negative == (f'I "wept", {mark} "too"', " We left", f"a{mark}b")
 
 
 def test_groups_in_the_index_of_a_table_are_kept():

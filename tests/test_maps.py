@@ -37,6 +37,7 @@ from concept_transfer.pairing import last_token
 from concept_transfer.plots import plot_grid
 from concept_transfer.steering import place
 from concept_transfer.tasks import load_task
+from concept_transfer.toys import random_rotation
 from concept_transfer.uselog import used
 from concept_transfer.views import layer_scores, moved_items
 
@@ -262,7 +263,7 @@ def test_a_method_that_is_not_there_is_said(pair):
     ):
         solve(planted(torch.eye(8).double(), 100, 1.0), "contrans")
     no_products = summed(*rows(50))
-    no_products.yy = no_products.squares
+    no_products.yy, no_products.held_x = no_products.squares, torch.zeros(2, 2, 12)
     with pytest.raises(ValueError, match="products=True"):
         solve(no_products, "whitened")
 
@@ -570,6 +571,20 @@ def test_weights_and_maps_of_numpy_are_taken(pair):
     assert torch.equal(plain.x, other.x)
     grid = solve(plain, lambda R, c, lam: C.append(c) or c.numpy())
     assert torch.equal(grid.W, solve(plain, lambda R, c, lam: c).W) and C
+
+
+def test_what_cannot_be_solved_or_drawn_is_refused():
+    with pytest.raises(ValueError, match="too few rows to fit or to judge by"):
+        solve(Moments.zeros(2, 1, 3, 1, 3))
+    m = Moments.zeros(2, 1, 3, 1, 3)
+    m.add(torch.randn(9, 1, 3), torch.randn(9, 1, 3), torch.arange(9) % 2)
+    with pytest.raises(ValueError, match="too few rows to fit or to judge by"):
+        solve(m)
+    with pytest.raises(ValueError, match="random_map 'W': .*Tensor"):
+        random_map(np.ones((2, 3)))
+    for wrong in ((3, 4, 0, True), (4, 3), (0, 3)):
+        with pytest.raises(ValueError, match="is not from 1 to width="):
+            random_rotation(*wrong)
 
 
 def test_arguments_in_the_wrong_place_are_named(pair, joy):

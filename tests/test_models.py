@@ -640,6 +640,13 @@ def test_D4_wrappers_do_not_change_a_model():
     assert Local(SimpleNamespace(_module=outer)).weights == model_info(tiny_model("llama")).weights
 
 
+def test_a_copy_of_a_model_that_cannot_be_read_is_named():
+    with pytest.raises(ValueError, match="copied or unpickled; make another: load_model"):
+        model_info(copy.deepcopy(m := tiny_model("llama")))
+    other = copy.deepcopy(m)
+    assert model_info(load_model(other._module, tokenizer=other.tokenizer)).same(model_info(m))
+
+
 def test_74_an_artefact_asks_nobody(tmp_path, monkeypatch):
     monkeypatch.setattr("socket.socket.connect", lambda *_: pytest.fail("asked"))
     m = tiny_model("llama")
