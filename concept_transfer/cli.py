@@ -579,6 +579,11 @@ def _asking(t, task, neutral):
     return _timed(t.model, lambda: bench.ask(bench.at_damage(t)))
 
 
+def _judging(t, task, neutral, random):
+    "Seconds that all arms and experiments take, by those that they took on two pairs of models."
+    return _asking(t, task, neutral) * (5 * random + 170)
+
+
 def _in_bfloat16(seconds):
     "What the same takes in bfloat16, where the processor is made for it and nobody has chosen otherwise."
     import torch
@@ -1012,7 +1017,7 @@ def cmd_evaluate(
     names = [x for k in more for x in (MEASURES if k == "standard" else [k]) if x not in ("", "text")]
     _ = [load_task(x) for x in names if x not in MEASURES]  # say so now where there is no such task
     t = transplant()
-    _expect("evidence: at least", _asking(t, items, texts) * (4 * chosen.random + 40))
+    _expect("evidence: about", _judging(t, items, texts, chosen.random))
     how = dict(settings=chosen, path=folder / "arms.jsonl", pairs=own, other=foreign)
     e = evaluate(t, items, texts, None, tuple(EXPERIMENTS) if "text" in more else BY_DEFAULT, **how)
     e.save(folder / "evidence.json")
@@ -1196,7 +1201,7 @@ def _flow(folder, models, read_at, texts, items, settings, quick, other=None):
         settings = replace(settings, readouts=[x.take(12) for x in asked])
 
     def judge():
-        _expect("     at least", _asking(t, test, neutral) * (4 * settings.random + 40))
+        _expect("     about", _judging(t, test, neutral, settings.random))
         return evaluate(t, test, neutral, settings=settings, path=folder / "arms.jsonl", **given)
 
     e = keep("evidence.json", judge, Evidence.load, test.hash, other and other.hash, str(settings))
