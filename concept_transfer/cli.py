@@ -49,6 +49,7 @@ from functools import cache, partial
 from inspect import Signature, cleandoc, signature
 from pathlib import Path
 from textwrap import shorten
+from types import SimpleNamespace
 from typing import Annotated, Any
 
 from fastcore.docments import docments
@@ -610,6 +611,16 @@ def _made(x, out, **facts):
     return facts | {"out": out}, repr(x)
 
 
+def _reported(e, folder):
+    "What the report in a folder says."
+    from concept_transfer.report import details, verdict
+
+    (folder / "arms.jsonl").unlink(missing_ok=True)  # what an interrupted run had finished
+    report = folder / "report.html"
+    text = f"{e!r}\n\n{verdict(e)}\n{' '.join(details(e))}\n\nReport: {report}"
+    return e.data | dict(report=str(report)), text
+
+
 # %% ../nbs/31_cli.ipynb #ade657eb
 @command
 def cmd_extract(
@@ -1007,6 +1018,7 @@ def cmd_evaluate(
     from concept_transfer.arms import BY_DEFAULT, EXPERIMENTS
     from concept_transfer.data import load_corpus, load_pairs
     from concept_transfer.evidence import evaluate
+    from concept_transfer.report import write_report
     from concept_transfer.suites import MEASURES, measure_suite
     from concept_transfer.tasks import load_task
 
@@ -1023,11 +1035,13 @@ def cmd_evaluate(
     e.save(folder / "evidence.json")
     shown = _looks(t, items, e, texts, pairs=own)
     if not names:
-        return _reported(e, folder, shown)
+        write_report(e, folder / "report.html", **shown)
+        return _reported(e, folder)
     found = measure_suite(t, items, names, own, path=folder / "suite.jsonl", neutral=texts)
     found.save(folder / "suite.json")
-    facts, text = _reported(e, folder, shown, found)
+    write_report(e, folder / "report.html", suite=found, **shown)
     (folder / "suite.jsonl").unlink()
+    facts, text = _reported(e, folder)
     return facts | {"suite": found.data}, f"{text}\n\n{found!r}"
 
 
@@ -1046,17 +1060,6 @@ def _looks(t, task, e, neutral, concept=None, source=None, pairs=None):
     shown["Texts that lie farthest along it"] = views.farthest_texts(t, neutral.texts)
     shown["Where it is read"] = views.token_heat(t, task.prompts[items.typical], concept, source)
     return dict(pictures=shown | figures(e), items=items, anchors=views.damage_anchors(t.model, neutral))
-
-
-def _reported(e, folder, looks, suite=None):
-    "Write the report, and say what stands in it."
-    from concept_transfer.report import details, verdict, write_report
-
-    (folder / "arms.jsonl").unlink(missing_ok=True)  # what an interrupted run had finished
-    report = folder / "report.html"
-    write_report(e, report, suite=suite, **looks)
-    text = f"{e!r}\n\n{verdict(e)}\n{' '.join(details(e))}\n\nReport: {report}"
-    return e.data | dict(report=str(report)), text
 
 
 # %% ../nbs/31_cli.ipynb #8f94cc2b
@@ -1144,20 +1147,34 @@ def _beside(t, task, concept, source, maps):
         }
 
 
+def _making(t, task, concept, source, pairs, maps):
+    "What a report shows of the steps before."
+    from concept_transfer.data import PAIRS, load_pairs
+    from concept_transfer.plots import plot_separation
+    from concept_transfer.views import layer_scores, separation
+
+    shown = {"Where the concept is found": plot_separation(concept)}
+    if pairs.name in PAIRS:
+        apart = separation(t, load_pairs(pairs.name, "test"), concept.position)
+        shown["Texts it tells apart"] = apart.show()
+    else:
+        shown |= _beside(t, task, concept, source, _own(maps, t))
+    return shown | {"Where it can be carried": layer_scores(maps, concept, t, pairs).show()}
+
+
 # %% ../nbs/31_cli.ipynb #4e7a9c48
 def _flow(folder, models, read_at, texts, items, settings, quick, other=None):
     """From pairs, read at a position, to the report, each step in a file of the folder. `items` choose, and
     judge. A quick flow tries fewer layer pairs, and its readouts are short."""
     from concept_transfer.arms import readouts_of
     from concept_transfer.concepts import Concept, extract_concept
-    from concept_transfer.data import PAIRS, data_hash, load_corpus, load_pairs
+    from concept_transfer.data import data_hash, load_corpus
     from concept_transfer.evidence import Evidence, evaluate
     from concept_transfer.maps import LayerGrid, fit_maps
     from concept_transfer.models import load_model, model_info
-    from concept_transfer.plots import plot_separation
+    from concept_transfer.report import write_report
     from concept_transfer.selection import choose, offline_scores
     from concept_transfer.steering import Transplant, place
-    from concept_transfer.views import layer_scores, separation
 
     start, keep, neutral, (tune, test) = time.time(), _steps(folder), load_corpus("neutral"), items
     (pairs, position), most = read_at, 4 if quick else 12  # layer pairs
@@ -1206,16 +1223,14 @@ def _flow(folder, models, read_at, texts, items, settings, quick, other=None):
 
     e = keep("evidence.json", judge, Evidence.load, test.hash, other and other.hash, str(settings))
     _say("6/6  report")
-    looks = _looks(t, test, e, neutral, concept, source, pairs)
-    looks["pictures"]["Where the concept is found"] = plot_separation(concept)
-    if pairs.name in PAIRS:
-        looks["pictures"]["Texts it tells apart"] = separation(
-            t, load_pairs(pairs.name, "test"), position
-        ).show()
-    else:
-        looks["pictures"] |= _beside(t, test, concept, source, _own(maps, t))
-    looks["pictures"]["Where it can be carried"] = layer_scores(maps, concept, t, pairs).show()
-    facts, text = _reported(e, folder, looks)
+
+    def page():
+        looks = _looks(t, test, e, neutral, concept, source, pairs)
+        looks["pictures"] |= _making(t, test, concept, source, pairs, maps)
+        return SimpleNamespace(save=partial(write_report, e, **looks))
+
+    keep("report.html", page, str)
+    facts, text = _reported(e, folder)
     return facts | dict(seconds=round(time.time() - start)), text
 
 

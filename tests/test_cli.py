@@ -847,8 +847,10 @@ def test_the_demo_is_whole_and_reuses_what_fits(demo):
     assert "data:image/png" in page and "at strength 1" in page
     assert not re.search(r"https?://|src=.?[^'\"d ]", page)
     demo.settle()
-    assert demo() == [] and (demo.out / "report.html").exists()
+    first = (demo.out / "report.html").stat()
+    assert demo() == [] and (demo.out / "report.html").stat().st_ino == first.st_ino  # written once
     assert demo("--seed", "3") == ["evaluate"]
+    assert (demo.out / "report.html").stat().st_ino != first.st_ino
     (demo.out / "transplant.safetensors").write_bytes(b"damaged")
     assert demo("--seed", "3")[:1] == ["choose"]
 
