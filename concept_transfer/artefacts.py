@@ -799,6 +799,17 @@ def keeping(path: str | Path) -> Iterator[Path]:
 
 # %% ../nbs/04_artefacts.ipynb #22e5adf5
 @patch
+def claim(self: Journal, path: Path):
+    "From now on a file of this run. Raises ValueError for one that was there before."
+    if path.name not in self.done:
+        if path.exists():
+            raise ValueError(
+                f"{path} was there before: it is left as it is. Move it, or take another folder."
+            )
+        self.keep({path.name: []})
+
+
+@patch
 def artefact(
     self: Journal,
     path: Path,
@@ -809,12 +820,7 @@ def artefact(
     "What stands at `path` if it was made of the very same and is still whole; else made anew and saved."
     if path.is_file() and self.done.get(path.name) == [of, file_hash(path)]:
         return load(path)
-    if path.name not in self.done:
-        if path.exists():
-            raise ValueError(
-                f"{path} was there before: it is left as it is. Move it, or take another folder."
-            )
-        self.keep({path.name: []})
+    self.claim(path)
     made = make()
     made.save(path)
     self.keep({path.name: [of, file_hash(path)]})

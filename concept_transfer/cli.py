@@ -1087,11 +1087,16 @@ def cmd_audit(
 
 
 # %% ../nbs/31_cli.ipynb #68cd89e3
+_MADE = *(f"{k}.safetensors" for k in ("concept", "map", "transplant")), "evidence.json", "report.html"
+
+
 def _steps(folder):
     "A function that makes one file after the other in a folder, or takes what stands there."
     from concept_transfer.artefacts import Journal, file_hash, versions
 
     journal = Journal(folder / "made_of.jsonl", "demo")
+    for file in _MADE:
+        journal.claim(folder / file)
     made_of: list = [versions()]
 
     def keep(file, make, load, *more):

@@ -855,6 +855,14 @@ def test_the_demo_is_whole_and_reuses_what_fits(demo):
     assert demo("--seed", "3")[:1] == ["choose"]
 
 
+def test_a_report_that_no_run_wrote_is_left_alone_from_the_start(demo, capsys):
+    demo.out.mkdir()
+    (demo.out / "report.html").write_text("mine")
+    assert main("demo", "--out", demo.out) == 1
+    said = capsys.readouterr().err
+    assert "report.html was there before" in said and "2/6" not in said
+
+
 @pytest.mark.slow
 def test_the_demo_makes_anew_what_other_maps_texts_or_versions_made(demo):
     demo.made["fit_maps"] = lambda *a, template: fit_maps(*a, template="{} So")
