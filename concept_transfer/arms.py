@@ -381,7 +381,7 @@ def _permuted(trial):
     (rng, n), bench = _fewer(trial), trial.bench
     pairs, position, reducer = _as_read(trial, trial.given["pairs"])
     texts = fill(pairs.template, pairs.texts)
-    H = torch.stack([*activations(bench.model, texts, _at(trial), position)])  # (texts, L, d)
+    H: Any = activations(bench.model, texts, _at(trial), position)  # (texts, L, d)
     k, out = len(pairs.positive), []
     for i in range(n):
         order = rng.permutation(len(H))

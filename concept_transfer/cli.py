@@ -147,6 +147,8 @@ def _check_out(out, given):
         if os.path.exists(x) and any(map(Path(x).samefile, here)):
             over = x if out.is_dir() else str(out)
             raise ValueError(f"--out would write over {over!r}, which --{name} reads; give another.")
+    if out.parent in here and re.match("config|model|tokeniz|gener", out.name):
+        raise ValueError(f"--out would write over {str(out)!r}, a file of a model; give another.")
 
 
 # %% ../nbs/31_cli.ipynb #ddf9b708

@@ -270,9 +270,7 @@ class Concept(Artefact):
 @patch
 def __getitem__(self: Concept, layer: int) -> Tensor:  # (d,)
     if layer not in self.layers:
-        raise ValueError(
-            f"concept {self.name!r} has no layer {layer}; it has {self.layers[0]} to {self.layers[-1]}."
-        )
+        raise ValueError(f"concept {self.name!r} has no layer {layer}; it has {list(self.layers)}.")
     return self.directions[self.layers.index(layer)]
 
 

@@ -272,7 +272,7 @@ def as_table(found: Any, path: Path) -> pd.DataFrame:
         table = pd.DataFrame(found)
     except Exception:  # pandas has many kinds; whoever needs a table says what it should be
         return pd.DataFrame()
-    if table.index.name:  # groups may stand there
+    if any(table.index.names):  # groups may stand there
         table = table.reset_index(allow_duplicates=True)
     table.columns = [*map(column, table)]
     if not table.columns.is_unique:

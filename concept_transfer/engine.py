@@ -1126,7 +1126,7 @@ def __call__(self: _Scores, changes):
 @patch
 def scores(self: Local, layer, batches, reduce):
     "As of `Engine.scores`."
-    return _Scores(self, layer, batches, reduce)
+    return _Scores(self, layer_numbers(self.model, [layer])[0], batches, reduce)
 
 
 # %% ../nbs/06_engine.ipynb #d94b3ddd

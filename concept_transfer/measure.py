@@ -41,7 +41,6 @@ from fastcore.basics import patch
 from nnsight import TransformersModel
 from pydantic import Field, InstanceOf
 from torch import Tensor
-from torch.nn.functional import normalize
 from tqdm import tqdm
 
 from .cards import Entry, card
@@ -271,6 +270,7 @@ def _answers(task, reads, parts):
 
 
 # %% ../nbs/16_measure.ipynb #580a8121
+@strict
 def choices(
     model: TransformersModel,
     layer: int,
@@ -363,6 +363,7 @@ def _in_order(rows, parts):  # (2, texts, keep)
 
 
 # %% ../nbs/16_measure.ipynb #15f9b1d6
+@strict
 def neutral_text(
     model: TransformersModel,
     layer: int,
@@ -551,7 +552,7 @@ def at_damage(
     some, found = ts if isinstance(ts, list) else [ts], []
     goal = self.damage if damage is None else checked(damage, _Positive, "damage")
     tried: list = [[] for _ in some]
-    left = {i: t.dose for i, t in enumerate(some)}
+    left = {i: checked(t.dose, _Positive, f"dose of {t.name!r}") for i, t in enumerate(some)}
     while left:
         hurt = self.dosing([replace(some[i], dose=dose) for i, dose in left.items()])
         for (i, dose), h in zip(left.items(), hurt, strict=True):
@@ -646,7 +647,7 @@ def pushes(
     (layer,) = layer_numbers(model, [layer])
     ids = [x[: 1 + len(x) // 2] for x in encode(model, load_corpus("neutral").texts[:32])]
     batches = left_batches(model, ids, [[len(x) - 1] for x in ids])
-    step = normalize(direction, dim=0) * 0.1 * residual_norm(model, layer)
+    step = place(direction, model, layer).vector()
     scores = engine(model).scores(layer, batches, _summed)
     up, down = (
         torch.stack(parts).sum(0)

@@ -60,7 +60,7 @@ def with_reference(
     answer: Callable = answer,  # as of the rollout
 ) -> Transplant:
     "A transplant that knows what is usual: its notes hold each number of its answers to some prompts."
-    seen: dict[str, list[float]] = {}
+    seen: dict = {}
     for prompt in prompts:
         got = answer(t, prompt, 1.0, True)
         judged = {k: float(f(prompt, got.text)) for k, f in (scores or {}).items()}
@@ -224,7 +224,7 @@ def write_page(
     """A self-contained HTML page of a log, written whole or not at all. Raises OSError where there is no log,
     ValueError for a path where a file of the log stands."""
     refuse_log(path, log)
-    rows, found = [row for row, fault in read_log(log) if not fault], audit(log)
+    rows, found = [row for row, fault in read_log(log) if not fault and "artefact" in row], audit(log)
     kinds = ("request", "plan", "share", "alarm", "failed")
     requests, plans, changes, alarms, failed = ([x for x in rows if x["event"] == k] for k in kinds)
     shown = {"Answers by arm": _exposure(requests)} if requests else {}

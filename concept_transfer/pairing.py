@@ -81,8 +81,7 @@ def paired_tokens(
 ) -> list[tuple[list, list]]:  # for either side: token ids of each text, and positions paired in it
     "Tokens of both sides, and which of them are paired: the k-th of a text here with its k-th there."
     (ids1, offsets1), (ids2, offsets2) = _encode(source, texts), _encode(target, texts)
-    at1: list[list[int]] = []
-    at2: list[list[int]] = []
+    at1, at2 = [], []  # type: ignore[var-annotated]
     for text, x, y, one, two in zip(texts, ids1, ids2, offsets1, offsets2, strict=True):
         pairs = [
             (i, j)

@@ -89,7 +89,8 @@ def numbered(
     style = (
         dict(annot=True, fmt=".2f", annot_kws={"size": 8}, cmap="cividis", cbar_kws={"label": label}) | look
     )
-    sns.heatmap(z, vmin=low, vmax=high, xticklabels=columns, yticklabels=rows, ax=ax, **style)
+    z = pd.DataFrame(np.asarray(z), rows, columns)  # type: ignore # raises where these are not as many
+    sns.heatmap(z, vmin=low, vmax=high, xticklabels=True, yticklabels=True, ax=ax, **style)
     ax.tick_params("y", rotation=0)
 
 

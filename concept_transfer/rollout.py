@@ -297,7 +297,7 @@ def __call__(
     with self._turn:
         row = self.log.request(self.of, unit, prompt, got, strength, instead, scores=scores, **where)
         counts = self.course.take(row)
-        for alarm in self.watch(row):
+        for alarm in self.watch(row) or ():
             self._note("alarm", **vars(alarm))
         if counts:
             self._decide()

@@ -43,6 +43,8 @@ def scenario_folds(
     seed: int = 0,
 ) -> np.ndarray:  # (n,) from 0 to k - 1
     "Fold of each text; texts of one scenario stay together."
+    if k < 1:
+        raise ValueError(f"k={k}: give at least one fold.")
     names, at = np.unique(groups, return_inverse=True)
     order = np.random.default_rng(seed).permutation(len(names))  # (scenarios,)
     return np.argsort(order)[at] % k  # (n,) by where the scenario stands in that order
@@ -91,6 +93,7 @@ def mcnemar(
     "McNemar's exact test of two arms on the same items (1947)."
     from statsmodels.stats import contingency_tables
 
+    a, b = np.stack([a, b])  # raises where they are not as many
     gained, lost = np.less(a, b).sum(), np.greater(a, b).sum()
     return float(contingency_tables.mcnemar([[0, lost], [gained, 0]]).pvalue)
 
@@ -101,6 +104,8 @@ def permutation_p(
     null: np.ndarray,  # (draws,) the same statistic for random directions or permuted labels
 ) -> float:  # one-sided: as high or higher
     "Monte Carlo p with the +1 rule (Phipson and Smyth 2010). What differs by rounding alone is a tie."
+    if not np.isfinite([observed, *null]).all():
+        raise ValueError("a p needs finite numbers; look at what was measured.")
     least = observed - 1e-6 * abs(observed)
     return float(np.greater_equal([observed, *null], least).mean())
 

@@ -88,7 +88,7 @@ def residual_norm(model: TransformersModel, layer: int, texts: Sequence[str] | N
 # %% ../nbs/15_steering.ipynb #ed863fdc
 def _number(x, what):
     try:
-        value = math.nan if isinstance(x, str | bytes) else float(x)
+        value = math.nan if isinstance(x, str | bytes | bool) else float(x)
     except (TypeError, ValueError, RuntimeError, OverflowError):
         value = math.nan
     if not math.isfinite(value):
@@ -609,8 +609,10 @@ def carriers(
 ) -> list[AffineMap]:
     "The map to every place. Raises ValueError for one of another target, and where one ends elsewhere."
     maps, at = maps_of(map), [t.layer for t in self.places]
-    for m in maps:
+    for m, t in zip(maps, self.places, strict=False):
         m.target.require(self.target, "this map (target side)")
+        if t.source_layer not in (None, m.layers[0]):
+            raise ValueError(f"this map starts at layer {m.layers[0]}, the transplant at {t.source_layer}.")
     if (ends := [m.layers[1] for m in maps]) != at:
         there, here = (str(x).strip("[]") for x in (ends, at))
         raise ValueError(f"this map ends at layer {there}, the transplant stands at layer {here}.")

@@ -398,7 +398,7 @@ class Scorer(Entry):
 def __call__(self: Scorer, text: str, **given: Any) -> float:
     "The score of a text. Raises ImportError, saying what to install, where a package is missing."
     try:
-        return float(self.score(text, **given))
+        return float(self.bind(**given).score(checked(text, str, self.name)))
     except ImportError as e:
         raise ImportError(
             f"{self.name} needs {e.name}, which is not installed. The built-in scorers come with: pip "
@@ -506,7 +506,7 @@ class _Rule(Scorer):
 
     def __call__(self, text, **given):
         text = text.strip()
-        return float(bool(text and self.score(text, **given)))
+        return float(bool(text and self.bind(**given).score(text)))
 
 
 # %% ../nbs/02_tasks.ipynb #eff776c3
@@ -582,6 +582,7 @@ class GenerationTask(Task):
 
     def score(self, texts: Sequence[str]) -> list[float]:
         "What the scorers say of the continuations, in order. Raises ValueError where that is no number."
+        texts = as_tuple(texts, "texts")
         if len(texts) != len(self) or not all(isinstance(t, str) for t in texts):
             raise ValueError(
                 f"{len(texts)} values for the {len(self)} prompts of task {self.name!r}; give texts."

@@ -93,7 +93,7 @@ def answer(
 ) -> Answer:
     "A continuation of one prompt, measured where the model runs on this machine. Raises as `generate` does."
     start = time.perf_counter()
-    looks: tuple[list, list] = [], []
+    looks = [], []  # type: ignore[var-annotated]
     first, last = (steered(t.model, t.layer, _watching(t, seen)) for seen in looks)
     with first, t(strength) as model, last:
         text = "".join(generate(model, [prompt], max_new_tokens, **options))
@@ -339,6 +339,7 @@ def unit_hash(
 
 # %% ../nbs/27_uselog.ipynb #0de2b9c3
 @patch
+@strict
 def request(
     self: UseLog,
     of: dict,  # what was applied, as `used` says it
@@ -398,9 +399,8 @@ def _told(row):
             "feature_flag.context.id": row["unit"],
             "concept_transfer.head": _name(row),
         } | {f"concept_transfer.{k}": row[k] for k in ("concept", "artefact", "strength", "dose", "kl")}
-        end = time.time_ns()
-        start = end - int(1e9 * row["seconds"])
-        span = tracer.start_span(f"text_completion {row['model']}", start_time=start)
+        name, end = f"text_completion {row['model']}", time.time_ns()
+        span = tracer.start_span(name, start_time=end - int(1e9 * row["seconds"]))
         span.set_attributes({k: v for k, v in said.items() if v is not None})
         span.end(end)
     if count:

@@ -162,7 +162,7 @@ def _unit(t):
 # %% ../nbs/25_views.ipynb #06976ab0
 def _along(t, texts, position="mean"):  # (n,)
     "Where the target reads texts along a transplant."
-    return torch.stack([*activations(t.model, texts, [t.layer], position)])[:, 0] @ _unit(t)
+    return activations(t.model, texts, [t.layer], position)[:, 0] @ _unit(t)  # type: ignore
 
 
 # %% ../nbs/25_views.ipynb #cb6d8e32
@@ -403,7 +403,8 @@ def direction_words(
 ) -> DirectionWords:
     "Words of the source's direction, of the mapped one at each of its layers and of the native one."
     found: dict = {}
-    if concept and source:
+    if concept:
+        concept.model.require(model_info(source), f"concept {concept.name!r}")
         where = concept.best if t.source_layer is None else t.source_layer
         found[f"source ({concept.model.name})"] = source, concept[where]
     for p in t.places:
@@ -462,7 +463,7 @@ def nearest_concepts(
 def farthest_texts(
     t: Loaded,
     texts: Sequence[str],
-    n: int = 5,  # of either end
+    n: PositiveInt = 5,  # of either end
 ) -> Along:
     "Texts along a transplant, as the unsteered target reads them, all as the concept was read."
     scores = dict(zip(texts, _read(t, texts).tolist(), strict=True))
@@ -526,7 +527,8 @@ def token_heat(
 ) -> TokenHeat:
     "A text as the source, the target and the steered target read it. Raises ValueError for an empty text."
     found = {}
-    if concept and source and t.source_layer is not None:
+    if concept and t.source_layer is not None:
+        concept.model.require(model_info(source), f"concept {concept.name!r}")
         unit = normalize(concept[t.source_layer], dim=0)
         found[concept.model.name] = _reader(source, t.source_layer, unit)(text)
     read = _reader(t.model, t.layer, _unit(t))
@@ -646,7 +648,7 @@ def show(self: MovedItems) -> Figure:
 def moved_items(
     t: Loaded,
     task: ChoiceTask,
-    n: int = 5,  # shown of either end
+    n: PositiveInt = 5,  # shown of either end
 ) -> MovedItems:
     "Answers to a task without and with a transplant."
     before, after = Bench(t.model, t.layer, task).ask([None, t])
@@ -790,9 +792,9 @@ def layer_scores(
     "Scores of pairs of layers side by side."
     grid = [(s, u) for s in maps.source_layers for u in maps.target_layers]
     found = {"R2": dict(zip(grid, maps.r2.flatten().tolist(), strict=True))}
-    if t and pairs:
+    if pairs:
         found["AUC"] = dict(
-            zip(grid, downstream(maps, concept, t.model, pairs)[0].flatten().tolist(), strict=True)
+            zip(grid, downstream(maps, concept, t and t.model, pairs)[0].flatten().tolist(), strict=True)
         )
     found |= {"causal": causal} if causal else {}
     search = sorted(t.notes.get("search", []), key=lambda x: x["round"]) if t else []
@@ -898,9 +900,11 @@ def together(
     tasks: Sequence[ChoiceTask],
 ) -> Together:
     "What two transplants do alone and at once. Raises ValueError for different layers or models."
-    here, there = one.layers[1], other.layers[1]
+    here, there = ((x.layers[1], x.positions) for x in (one, other))
     if here != there:
-        raise ValueError(f"{other} stands at layer {there}, {one} at layer {here}.")
+        raise ValueError(
+            f"{other} stands at layer {there[0]}, positions {there[1]!r}, {one} at {here[0]}, {here[1]!r}."
+        )
     sums = [a.vector() + b.vector() for a, b in zip(one.places, other.places, strict=True)]  # of (d,)
     both = [
         replace(t, name="both", direction=v, norm=v.norm().item(), dose=1.0)

@@ -612,6 +612,7 @@ INPUTS = [
     (["transplant", "--concept", "made.safetensors", "--map", "own.json"], "own.json"),
     (["transplant", "--concept", "a", "--map", "b", "--task", "own.json"], "own.json"),
     (["transplant", "--concept", "a", "--map", "b", "--pairs", "own.json"], "own.json"),
+    (["play", "--transplant", "its-target-is-small", "--prompts", "short.txt"], "small/config.json"),
 ]
 
 

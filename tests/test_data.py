@@ -800,3 +800,9 @@ def test_a_comma_that_is_missing_is_said(tmp_path, text):
     (tmp_path / "a.json").write_text(text)
     with pytest.raises(ValueError, match="a.json: not valid JSON .line 2: Expecting ',' delimiter"):
         load_corpus(tmp_path / "a.json")
+
+
+def test_groups_may_stand_in_one_of_several_indices():
+    at = pd.MultiIndex.from_tuples([("g", 1), ("h", 2)], names=["group", "k"])
+    table = pd.DataFrame({"positive": ["a b", "c d"], "negative": ["e f", "g h"]}, at)
+    assert load_pairs(table).groups == ("g", "h", "g", "h")

@@ -242,6 +242,7 @@ def test_what_does_not_belong_together_is_refused(given, descendants):
         (dict(source=source), "both, map and source"),
         (dict(map=map, source=target), "source side"),
         (dict(map=replace(map, layers=(2, 1)), source=source), "ends at layer 1"),
+        (dict(map=replace(map, layers=(1, 2)), source=source), "starts at layer 1, the transplant at 2"),
         (dict(old_target=new), "belongs to"),
         (dict(old_target="target"), "'old_target'"),
         (dict(neutral=["a"]), "'neutral'"),

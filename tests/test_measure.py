@@ -499,3 +499,23 @@ def test_choices_that_are_the_same_tokens_are_refused():
     task = ChoiceTask("x", [ChoiceItem("it was", (" Yes", " yes"), 0, "g")])
     with pytest.raises(ValueError, match="item 0: a choice .* the same as another"):
         Bench(m, 1, task).ask(None)
+
+
+def test_what_cannot_be_asked_is_said_at_once(worded):
+    (model, task, _), texts = worded, NEUTRAL.texts[:2]
+    for ask, said in (
+        (lambda: choices(model, 1, load_task("instructions")), "'task'"),
+        (lambda: choices(model, 1, task, raised=([5], float("nan"))), "'raised'"),
+        (lambda: choices(model, 99, task), "layer 99 is out of range"),
+        (lambda: neutral_text(model, 99, texts), "layer 99 is out of range"),
+        (lambda: neutral_text(model, 1, texts[0]), "'texts'"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            ask()
+
+
+@pytest.mark.parametrize("dose", [0.0, -0.1])
+def test_a_search_for_a_dose_starts_above_zero(worded, dose):
+    bench = Bench(worded[0], 1)
+    with pytest.raises(ValueError, match="dose of 'direction'"):
+        bench.at_damage(replace(bench.place(torch.ones(48)), dose=dose))

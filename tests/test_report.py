@@ -22,7 +22,15 @@ from concept_transfer.evidence import ArmResult, Capability, Effect, Evidence, O
 from concept_transfer.maps import fit_maps
 from concept_transfer.measure import Bench, prose_damage
 from concept_transfer.models import load_model, twin
-from concept_transfer.plots import curves, figures, look, plot_grid, plot_separation, plot_spectrum
+from concept_transfer.plots import (
+    curves,
+    figures,
+    look,
+    plot_grid,
+    plot_matrix,
+    plot_separation,
+    plot_spectrum,
+)
 from concept_transfer.report import advice, details, verdict, write_report
 from concept_transfer.steering import place
 from concept_transfer.tasks import ChoiceItem, ChoiceTask, load_task
@@ -474,3 +482,8 @@ def test_a_shift_that_changes_no_choice_is_said(evidence, tmp_path):
     assert "becomes likelier, by +1.0" in verdict(e)
     write_report(e, tmp_path / "a.html", pictures={})
     assert "What was carried over? No effect beyond the controls." in (tmp_path / "a.html").read_text()
+
+
+def test_a_matrix_has_a_name_for_each_row():
+    with pytest.raises(ValueError, match=r"\(2, 2\)"):
+        plot_matrix(np.zeros((2, 2)), np.ones((2, 2)), ["one"], ["a", "b"])

@@ -676,3 +676,9 @@ def test_what_needs_a_model_says_so(use):
 def test_options_of_beams_and_helpers_that_are_not_there_are_refused(llama, option):
     with pytest.raises(ValueError, match="does nothing"):
         generate(llama, PROMPTS, 3, **option)
+
+
+def test_a_truth_is_no_strength():
+    g = tiny_model("gpt2")
+    with pytest.raises(ValueError, match="strength True"):
+        place(torch.ones(48), g, 1).vector(True)

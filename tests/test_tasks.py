@@ -10,6 +10,7 @@ from functools import partial
 import numpy as np
 import pytest
 
+from concept_transfer import stats
 from concept_transfer.data import (
     ContrastPairs,
     builtin_rows,
@@ -555,3 +556,23 @@ def test_a_number_of_items_is_no_text_and_no_truth(n):
         with pytest.raises(ValueError, match=r"take\(n\)"):
             whole.take(n)
         assert len(whole.take(np.int64(2))) == len(whole.take(2.0)) == 2
+
+
+@pytest.mark.parametrize(
+    "f",
+    [
+        lambda: stats.permutation_p(float("nan"), [1.0]),
+        lambda: stats.permutation_p(1.0, [float("nan")]),
+        lambda: stats.mcnemar([1, 0], [1]),
+        lambda: stats.scenario_folds(["a", "b"], 0),
+        lambda: SCORERS["sentiment"](["good", "bad"]),
+        lambda: SCORERS["distinct"]("a b", n=0),
+        lambda: SCORERS["distinct"]("a b", k=1),
+        lambda: RULES["at_most"]("a b", n="2"),
+        lambda: generation_task("t", ["a"], "at_most").score(["b"]),
+        lambda: generation_task("t", ["a", "b"], "upper").score("AB"),
+    ],
+)
+def test_what_cannot_be_scored_is_refused(f):
+    with pytest.raises(ValueError):
+        f()

@@ -365,9 +365,27 @@ def test_logs_of_other_versions(tmp_path):
 
 def test_what_a_row_lacks_is_summed_up_as_well(tmp_path):
     log = UseLog(tmp_path / "use.jsonl")
-    for strength in (1.0, float("nan")):
-        log.request(OF | {"dose": None}, "ann", "Hello", Answer("Hi."), strength)
+    row = log.request(OF | {"dose": None}, "ann", "Hello", Answer("Hi."))
+    log.write(**{k: x for k, x in row.items() if k not in ("n", "time", "digest")} | {"strength": None})
     assert audit(log.path).uses["requests"].tolist() == [1, 1]
+
+
+@pytest.mark.parametrize(
+    "given", [{"strength": float("nan")}, {"strength": "1"}, {"got": "Hi."}, {"prompt": None}, {"of": ()}]
+)
+def test_a_request_that_cannot_be_is_not_written(given, tmp_path):
+    log = UseLog(tmp_path / "use.jsonl")
+    with pytest.raises(ValueError, match=f"request '{[*given][0]}'"):
+        log.request(**{"of": OF, "unit": "ann", "prompt": "Hello", "got": Answer("Hi.")} | given)
+    assert log.rows == 1
+
+
+def test_events_of_your_own_do_not_spoil_the_page(tmp_path):
+    log = UseLog(tmp_path / "use.jsonl")
+    for event in ("plan", "share", "alarm", "failed"):
+        log.write(event, mine=1)
+    write_page(log.path, tmp_path / "page.html")
+    assert "no" in (tmp_path / "page.html").read_text()
 
 
 def test_threads_share_a_log(tmp_path):
@@ -662,6 +680,12 @@ def rolled(joy, path, texts=("steered", "base"), **how):
     scores = {"good": lambda p, x: float(x == "steered"), "bad": lambda p, x: float(x == "broken")}
     usual = {"scores": scores, "stages": (20, 60, 100), "answer": made}
     return Rollout(joy, UseLog(path), stop=STOP, **usual | how)
+
+
+def test_a_watch_may_say_nothing(joy, tmp_path, flags):
+    seen: list = []
+    assert rolled(joy, tmp_path / "use.jsonl", watch=seen.append)("ann", "Hello") in ("steered", "base")
+    assert seen[-1]["event"] == "request"
 
 
 def test_a_good_rollout_goes_to_all_and_a_bad_one_to_nobody(joy, tmp_path, flags):

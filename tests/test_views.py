@@ -256,3 +256,28 @@ def test_what_is_shown_is_escaped(tiny, t):
     for view in views:
         page = view._repr_html_()
         assert "<script" not in page and html.escape(HOSTILE)[:8] in page
+
+
+def test_a_row_of_the_source_is_the_sources(tiny, t):
+    joy, other = extract_concept(tiny, load_pairs("sentiment"), [1]), tiny_model("llama", seed=3)
+    carried = replace(t, source=model_info(tiny), source_layer=1)
+    for source, said in ((None, "is no model"), (other, "belongs to tiny-llama-0")):
+        with pytest.raises(ValueError, match=said):
+            direction_words(carried, joy, source)
+        with pytest.raises(ValueError, match=said):
+            token_heat(carried, "It rained", joy, source)
+    assert model_info(tiny).name in token_heat(carried, "It rained", joy, tiny).rows
+
+
+def test_what_does_not_go_together_is_said(tiny, t):
+    with pytest.raises(ValueError, match="positions 'last'"):
+        together(t, replace(t, positions="last"), [])
+    for view in (lambda: farthest_texts(t, ["a"], -1), lambda: moved_items(t, load_task("cloze"), 0)):
+        with pytest.raises(ValueError, match="'n': Input should be greater than 0"):
+            view()
+
+
+@pytest.mark.parametrize("v", [torch.zeros(48), torch.ones(47), torch.ones(1), [float("nan")] * 48, "joy"])
+def test_a_push_needs_a_direction(tiny, v):
+    with pytest.raises(ValueError, match="direction"):
+        pushes(tiny, v)
