@@ -168,6 +168,7 @@ def _once(part, kind, hook, **how):
         getattr(part, f"register_{kind}_hook")(hook, prepend=True, **how)
 
 
+# %% ../nbs/06_engine.ipynb #fd6202d1
 def _hooked(model):
     "The model, with its three hooks in place."
     inner = model._module
@@ -661,6 +662,7 @@ def _fingerprint(module):
     return h.hexdigest()[:32], tuple(sketch.double().round(decimals=5).tolist())
 
 
+# %% ../nbs/06_engine.ipynb #cecb1bd5
 def _few(w):
     "Sum of a few weights. It shows a change that PyTorch does not count, as one through `data`."
     return 0.0 if w.is_meta else float(w.detach().flatten()[:: w.numel() // 64 + 1].double().sum())
@@ -944,6 +946,7 @@ def sound(ids: Tensor, z: Tensor) -> Tensor:  # (b, t), (b, vocabulary)
     return z
 
 
+# %% ../nbs/06_engine.ipynb #7dfab437
 @patch
 def steer(self: Local, layer, change, masked=False):
     "As of `Engine.steer`."
@@ -1114,6 +1117,7 @@ def after(self: _Scores, batch, base, ids, mask, hidden=None):
         return self.reduce(z, base, batch.extra)
 
 
+# %% ../nbs/06_engine.ipynb #ffc5722e
 @patch
 def begin(self: _Scores, batch):
     "A batch, the state after the layer, and the base; texts whose base is their own are not read twice."

@@ -74,7 +74,8 @@ class _PairSums:
         K, L1, d1, L2, d2 = shape
         zeros = partial(torch.zeros, dtype=torch.float64, device=device)
         self.n, self.x, self.y = zeros(K), zeros(K, L1, d1), zeros(K, L2, d2)
-        self.xy, self.yy = zeros(shape), zeros(K, L2, d2, d2) if products else zeros(K, L2, d2)
+        self.xy = zeros(shape)
+        self.yy = zeros(K, L2, d2, d2) if products else zeros(K, L2, d2)
         self.shuffled, self.n_shuffled = zeros(shape[1:], dtype=torch.float32), zeros(())
         self.shift_x, self.shift_y = shift_x, shift_y
 
@@ -105,7 +106,8 @@ def _shifted(sums, X, Y, fold, weight):  # (r, L1, d1), (r, L2, d2), (r,), (r,)
 
 
 def _dealt(fold):  # (r,) -> (2, c)
-    "Rows of the shuffled control, one in ten of a fold, of few each one; and those they are paired with."
+    """Pairs of rows for the shuffled control: of a fold every tenth row, or every one where they are few,
+    each with one that stands half of these further on."""
     pairs = [fold.new_zeros(2, 0)]
     for k in fold.unique():
         on = torch.nonzero(fold == k)[:, 0]
@@ -281,8 +283,10 @@ def add(
 ):
     """Add paired rows. Raises ValueError for rows that are not finite or of other sizes, and for weights or
     folds that are none."""
-    (K, *sizes), n, fold = self.shape, len(X), torch.as_tensor(fold)
-    if [*X.shape, *Y.shape] != [n, *sizes[:2], n, *sizes[2:]] or (fold >= K).any():
+    K, L1, d1, L2, d2 = self.shape
+    n = len(X)
+    fold = torch.as_tensor(fold)
+    if X.shape != (n, L1, d1) or Y.shape != (n, L2, d2) or (fold >= K).any():
         raise ValueError(
             f"rows {tuple(X.shape)} and {tuple(Y.shape)} do not fit {self!r}, or not folds from 0 on."
         )
@@ -328,7 +332,8 @@ def merge(self: Moments, sums, folds):
         elif k.startswith("held"):
             self._append(**{k: v})
         else:
-            getattr(self, k)[... if "shuffled" in k else folds] += v  # (k, ...)
+            where: Any = ... if "shuffled" in k else folds  # the control has no folds
+            getattr(self, k)[where] += v
 
 
 # %% ../nbs/13_moments.ipynb #6eb1a9c3
@@ -397,6 +402,7 @@ def _turned(self: Collected, *sides):  # names of two fields each
     return parts | {"settings": self.settings | {"precision": self.settings.get("precision", [])[::-1]}}
 
 
+# %% ../nbs/13_moments.ipynb #4d6bdf39
 @patch
 def reversed(self: Moments) -> Moments:
     "The moments of the opposite direction. Raises ValueError where only squares of the target were kept."
@@ -475,6 +481,7 @@ def _judged_by(self: Collected, chunk, held):  # a `Chunk`, (h, L2, d2)
     return len(keys)
 
 
+# %% ../nbs/13_moments.ipynb #eb341fc7
 @patch
 def keep(self: Moments, chunk, held, weight):  # a `Chunk`, (h, L2, d2), (r',)
     """Add what `_PairSums` leaves out: the source's own products, held-out rows, and the texts as seen.
@@ -723,8 +730,9 @@ def chosen(
     need = needed(shape, rows, products)
     memory, disk = virtual_memory().available, disk_usage(folder or tempfile.gettempdir()).free
     solve = {k: need["maps"] + need[f"from {k}"] for k in ("sums", "rows")}
-    fits = need["sums"] + solve["sums"] <= memory, solve["rows"] <= memory and need["rows"] <= disk
-    if not any(fits):
+    sums_fit = need["sums"] + solve["sums"] <= memory
+    rows_fit = solve["rows"] <= memory and need["rows"] <= disk
+    if not (sums_fit or rows_fit):
         _, L1, d1, L2, d2 = shape
         gb = {k: f"{v / 1e9:.3g} GB" for k, v in need.items()}
         raise ValueError(
@@ -733,7 +741,7 @@ def chosen(
             f"{gb['sums']} of memory); free are {memory / 1e9:.3g} GB of memory and {disk / 1e9:.3g} GB of "
             "disk. Give fewer source_layers and target_layers, or less text."
         )
-    return "rows" if fits[1] and (rows < shape[2] or not fits[0]) else "sums"
+    return "rows" if rows_fit and (rows < shape[2] or not sums_fit) else "sums"
 
 
 # %% ../nbs/13_moments.ipynb #9a20a69b
@@ -953,17 +961,21 @@ def collect(
     how = Reading(**reading)
     if how.folds < 2:
         raise ValueError("folds=1: cross-validation needs two or more.")
-    file, texts = _place(path) if path else None, dict.fromkeys(corpus.texts)
+    file = _place(path) if path else None
+    texts = dict.fromkeys(corpus.texts)
     rows = text_tokens(fill(how.template, texts))
     new = fresh(source, target, (source_layers, target_layers), how, rows, file and file.parent)
     m = _resumed(file, new, texts)
     todo = [t for t in texts if text_key(t) not in m.seen]
-    _tell_alike(*([t for t in texts if (m.fold(t) < 0) == judge] for judge in (True, False)))
-    rest: Any = m, file and Path(f"{file}.jobs"), engine(source).tokens
+    held = [t for t in texts if m.fold(t) < 0]
+    _tell_alike(held, [t for t in texts if m.fold(t) >= 0])
     need = needed(m.shape, rows, m.products)
     form = "sums" if isinstance(m, Moments) else "rows"
-    said = f"{form}, {need[form] / 1e9:.2g} GB, then {(need['maps'] + need[f'from {form}']) / 1e9:.2g} GB"
-    steps = engine(target).sums(todo, _preparing(source, target, m, how), *rest)
+    solving = need["maps"] + need[f"from {form}"]
+    said = f"{form}, {need[form] / 1e9:.2g} GB, then {solving / 1e9:.2g} GB"
+    jobs = Path(f"{file}.jobs") if file else None
+    prepare = _preparing(source, target, m, how)
+    steps = engine(target).sums(todo, prepare, m, jobs, engine(source).tokens)
 
     def save():
         if file and todo and m.seen:
