@@ -163,7 +163,8 @@ def _assumed(config):
 # %% ../nbs/23_export.ipynb #a2f325ca
 def _positions(config):
     "How a model counts positions. Raises NotCompared for one that llama.cpp would compute otherwise."
-    say, rope = f"a {config.model_type} model", getattr(config, "rope_parameters", None) or {}
+    say = f"a {config.model_type} model"
+    rope = getattr(config, "rope_parameters", None) or {}
     if config.model_type not in _GGUF:
         raise NotCompared(f"{say} cannot be written for llama.cpp here.")
     wanted, full = _assumed(config), rope.get("full_attention", rope)
@@ -264,12 +265,14 @@ def _read_gguf(path):
 
 def _check_llama(file, model):
     "Raise ValueError for a vector file that does not fit a model file."
-    (layers, said), fields = _vectors(file), _read_gguf(model).fields
+    layers, said = _vectors(file)
+    fields = _read_gguf(model).fields
     kind = fields["general.architecture"].contents()
-    width, n = (fields[f"{kind}.{k}"].contents() for k in ("embedding_length", "block_count"))
+    width = fields[f"{kind}.embedding_length"].contents()
+    n = fields[f"{kind}.block_count"].contents()
     if not layers or not all(0 < k < n and len(v) == width for k, v in layers.items()):
-        said = ", ".join(f"{k}: {len(v)} wide" for k, v in layers.items())
-        raise ValueError(f"{file} (layers {said}) does not fit {model} (layers 1 to {n - 1}: {width} wide).")
+        found = ", ".join(f"{k}: {len(v)} wide" for k, v in layers.items())
+        raise ValueError(f"{file} (layers {found}) does not fit {model} (layers 1 to {n - 1}: {width} wide).")
     _made(file, layers, said)
 
 
@@ -365,7 +368,8 @@ def serving(
 # %% ../nbs/23_export.ipynb #be8a5595
 def _says(client, ask, t) -> tuple[Tensor, list[str]]:
     "What a server says to a request with each of our prompts."
-    (_, ids), size = _asked(t.model), t.model._module.config.vocab_size
+    _, ids = _asked(t.model)
+    size = t.model._module.config.vocab_size
     exact = dict(temperature=0, return_tokens_as_token_ids=True, cache_prompt=False)
 
     def steps(x, n, k):
@@ -556,7 +560,8 @@ def _write_hub(t, path, evidence: Evidence | None = None):
         evidence.save(path / "evidence.json")
         what["eval_results"] = [*_results(evidence)]
     data = ModelCardData(tags=["activation-steering"], model_name=t.name, **what)
-    model, source = t.target.name, t.source.name if t.source else "itself"
+    model = t.target.name
+    source = t.source.name if t.source else "itself"
     said: dict = {
         k: escape(" ".join(x.split())) for k, x in dict(name=t.name, target=model, source=source).items()
     }
@@ -589,9 +594,7 @@ class Format:
     "A way out of here, and back to compare."
 
     write: Callable  # (transplant, path, **more): writes a file or a folder
-    ask: (
-        Callable  # (transplant, path) -> the engine and its version, `EngineAnswers`; may raise `NotCompared`
-    )
+    ask: Callable  # (transplant, path) -> engine and version, `EngineAnswers`; may raise `NotCompared`
     tolerance: float  # largest difference of log-probabilities, in nats
     positions: bool = False  # whether it can steer others than all
     first: bool = True  # whether it can steer block 0
@@ -652,7 +655,7 @@ def _check_places(paths, way, like=None):
     for path in paths:
         if path.is_dir():
             raise ValueError(f"{path} is a folder already; give a name that is free.")
-        if way.folder and os.path.lexists(path) or path.exists() and not path.is_file():
+        if (way.folder and os.path.lexists(path)) or (path.exists() and not path.is_file()):
             what = "folder" if way.folder else "file"
             raise ValueError(f"{path} is there already, and is no {what}; give a name that is free.")
         if not path.parent.is_dir():

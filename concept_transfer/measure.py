@@ -215,10 +215,10 @@ def _rows(model, task, words):
     size, rows = context_length(model), []
     for i, item in enumerate(task.items):
         whole = encode(model, [words + item.prompt + c for c in ("", *item.choices)])
-        prompt, what = commonprefix(whole), f"task {task.name!r}, item {i}"
+        what = f"task {task.name!r}, item {i}"
+        prompt = commonprefix(whole)
         p = len(prompt)
         tails = [ids[p:] for ids in whole[1:]]
-        each = [[x] for x in enumerate(tails)]  # by itself, if not all of them in one row
         if not p or max(map(len, whole)) >= size:
             raise ValueError(
                 f"{what}: prompt and choices do not fit the context of {size} tokens, or share no token. "
@@ -226,8 +226,9 @@ def _rows(model, task, words):
             )
         if not all(tails) or len({*map(tuple, tails)}) < len(tails):
             raise ValueError(f"{what}: a choice adds no token to its prompt, or the same as another.")
-        fits = engine(model).branching(p + sum(map(len, tails)))
-        for some in [sum(each, [])] if fits or {*map(len, tails)} == {1} else each:
+        together = engine(model).branching(p + sum(map(len, tails))) or max(map(len, tails)) == 1
+        numbered = [*enumerate(tails)]
+        for some in [numbered] if together else [[one] for one in numbered]:
             row, part, asked = [*prompt], [0] * p, []
             for c, tail in some:
                 at = [p - 1, *range(len(row), len(row) + len(tail) - 1)]
@@ -243,10 +244,13 @@ def _asked(logits, base, extra):
     "Of each token that is asked for: its log-probability (r,), and whether it is the likeliest of all (r,)."
     extra = extra.to(logits.device)  # (r, 3): row, position from the end, token
     spots, which = extra[:, :2].unique(dim=0, return_inverse=True)  # (u, 2), (r,)
-    each = (logits[row, at] for row, at in spots.tolist())  # (vocabulary,): one at a time fits a cache
-    total, most = map(torch.stack, zip(*((z.logsumexp(0), z.amax()) for z in each), strict=True))  # (u,)
+    total, most = [], []
+    for row, at in spots.tolist():
+        z = logits[row, at]  # (vocabulary,): one at a time fits a cache
+        total.append(z.logsumexp(0))
+        most.append(z.amax())
     asked = logits[tuple(extra.T)]
-    return asked - total[which], asked == most[which]
+    return asked - torch.stack(total)[which], asked == torch.stack(most)[which]
 
 
 def _asked_raised(logits, base, extra):
@@ -261,8 +265,11 @@ def _asked_raised(logits, base, extra):
 # %% ../nbs/16_measure.ipynb #1b53c1a5
 def _answers(task, reads, parts):
     "Answers from what `_asked` gave; `reads` as of `_rows`, in the order of the batches."
-    logp, lengths, starts = ([np.zeros(len(i.choices), t) for i in task.items] for t in (float, int, bool))
-    scores, likeliest = (torch.cat(x).tolist() for x in zip(*parts, strict=True))  # (r,) each
+    logp = [np.zeros(len(item.choices)) for item in task.items]
+    lengths = [np.zeros(len(x), int) for x in logp]
+    starts = [np.zeros(len(x), bool) for x in logp]
+    scores = torch.cat([score for score, _ in parts]).tolist()  # (r,)
+    likeliest = torch.cat([hit for _, hit in parts]).tolist()  # (r,)
     for (_, _, i, c), score, hit in zip(reads, scores, likeliest, strict=True):
         starts[i][c] |= hit and not lengths[i][c]
         logp[i][c] += score
@@ -528,11 +535,14 @@ def place(
 # %% ../nbs/16_measure.ipynb #884ff3f1
 def _next(tried, goal):
     "The dose after some pairs of dose and KL, by a secant; None when it has arrived, or is at its end."
-    x, y = np.log(np.divide(tried, [1, goal])).T
+    x, y = np.log(np.divide(tried, [1, goal])).T  # logarithms of the dose, and of KL over the goal
     if min(abs(y)) < 0.08 or len(tried) == 6:
         return None
-    slope = np.clip(np.diff(y)[-1] / np.diff(x)[-1], 0.5, 4) if len(tried) > 1 else 1.8
-    dose = float(np.clip(np.exp(x[-1] - np.clip(y[-1] / slope, -1.5, 1.5)), 1e-4, 8))
+    slope = 1.8  # KL goes about with the square of the dose
+    if len(tried) > 1:
+        slope = np.clip(np.diff(y)[-1] / np.diff(x)[-1], 0.5, 4)
+    step = np.clip(y[-1] / slope, -1.5, 1.5)
+    dose = float(np.clip(np.exp(x[-1] - step), 1e-4, 8))
     return dose if dose != tried[-1][0] else None
 
 
@@ -548,7 +558,7 @@ def at_damage(
     damage: float | None = None,  # nats a token; default: that of the bench
 ) -> _T:
     "The same with the doses of that damage; `notes` say which KL was reached. Warns where it is far off."
-    some, found = ts if isinstance(ts, list) else [ts], []
+    some = ts if isinstance(ts, list) else [ts]
     goal = self.damage if damage is None else checked(damage, _Positive, "damage")
     tried: list = [[] for _ in some]
     left = {i: t.dose for i, t in enumerate(some)}
@@ -556,7 +566,9 @@ def at_damage(
         hurt = self.dosing([replace(some[i], dose=dose) for i, dose in left.items()])
         for (i, dose), h in zip(left.items(), hurt, strict=True):
             tried[i].append((dose, max(h.mean, 1e-9)))
-        left = {i: dose for i in left if (dose := _next(tried[i], goal))}
+        following = {i: _next(tried[i], goal) for i in left}
+        left = {i: dose for i, dose in following.items() if dose}
+    found = []
     for t, points in zip(some, tried, strict=True):
         dose, kl = min(points, key=lambda point: abs(np.log(point[1] / goal)))
         if abs(np.log(kl / goal)) > 0.7:
@@ -596,7 +608,8 @@ def word_direction(
     prompts: int = 16,  # how many of the task's are read
 ) -> Tensor | None:  # (d,)
     "Direction that promotes the target's word. None where no word is asked for, or nothing gives gradients."
-    tokens, here, (layer,) = word_tokens(model, task), engine(model), layer_numbers(model, [layer])
+    tokens, here = word_tokens(model, task), engine(model)
+    (layer,) = layer_numbers(model, [layer])
     if not tokens or not hasattr(here, "gradient"):
         return None
 
@@ -648,11 +661,10 @@ def pushes(
     batches = left_batches(model, ids, [[len(x) - 1] for x in ids])
     step = normalize(direction, dim=0) * 0.1 * residual_norm(model, layer)
     scores = engine(model).scores(layer, batches, _summed)
-    up, down = (
-        torch.stack(parts).sum(0)
-        for parts in scores([partial(_stepping, layer=layer, v=v) for v in (step, -step)])
-    )
-    return (up - down - (up - down).mean()) / (up - down).std()
+    steps = [partial(_stepping, layer=layer, v=v) for v in (step, -step)]
+    up, down = (torch.stack(parts).sum(0) for parts in scores(steps))
+    moved = up - down
+    return (moved - moved.mean()) / moved.std()
 
 
 # %% ../nbs/16_measure.ipynb #009e9775
@@ -704,6 +716,7 @@ def steerability(
     points: Sequence[tuple[float, Sequence[float]]],  # strength, and the margin of each item (n,) there
 ) -> dict[str, float]:  # slope: mean change of the margin for one unit of strength; wrong_way: share of items
     "How items answer to strengths up to 1. Raises ValueError when there are not two different ones."
-    strengths, margins = map(np.array, zip(*(p for p in points if abs(p[0]) <= 1), strict=True))
+    near = [p for p in points if abs(p[0]) <= 1]
+    strengths, margins = map(np.array, zip(*near, strict=True))  # (doses,), (doses, n)
     slopes = slope_per_item(margins, strengths)  # (n,)
     return {"slope": float(slopes.mean()), "wrong_way": wrong_way(slopes)}

@@ -45,8 +45,8 @@ def wrap(
     rename: dict | None = None,  # {path of the block list: "layers"} for a family that is not known here
 ) -> TransformersModel:
     "A checked nnsight model around a loaded one; nothing is copied. Raises ValueError, naming the fix."
-    here, where = isinstance(module, torch.nn.Module), getattr(module, "device", None)
-    if not here or not getattr(module, "can_generate", bool)() or where.type == "meta":  # type: ignore
+    whole: Any = module if isinstance(module, torch.nn.Module) else None
+    if not hasattr(whole, "can_generate") or not whole.can_generate() or whole.device.type == "meta":
         kind = type(module).__name__
         raise ValueError(f"{kind} is no language model of transformers, with a head, or has no weights.")
     with quiet():  # one thread at a time
@@ -107,7 +107,8 @@ def _tokenizer_hash(tokenizer):
 def _called(name):
     "A model's name: a folder or file is called the same wherever it lies."
     path = Path(name).expanduser()
-    return path.resolve().name if name and path.exists() or path.is_absolute() else name
+    here = path.is_absolute() or (name and path.exists())
+    return path.resolve().name if here else name
 
 
 # %% ../nbs/10_models.ipynb #5db4701d
@@ -119,7 +120,12 @@ def model_info(model: TransformersModel) -> ModelInfo:
     made, tokenizer = engine(model), model.tokenizer
     fast = getattr(tokenizer, "backend_tokenizer", None)
     parts = [repr(getattr(fast, k, None)) for k in ("normalizer", "pre_tokenizer", "post_processor")]
-    weights, *told = (*made.fingerprint, made.reply) if isinstance(made, Local) else (made.weights,)
+    told: list = []  # sketch and reply
+    if isinstance(made, Local):
+        weights, sketch = made.fingerprint
+        told = [sketch, made.reply]
+    else:
+        weights = made.weights
     now = weights, made.precision, told, len(tokenizer), parts
     when, found = _INFOS.get(model, (None, None))
     if when != now:
@@ -163,7 +169,8 @@ def same(self: ModelInfo, other: ModelInfo) -> bool:
         return self.name == other.name
     kinds = {self.precision, other.precision}
     one, two = torch.tensor(self.sketch), torch.tensor(other.sketch)  # (64,), or (0,) where there is none
-    if mine[-1] == its[-1] or "float16" not in kinds or len(kinds) == 1 or not len(one) == len(two) > 0:
+    rounded = "float16" in kinds and len(kinds) == 2 and len(one) == len(two) > 0  # one from the other
+    if mine[-1] == its[-1] or not rounded:
         return mine[-1] == its[-1]
     unit = torch.finfo(torch.bfloat16 if "bfloat16" in kinds else torch.float16).eps
     return bool((one - two).norm() <= unit / 2 * one.norm())
@@ -182,7 +189,8 @@ def require(
         pairs = ((k, mine[k], its[k]) for k in "name layers width tokenizer weights".split())
         apart = ", ".join(f"{k} ({a}, not {b})" for k, a, b in pairs if a != b)
         if not self.replies_as(other):
-            apart += f"{', and ' * bool(apart)}what they compute of the same tokens, by their configurations"
+            apart = f"{apart}, and " if apart else ""
+            apart += "what they compute of the same tokens, by their configurations"
         raise ValueError(
             f"{what} belongs to {self}, not to {other}: they differ in {apart}. "
             "Load that model, or make it again for this one."
@@ -271,8 +279,9 @@ def _tokenizer(where, given, dtype):
     size, whole = _size(where), AutoConfig.from_pretrained(where, trust_remote_code=False)
     tokenizer = given or AutoTokenizer.from_pretrained(where, trust_remote_code=False)
     config = whole.get_text_config()
-    for what in ("num_hidden_layers", "vocab_size") if size and dtype else ():
-        if (n := getattr(config, what)) * config.hidden_size > 2 * size:
+    for what in ("num_hidden_layers", "vocab_size"):
+        n = getattr(config, what)
+        if size and dtype and n * config.hidden_size > 2 * size:
             raise ValueError(f"{what} is {n}, and the files are too small for that ({size} bytes)")
     if len(tokenizer) < config.vocab_size / 2:
         raise ValueError(
@@ -310,8 +319,9 @@ def _named(name, tokenizer, dtype, device, rename, remote):
             module.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     except Exception as e:  # transformers, tokenizers and safetensors have many
         why = (str(e) or repr(e)).splitlines()[0].rstrip(".")
+        on = f" on {device}" if device else ""
         raise OSError(
-            f"could not load {name!r}{f' on {device}' * bool(device)}: {why}. "
+            f"could not load {name!r}{on}: {why}. "
             f"A model is {_KNOWN} (which needs a connection the first time)."
         ) from None
     return wrap(module, tokenizer, _called(name), rename)
@@ -379,7 +389,7 @@ def load_model(
 @patch
 def load(self: ModelInfo) -> TransformersModel:
     "This model, if it is an embedded one or lies here. Raises ValueError for one of a hub or a server."
-    if ":" in self.weights or self.name not in EMBEDDED and not Path(self.name).exists():
+    if ":" in self.weights or not (self.name in EMBEDDED or Path(self.name).exists()):
         raise ValueError(
             f"{self} is not embedded and not here, and no file makes us ask a hub or a server. "
             "Load it yourself, load_model(name), and pass it; on the command line, name it with --model."
