@@ -161,17 +161,13 @@ class Settings(Strict):
     "How an evaluation is done. Raises ValueError for what cannot be."
 
     random: NonNegativeInt = 20  # random directions
-    damage: PositiveFloat | None = (
-        None  # nats a token for every arm; default: that of the transplant, else 0.1
-    )
+    damage: PositiveFloat | None = None  # nats a token of every arm; default: the transplant's, else 0.1
     seed: NonNegativeInt = 0  # of the random directions and the bootstrap
     bootstrap: PositiveInt = 2000  # draws
     strengths: Annotated[Sequence[float], Listed] = STRENGTHS  # of the dose curves
     off: Sequence[ChoiceTask] | None = None  # what else may move; default: items of built-in behaviours
     readouts: Sequence[ChoiceTask] | None = None  # what should move too; default: `readouts_of` the task
-    text: GenerationTask | None = (
-        None  # what is gone on from freely, and its scorer; default: `text_of` the task
-    )
+    text: GenerationTask | None = None  # beginnings of free text, and its scorer; default: `text_of` the task
 
     def __post_init__(self):
         super().__post_init__()

@@ -129,7 +129,8 @@ class _Lines:
 def _check_numbers(given):
     "Raise BadParameter for a number that no option can have."
     for name, x in given.items():
-        if isinstance(x, float) and not math.isfinite(x) or isinstance(x, int) and not 0 <= x < 2**32:
+        endless = isinstance(x, float) and not math.isfinite(x)
+        if endless or (isinstance(x, int) and not 0 <= x < 2**32):
             option = f"--{name.replace('_', '-')} {x}"
             raise BadParameter(f"{option}: a number here is finite, and a count or seed is 0 or more.")
 
@@ -472,7 +473,8 @@ def cmd_info(
         raise BadParameter("--dtype and --device go with --words or --model: without them no model is read.")
     if Path(file).suffix == ".json" and not asked:
         return _found(file)
-    (tensors, head), kinds = load_artefact(file), (Concept, LayerGrid, AffineMap, Transplant)
+    tensors, head = load_artefact(file)
+    kinds = Concept, LayerGrid, AffineMap, Transplant
     shown = _words(file, head["kind"], model) if asked else []
     said = [repr(load_fields(c, file)) for c in kinds if c.artefact == head["kind"]]
     sizes = {k: " x ".join(map(str, v.shape)) for k, v in tensors.items() if v.ndim}
@@ -619,7 +621,8 @@ def cmd_extract(
     from concept_transfer.data import lint
     from concept_transfer.models import load_model
 
-    (data, position), file = pairs(), _writable(out)
+    data, position = pairs()
+    file = _writable(out)
     for problem in lint(data):
         _warn(problem)
     states = Path(f"{file}.states.part")  # until the concept is made
@@ -761,7 +764,8 @@ def cmd_transplant(
     file = _writable(out)
     read, maps = Concept.load(concept), LayerGrid.load(map)
     maps.source.require(read.model, "this map (source side)")
-    items, own = task and task("tune"), load_pairs(pairs) if pairs else None
+    items = task and task("tune")
+    own = load_pairs(pairs) if pairs else None
     where: Any = layers
     if pair[1]:
         several = [int(k) for k in pair[2].split(",")]
@@ -822,7 +826,7 @@ def cmd_generate(
 
     if bool(prompt) == bool(prompts):
         raise BadParameter("give --prompt TEXT, or --prompts FILE.")
-    if compare and (strengths or prompts) or strengths is not None and strength != 1:
+    if (compare and (strengths or prompts)) or (strengths is not None and strength != 1):
         say = "--strengths or --prompts show a text at each strength, and 0 is the base model"
         raise BadParameter(f"{say}: leave --compare away, and --strength beside --strengths.")
     steps = [strength] if strengths is None else _strengths(strengths)
@@ -879,11 +883,13 @@ def _known(transplant, map, source):
     from concept_transfer.models import load_model
     from concept_transfer.steering import Transplant
 
-    t, own = load_fields(Transplant, transplant), None
+    t = load_fields(Transplant, transplant)
+    own = None
     if map:
         single = load_artefact(map)[1]["kind"] == AffineMap.artefact
         own = [AffineMap.load(map)] if single else _own(LayerGrid.load(map), t)
-    return t, own, load_model(source) if source else own and own[0].source.load()
+    read = load_model(source) if source else own and own[0].source.load()
+    return t, own, read
 
 
 @command
@@ -949,7 +955,7 @@ def cmd_export(
     from concept_transfer.export import FORMATS, export
 
     only = "only hub takes --evidence, only baked-gguf takes --like"
-    if to not in FORMATS or evidence and to != "hub" or bool(like) != (to == "baked-gguf"):
+    if to not in FORMATS or (evidence and to != "hub") or bool(like) != (to == "baked-gguf"):
         raise BadParameter(f"--to {to}: use one of {', '.join(FORMATS)}; {only} and needs it.")
     _writable(out)
     more: dict[str, Any] = {"evidence": Evidence.load(evidence)} if evidence else {}

@@ -281,7 +281,7 @@ def capability(self: Evidence) -> dict[str, Capability]:
     for arm, hits in right.items():
         k, n = int(sum(hits)), len(hits)
         p = None if arm == "base" else mcnemar(right["base"], hits)
-        found[arm] = Capability(k / n, list(wilson(k, n)), n, p)
+        found[arm] = Capability(k / n, wilson(k, n), n, p)
     for arm, (r,) in self.of("texts").items():
         again = float(np.mean([*map(repetition, r.texts)]))
         found[arm] = replace(found.get(arm, Capability()), repetition=again, texts=r.texts)
@@ -419,7 +419,7 @@ def text(self: Evidence) -> Sampled | None:
         ahead={k: interval(boot.transplanted - boot[k]) for k in boot if k not in ("base", "transplanted")},
         labelled=len(right),
         right=float(np.mean(right)) if labels else None,
-        right_ci=list(wilson(int(sum(right)), len(right))) if labels else None,
+        right_ci=wilson(int(sum(right)), len(right)) if labels else None,
         chance=labels[0]["chance"][0] if labels else None,
     )
 

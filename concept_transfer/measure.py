@@ -215,8 +215,7 @@ def _rows(model, task, words):
     size, rows = context_length(model), []
     for i, item in enumerate(task.items):
         whole = encode(model, [words + item.prompt + c for c in ("", *item.choices)])
-        what = f"task {task.name!r}, item {i}"
-        prompt = commonprefix(whole)
+        what, prompt = f"task {task.name!r}, item {i}", commonprefix(whole)
         p = len(prompt)
         tails = [ids[p:] for ids in whole[1:]]
         if not p or max(map(len, whole)) >= size:
@@ -418,14 +417,12 @@ def prose_damage(
     texts = [_fitting(model, x) for x in load_corpus("prose").texts[:passages]]
     keep = max(KEEP, min(map(len, encode(model, texts))) - 16)
     parts = []
-    for k in tqdm(
-        range(0, len(texts), 4), "prose", disable=None, leave=False
-    ):  # few at once: logits are wide
+    for k in tqdm(range(0, len(texts), 4), "prose", disable=None, leave=False):  # few: logits are wide
         parts.append(neutral_text(model, layer, texts[k : k + 4], keep=keep)(changes))
-    found = [
-        Damage(*(np.concatenate([getattr(d, k) for d in each]) for k in ("kl", "lost")))
-        for each in zip(*parts, strict=True)
-    ]
+    found = []
+    for each in zip(*parts, strict=True):  # of a change
+        kl, lost = [d.kl for d in each], [d.lost for d in each]
+        found.append(Damage(np.concatenate(kl), np.concatenate(lost)))
     return found, [str(i) for i in range(len(texts))]
 
 

@@ -279,9 +279,10 @@ def _tokenizer(where, given, dtype):
     size, whole = _size(where), AutoConfig.from_pretrained(where, trust_remote_code=False)
     tokenizer = given or AutoTokenizer.from_pretrained(where, trust_remote_code=False)
     config = whole.get_text_config()
-    for what in ("num_hidden_layers", "vocab_size"):
+    checked_sizes = ("num_hidden_layers", "vocab_size") if size and dtype else ()
+    for what in checked_sizes:
         n = getattr(config, what)
-        if size and dtype and n * config.hidden_size > 2 * size:
+        if n * config.hidden_size > 2 * size:
             raise ValueError(f"{what} is {n}, and the files are too small for that ({size} bytes)")
     if len(tokenizer) < config.vocab_size / 2:
         raise ValueError(

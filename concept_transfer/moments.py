@@ -73,8 +73,7 @@ class _PairSums:
         The shifts (L1, d1) and (L2, d2) are subtracted from rows; default: the means of the first ones."""
         K, L1, d1, L2, d2 = shape
         zeros = partial(torch.zeros, dtype=torch.float64, device=device)
-        self.n, self.x, self.y = zeros(K), zeros(K, L1, d1), zeros(K, L2, d2)
-        self.xy = zeros(shape)
+        self.n, self.x, self.y, self.xy = zeros(K), zeros(K, L1, d1), zeros(K, L2, d2), zeros(shape)
         self.yy = zeros(K, L2, d2, d2) if products else zeros(K, L2, d2)
         self.shuffled, self.n_shuffled = zeros(shape[1:], dtype=torch.float32), zeros(())
         self.shift_x, self.shift_y = shift_x, shift_y
@@ -106,8 +105,7 @@ def _shifted(sums, X, Y, fold, weight):  # (r, L1, d1), (r, L2, d2), (r,), (r,)
 
 
 def _dealt(fold):  # (r,) -> (2, c)
-    """Pairs of rows for the shuffled control: of a fold every tenth row, or every one where they are few,
-    each with one that stands half of these further on."""
+    "Rows of the shuffled control, every tenth of a fold or all of a few, and one far from each of them."
     pairs = [fold.new_zeros(2, 0)]
     for k in fold.unique():
         on = torch.nonzero(fold == k)[:, 0]
@@ -559,9 +557,7 @@ class Rows(Collected):
     near: LongTensor  # (c,) rows of the shuffled control
     far: LongTensor  # (c,) and those that each of them is paired with
     products: bool = True  # whether sums of these would have the target's own products
-    folder: Path | None = field(
-        default=None, compare=False
-    )  # where the rows lie; default: that of the system
+    folder: Path | None = field(default=None, compare=False)  # of the rows; default: that of the system
 
     def __post_init__(self):
         super().__post_init__()

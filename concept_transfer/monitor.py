@@ -133,7 +133,8 @@ class _Stream:
         before, after = [*self.seen][:k], [entry for entry in [*self.seen][k:] if entry[2]]
         self.seen = deque(after, self.seen.maxlen)
         usual, now = (float(np.mean([x for _, x, _ in part])) for part in (before, after))
-        since, known = after[0][2], _ADVICE | _FALLEN if now < usual else _ADVICE
+        since = after[0][2]
+        known = _ADVICE | _FALLEN if now < usual else _ADVICE
         return Alarm(name, since["n"], since["time"], usual, now, known.get(name, _OTHERWISE))
 
 
@@ -164,7 +165,9 @@ class Monitor:
         if row["event"] != "request":
             return found
         _refuse_other(row, "n", "time", "strength")
-        for name, x in watched(row).items() if row["strength"] else ():
+        if not row["strength"]:
+            return found
+        for name, x in watched(row).items():
             if name not in self.streams:
                 self.streams[name] = _Stream(self.usual.get(name, []), self.detector())
             if self.streams[name].add(x, row):

@@ -219,7 +219,9 @@ def _in_words(e):
         return f"Whether words in the prompt do as well was not measured: {why}."
     low, high = mine.ci
     gap = words.choice_rate - mine.choice_rate
-    does = "as much" if low <= words.choice_rate <= high or not gap else "more" if gap > 0 else "less"
+    does = "more" if gap > 0 else "less"
+    if low <= words.choice_rate <= high or not gap:
+        does = "as much"
     return (
         f"Asking for it in words does {does}: then {words.choice_rate:.0%} of the answers are the wanted one "
         f"(damage {words.kl:.2f}), with the transplant {mine.choice_rate:.0%} ({mine.kl:.2f})."
@@ -341,6 +343,7 @@ def write_report(
     "A self-contained HTML report, written whole or not at all."
     pictures = figures(e, arms) if pictures is None else pictures
     mine = e.arms.get("transplanted", ArmResult())
+    likened = _likened(e, anchors) if mine.kl and anchors else ""
     page = TEMPLATES.get_template("report.html").render(
         e=e,
         verdict=verdict(e),
@@ -352,8 +355,8 @@ def write_report(
         ways=_WAYS,
         bar=bar,
         items=items,
-        anchors=mine.kl and anchors and {_WAYS["transplanted"]: mine.kl} | anchors,
-        likened=mine.kl and anchors and _likened(e, anchors),
+        anchors={_WAYS["transplanted"]: mine.kl} | anchors if likened else {},
+        likened=likened,
         told=_told(e),
         elsewhere=[*_elsewhere(e)],
         views={k: x for k, x in pictures.items() if not isinstance(x, Figure)},

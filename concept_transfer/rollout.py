@@ -110,7 +110,9 @@ class Course:
 
     def begin(self, share: float):
         "Another share; its tests begin anew."
-        self.share, self.begun = share, self.begun + (0 < share < 100)
+        self.share = share
+        if 0 < share < 100:
+            self.begun += 1
         self.tests = {k: Difference() for k in (self.stop.effect, self.stop.damage)}
 
     def take(self, row: dict) -> bool:
@@ -124,8 +126,10 @@ class Course:
             return False
         self.seen[row["unit"]] = 100 if on else self.share
         for name, test in self.tests.items():
-            x, worst = row["scores"][name], on if name == self.stop.damage else not on
-            test.add(float(worst) if x is None else x, on, (self.share - below) / (100 - below))
+            x = row["scores"][name]
+            if x is None:  # counts as the worst
+                x = float(on if name == self.stop.damage else not on)
+            test.add(x, on, (self.share - below) / (100 - below))
         return True
 
     def look(self) -> dict:
@@ -286,7 +290,8 @@ def __call__(
     got = base
     if strength:
         try:
-            got, arm = ask(strength, random.random() < self.twin), "shadow" if self.shadow else "on"
+            got = ask(strength, random.random() < self.twin)
+            arm = "shadow" if self.shadow else "on"
         except Exception as e:
             self._note("failed", why=type(e).__name__)
             got = base = base or ask(0.0, False)

@@ -97,7 +97,8 @@ def answer(
     first, last = (steered(t.model, t.layer, _watching(t, seen)) for seen in looks)
     with first, t(strength) as model, last:
         text = "".join(generate(model, [prompt], max_new_tokens, **options))
-    seconds, norm, projection, kl = time.perf_counter() - start, None, None, None
+    seconds = time.perf_counter() - start
+    norm = projection = kl = None
     if looks[0] and isinstance(engine(model), Local):
         norm, projection = torch.stack([torch.cat(x, 1).median(1).values for x in looks], 1).tolist()
     asked = rendered(model, prompt)
@@ -437,7 +438,8 @@ def read_log(
     if not _parts(path):
         raise FileNotFoundError(f"{path}: there is no log.")
     for part, line in ((part, line) for part, file in _each_file(path) for line in file):
-        if not line.endswith(b"\n") or not (row := _row(line)):
+        row = _row(line) if line.endswith(b"\n") else {}
+        if not row:
             torn = part == path and not line.endswith(b"\n") and _begun(line)
             what = f"{TORN} of {len(line)} bytes" if torn else f"{part.name} holds a line that is no row"
             yield {}, what
@@ -472,16 +474,15 @@ class Audit:
     faults: list[str]  # none: nothing was changed, removed, moved or cut
     torn: str  # a line that a killed process left
     head: str  # note it elsewhere: a later audit can be asked whether it is still there
-    uses: (
-        pd.DataFrame
-    )  # sound requests by what was applied, how strongly and in which arm: how many, since when
+    uses: pd.DataFrame  # sound requests by what was applied, how strongly, in which arm: how many, since when
     events: list[dict]  # all other rows
 
     @property
     def wrong(self) -> str:
         "The faults, or the first eight of them; nothing where there are none."
         said = [*dict.fromkeys(self.faults)]
-        return "; ".join(said[:8] + [f"and {len(said) - 8} more"] * (len(said) > 8))
+        more = [f"and {len(said) - 8} more"] if len(said) > 8 else []
+        return "; ".join(said[:8] + more)
 
     def __repr__(self):
         wrong = "; ".join(filter(None, [self.wrong, self.torn]))

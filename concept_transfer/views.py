@@ -798,9 +798,8 @@ def layer_scores(
     grid = [(s, u) for s in maps.source_layers for u in maps.target_layers]
     found = {"R2": dict(zip(grid, maps.r2.flatten().tolist(), strict=True))}
     if t and pairs:
-        found["AUC"] = dict(
-            zip(grid, downstream(maps, concept, t.model, pairs)[0].flatten().tolist(), strict=True)
-        )
+        area, _ = downstream(maps, concept, t.model, pairs)  # (L1, L2)
+        found["AUC"] = dict(zip(grid, area.flatten().tolist(), strict=True))
     if causal:
         found["causal"] = causal
     search = sorted(t.notes.get("search", []), key=lambda x: x["round"]) if t else []
