@@ -329,8 +329,8 @@ def _placed(trial, found, name=None, maps=None):
     )
 
 
-def _at(trial):
-    "The layers of its places."
+def _layers_of(trial):
+    "Where the transplant of a trial stands."
     return [t.layer for t in trial.t.places]
 
 
@@ -338,7 +338,7 @@ def native_direction(trial: Trial, pairs: ContrastPairs) -> list[Transplant]:
     """The direction that `pairs` show in the target, at the place of the transplant. Raises ValueError where
     the concept was read in a way that cannot be repeated."""
     pairs, position, reducer = _as_read(trial, pairs)
-    own = extract_concept(trial.bench.model, pairs, _at(trial), position, reducer)
+    own = extract_concept(trial.bench.model, pairs, _layers_of(trial), position, reducer)
     return [_placed(trial, [own] * len(trial.t.places))]
 
 
@@ -369,7 +369,7 @@ def _like_states(trial):
     "Directions distributed as the states of neutral text are, without the first token, which is a sink."
     rng, n = _fewer(trial)
     bench = trial.bench
-    texts = activations(bench.model, bench.texts[0], _at(trial), "all")  # (t, L, d) each
+    texts = activations(bench.model, bench.texts[0], _layers_of(trial), "all")  # (t, L, d) each
     X = torch.cat([x[1:] for x in texts]).numpy()  # (tokens, L, d)
     weight = rng.normal(size=(n, len(X)))  # (n, tokens): the same mix of states at every place
     drawn = np.stack([weight @ (x - x.mean(0)) for x in X.swapaxes(0, 1)], 1)  # (n, L, d)
@@ -382,7 +382,7 @@ def _permuted(trial):
     bench = trial.bench
     pairs, position, reducer = _as_read(trial, trial.given["pairs"])
     texts = fill(pairs.template, pairs.texts)
-    H = torch.stack([*activations(bench.model, texts, _at(trial), position)])  # (texts, L, d)
+    H = torch.stack([*activations(bench.model, texts, _layers_of(trial), position)])  # (texts, L, d)
     k, out = len(pairs.positive), []
     for i in range(n):
         order = rng.permutation(len(H))
@@ -403,7 +403,7 @@ def _unembedding(trial):
 
 def _gradient(trial):
     "The same, taken where the transplant stands."
-    found = [word_direction(trial.bench.model, trial.word, layer) for layer in _at(trial)]
+    found = [word_direction(trial.bench.model, trial.word, layer) for layer in _layers_of(trial)]
     return [] if found[0] is None else [_placed(trial, found, "the word")]
 
 

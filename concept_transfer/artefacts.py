@@ -166,7 +166,7 @@ def file_hash(path: str | Path) -> str:
 
 
 # %% ../nbs/04_artefacts.ipynb #062de021
-def _listed(x):
+def _for_json(x):
     "What JSON holds in the place of a number of numpy, an array, or a dataclass."
     if not is_dataclass(x) and not hasattr(x, "tolist"):
         raise ValueError(f"{x!r} cannot be kept in a file; give numbers, texts, lists or dictionaries.")
@@ -175,7 +175,7 @@ def _listed(x):
 
 def plain(x: Any) -> Any:
     "`x` as JSON gives it back: tuples are lists, and None stands for a number that JSON cannot hold."
-    return json.loads(json.dumps(x, default=_listed), parse_constant=lambda name: None)
+    return json.loads(json.dumps(x, default=_for_json), parse_constant=lambda name: None)
 
 
 # %% ../nbs/04_artefacts.ipynb #c387faa6
@@ -300,25 +300,25 @@ def load_artefact(
 
 
 # %% ../nbs/04_artefacts.ipynb #13485012
-def _unmeasured(x):
+def _nan_for_none(x):
     "NaN for None, which stands for it in files."
     if x == -math.inf or isinstance(x, int | float) and x > 1:
         raise ValueError("an infinite number, or a score above 1")
     return math.nan if x is None else x
 
 
-def _told(x):
+def _checked_notes(x):
     "Notes, with what is known of them checked."
     return _valid(_NOTES.validate_python, x)
 
 
-Score = Annotated[float, Field(allow_inf_nan=True), BeforeValidator(_unmeasured)]  # NaN: not measured
+Score = Annotated[float, Field(allow_inf_nan=True), BeforeValidator(_nan_for_none)]  # NaN: not measured
 Count = Annotated[int, Field(ge=0, lt=1 << 53)]
 Size = Annotated[float, Field(ge=0, lt=1e30)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Layers = Annotated[tuple[Count, ...], Field(min_length=1)]
 Template = Annotated[str, Field(pattern=r"\{\}")]  # words around a text
-Notes = Annotated[dict, BeforeValidator(_told)]  # where something comes from
+Notes = Annotated[dict, BeforeValidator(_checked_notes)]  # where something comes from
 
 _FLOATS = dict.fromkeys("kl lam damage_budget held_out search_p".split(), float)
 _COUNTS = dict.fromkeys("n_pairs seed rows texts texts_read folds".split(), Count)
@@ -401,7 +401,7 @@ def _check_values(x):
             if not (size.isfinite() & (size > 0)).all():
                 raise ValueError(f"{k!r}: a direction is zero, or too long for float32: it points nowhere.")
     rest = {f.name: getattr(x, f.name) for f in fields(x) if f.compare and f.name not in {*tensors, *x.apart}}
-    vars(x).update(_valid(others.validate_json, json.dumps(rest, default=_listed)))
+    vars(x).update(_valid(others.validate_json, json.dumps(rest, default=_for_json)))
 
 
 # %% ../nbs/04_artefacts.ipynb #c3cb1c99
@@ -555,12 +555,12 @@ def _members(x):
 
 
 # %% ../nbs/04_artefacts.ipynb #b39b8d6a
-def _told_once(x, memo):
+def _definition_hash(x, memo):
     "Hash of a function or a class, which may lead back to itself."
     if x not in memo:
         memo[x] = f"{x.__module__}.{x.__qualname__}"
         parts = _members(x) if isinstance(x, type) else _code(x)
-        memo[x] = hashlib.sha256(repr([memo[x], _said(parts, memo)]).encode()).hexdigest()
+        memo[x] = hashlib.sha256(repr([memo[x], _canonical(parts, memo)]).encode()).hexdigest()
     return memo[x]
 
 
@@ -575,9 +575,9 @@ def _made_again(x):
 
 
 # %% ../nbs/04_artefacts.ipynb #46ba751d
-def _said(x, memo):
+def _canonical(x, memo):
     "A value as nested lists of what `repr` tells apart."
-    said = partial(_said, memo=memo)
+    said = partial(_canonical, memo=memo)
     if isinstance(x, Tensor):
         x = x.detach().cpu().resolve_conj().resolve_neg().contiguous()
         return ["tensor", str(x.dtype), *x.shape, hashlib.sha256(_bytes(x)).hexdigest()]
@@ -596,7 +596,7 @@ def _said(x, memo):
         case None | bool() | int() | float() | str() | bytes():
             return x
         case FunctionType() | type():
-            return _told_once(x, memo)
+            return _definition_hash(x, memo)
         case ModuleType() | np.ufunc():
             return x.__name__
         case list() | tuple():
@@ -623,7 +623,7 @@ def _said(x, memo):
 def fingerprint(*values: Any) -> str:  # 16 hex digits
     "Hash of values. Functions count by what they do. Raises ValueError for what cannot be said."
     try:
-        return hashlib.sha256(repr(_said(values, {})).encode()).hexdigest()[:16]
+        return hashlib.sha256(repr(_canonical(values, {})).encode()).hexdigest()[:16]
     except Exception as e:  # whatever pickling it raises
         raise ValueError(
             f"{values!r:.200} cannot be told from others of its kind ({e}); give texts, numbers, or "

@@ -363,7 +363,7 @@ def readouts(self: Evidence) -> list[Readout]:
 
 
 # %% ../nbs/18_evidence.ipynb #96540cb1
-def _beside(scores, groups, draws, seed):
+def _scores_by_arm(scores, groups, draws, seed):
     "Scores of texts (n,) by arm: means, their intervals, and those of the gain over the base model."
     boot = pd.DataFrame(bootstrap([*scores.values()], groups, draws, seed), columns=[*scores])
     found = pd.DataFrame({"mean": {k: float(np.mean(x)) for k, x in scores.items()}})
@@ -407,7 +407,7 @@ def text(self: Evidence) -> Sampled | None:
         return None
     of, base, mine = self.provenance, said["base"], said["transplanted"]
     scores = {k: np.array(r.answers["score"]) for k, r in said.items()}
-    found, boot = _beside(scores, base.groups, of.bootstrap, of.seed)
+    found, boot = _scores_by_arm(scores, base.groups, of.bootstrap, of.seed)
     right = labels[0]["right"] if labels else []
     return Sampled(
         task=mine.task,
@@ -703,7 +703,7 @@ def evaluate_text(
     Settings(seed=seed, bootstrap=draws)  # raises
     texts = {k: written(t, model, task.prompts, tokens) for k, t in arms.items()}
     scores = {k: [float(x) for x in task.score(said)] for k, said in texts.items()}
-    found, _ = _beside(scores, task.groups, draws, seed)
+    found, _ = _scores_by_arm(scores, task.groups, draws, seed)
     return pd.DataFrame({"texts": texts, "scores": scores}).join(found)
 
 

@@ -239,7 +239,7 @@ def _rows(model, task, words):
 
 
 # %% ../nbs/16_measure.ipynb #c98940ad
-def _asked(logits, base, extra):
+def _token_scores(logits, base, extra):
     "Of each token that is asked for: its log-probability (r,), and whether it is the likeliest of all (r,)."
     extra = extra.to(logits.device)  # (r, 3): row, position from the end, token
     spots, which = extra[:, :2].unique(dim=0, return_inverse=True)  # (u, 2), (r,)
@@ -252,18 +252,18 @@ def _asked(logits, base, extra):
     return asked - torch.stack(total)[which], asked == torch.stack(most)[which]
 
 
-def _asked_raised(logits, base, extra):
+def _raised_token_scores(logits, base, extra):
     "The same where the logits of some tokens are raised."
     asked, tokens, nats = extra
     logits = logits.index_add(
         -1, tokens.to(logits.device), nats * torch.ones_like(logits[..., : len(tokens)])
     )
-    return _asked(logits, base, asked)
+    return _token_scores(logits, base, asked)
 
 
 # %% ../nbs/16_measure.ipynb #1b53c1a5
 def _answers(task, reads, parts):
-    "Answers from what `_asked` gave; `reads` as of `_rows`, in the order of the batches."
+    "Answers from what `_token_scores` gave; `reads` as of `_rows`, in the order of the batches."
     logp = [np.zeros(len(item.choices)) for item in task.items]
     lengths = [np.zeros(len(x), int) for x in logp]
     starts = [np.zeros(len(x), bool) for x in logp]
@@ -293,7 +293,7 @@ def choices(
         asked = torch.tensor(extra)  # (r, 3)
         batches[k] = replace(batch, extra=(asked, torch.tensor(raised[0]), raised[1]) if raised else asked)
     judge = partial(_answers, task, [x for batch in batches for r in batch.rows for x in reads[r]])
-    scores = engine(model).scores(layer, batches, _asked_raised if raised else _asked)
+    scores = engine(model).scores(layer, batches, _raised_token_scores if raised else _token_scores)
     return Probe(model_info(model), layer, scores, judge)
 
 
@@ -337,7 +337,7 @@ class Damage(_Shown):
 
 
 # %% ../nbs/16_measure.ipynb #785527b8
-def _drift(logits, base, tokens):
+def _kl_and_lost(logits, base, tokens):
     "KL from the base and log-probability lost (2, b, keep); of the base itself its log-probabilities."
     if base is None:
         return logits.log_softmax(-1)  # (b, keep, vocabulary)
@@ -350,7 +350,7 @@ def _drift(logits, base, tokens):
 
 
 # %% ../nbs/16_measure.ipynb #8e0c2b24
-def _mass(logits, base, extra):
+def _probability(logits, base, extra):
     "Log-probability of some tokens together, and whether the text goes on with one of them (2, b, keep)."
     texts, tokens = (x.to(logits.device) for x in extra)
     logp = logits.log_softmax(-1)[..., tokens].logsumexp(-1)  # (b, keep)
@@ -359,7 +359,7 @@ def _mass(logits, base, extra):
 
 # %% ../nbs/16_measure.ipynb #93a40960
 def _damage(rows, parts):
-    "What `_drift` gave of each batch, with the texts in their order; `rows` as they stand in the batches."
+    "Damage from what `_kl_and_lost` gave of each batch; `rows` are the texts as they stand in the batches."
     return Damage(*_in_order(rows, parts))
 
 
@@ -374,7 +374,7 @@ def neutral_text(
     layer: int,
     texts: Sequence[str],
     words: str = "",  # before every text
-    tokens: Sequence[int] = (),  # ask for the probability of these instead, see `_mass`
+    tokens: Sequence[int] = (),  # ask for the probability of these instead, see `_probability`
     keep: int = KEEP,  # last tokens of a text that are asked about
 ) -> Probe:
     "Neutral texts made ready; those that are too short are left out. Raises ValueError where all are."
@@ -394,7 +394,7 @@ def neutral_text(
         last = torch.tensor([plain[i][-keep:] for i in b.rows])
         extra = (last, torch.tensor(tokens)) if tokens else last
         batches[k] = replace(b, asked=b.mask, extra=extra, plain=alone)  # decoding stands at every token
-    scores = engine(model).scores(layer, batches, _mass if tokens else _drift)
+    scores = engine(model).scores(layer, batches, _probability if tokens else _kl_and_lost)
     judge = partial(_in_order if tokens else _damage, [i for b in batches for i in b.rows])
     return Probe(model_info(model), layer, scores, judge, texts)
 
@@ -619,7 +619,7 @@ def word_direction(
 
 # %% ../nbs/16_measure.ipynb #71824ceb
 def _after_raise(nats, mass):
-    "Damage where tokens are raised; `mass` (2, texts, keep) as of `_mass`."
+    "Damage where tokens are raised; `mass` (2, texts, keep) as of `_probability`."
     logp, hit = mass
     z = np.log1p(np.exp(logp) * np.expm1(nats))  # (texts, keep)
     return Damage(np.maximum(z - nats * np.exp(logp), 0), z - nats * hit)

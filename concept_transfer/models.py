@@ -104,7 +104,7 @@ def _tokenizer_hash(tokenizer):
 
 
 # %% ../nbs/10_models.ipynb #90295b83
-def _called(name):
+def _short_name(name):
     "A model's name: a folder or file is called the same wherever it lies."
     path = Path(name).expanduser()
     here = path.is_absolute() or (name and path.exists())
@@ -131,7 +131,7 @@ def model_info(model: TransformersModel) -> ModelInfo:
     if when != now:
         config = model._module.config
         found = ModelInfo(
-            made.name or _called(config._name_or_path) or config.model_type,
+            made.name or _short_name(config._name_or_path) or config.model_type,
             config.model_type,
             len(model.layers),
             config.get_text_config().hidden_size,
@@ -314,7 +314,7 @@ def _named(name, tokenizer, dtype, device, rename, remote):
         dtype = dtype or "float32"
         tokenizer = _tokenizer(where, tokenizer, None if there else dtype)
         if there:
-            return hosted_model(where, tokenizer, there, remote, rename, _called(name))
+            return hosted_model(where, tokenizer, there, remote, rename, _short_name(name))
         module = pretrained(where, dtype=dtype, device_map=device if spread else None).requires_grad_(False)
         if not spread:
             module.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -325,7 +325,7 @@ def _named(name, tokenizer, dtype, device, rename, remote):
             f"could not load {name!r}{on}: {why}. "
             f"A model is {_KNOWN} (which needs a connection the first time)."
         ) from None
-    return wrap(module, tokenizer, _called(name), rename)
+    return wrap(module, tokenizer, _short_name(name), rename)
 
 
 # %% ../nbs/10_models.ipynb #dd6d64f7

@@ -234,7 +234,7 @@ class Moments(Collected, _PairSums):
 
 
 # %% ../nbs/13_moments.ipynb #ada6b693
-def _unread(L1, d1, L2, d2):
+def _without_rows(L1, d1, L2, d2):
     "Fields of what was not read yet, by name."
     held = {"held_x": torch.zeros(0, L1, d1), "held_y": torch.zeros(0, L2, d2)}
     layers = {"source_layers": (*range(L1),), "target_layers": (*range(L2),)}
@@ -251,7 +251,7 @@ def zeros(
     "Moments of nothing yet."
     sums = _PairSums(shape, products)
     xx = sums.x.new_zeros(*sums.x.shape, shape[2])
-    return cls(**_unread(*shape[1:]) | vars(sums) | {"xx": xx} | provenance)
+    return cls(**_without_rows(*shape[1:]) | vars(sums) | {"xx": xx} | provenance)
 
 
 # %% ../nbs/13_moments.ipynb #e0890f5a
@@ -580,7 +580,7 @@ def zeros(
 ) -> Rows:
     "No rows yet."
     K, L1, d1, L2, d2 = shape
-    unread, n = _unread(*shape[1:]), torch.zeros(K).double()
+    unread, n = _without_rows(*shape[1:]), torch.zeros(K).double()
     x, y, none = n.new_zeros(K, L1, d1), n.new_zeros(K, L2, d2), unread["held_of"]
     sums = {"n": n, "x": x, "y": y, "squares_x": x.clone(), "squares": y.clone(), "weight": n[:0]}
     rows = {"X": unread["held_x"], "Y": unread["held_y"], "fold_of": none, "near": none, "far": none}
@@ -823,7 +823,7 @@ def _preparing(source, target, into, how):  # two models, Moments, Reading
 
 
 # %% ../nbs/13_moments.ipynb #21bda747
-def _called(f):
+def _function_name(f):
     "The name of a function; one that is not ours has its fingerprint too, since names repeat."
     name = getattr(f, "__name__", "custom")
     return name if f in (last_token, robust_weight) else f"{name} {fingerprint(f)}"
@@ -846,8 +846,8 @@ def fresh(
         for m, k in zip(models, layers, strict=True)
     )
     settings = {
-        "thin": _called(how.thin) if how.thin else "shared token boundaries but the first",
-        "weight": _called(how.weight) if how.weight else "none",
+        "thin": _function_name(how.thin) if how.thin else "shared token boundaries but the first",
+        "weight": _function_name(how.weight) if how.weight else "none",
         "precision": [engine(m).precision for m in models],
     } | {k: getattr(how, k) for k in ("most_rows", "folds", "held_out")}
     shape = how.folds, len(l1), one.width, len(l2), two.width

@@ -58,7 +58,7 @@ def _prompted(e):
 
 
 # %% ../nbs/26_report.ipynb #92d7fd21
-def _told(e):
+def _sampled_text(e):
     "What sampled text shows."
     x = e.text
     if x is None:
@@ -109,7 +109,7 @@ def verdict(e: Evidence) -> str:
         f"{100 * gain:+.0f} points ({interval}; "
         f"from {e.arms['base'].choice_rate:.0%} to {mine.choice_rate:.0%} of {e.provenance.n} items) "
         f"at a damage of {mine.kl:.2f} nats a token; {_chance(e)}."
-        f"{_likelier(e)}{_meaning(e)}{_prompted(e)}{_told(e)}"
+        f"{_likelier(e)}{_meaning(e)}{_prompted(e)}{_sampled_text(e)}"
     )
 
 
@@ -357,7 +357,7 @@ def write_report(
         items=items,
         anchors={_WAYS["transplanted"]: mine.kl} | anchors if likened else {},
         likened=likened,
-        told=_told(e),
+        told=_sampled_text(e),
         elsewhere=[*_elsewhere(e)],
         views={k: x for k, x in pictures.items() if not isinstance(x, Figure)},
         figures={k: x for k, x in pictures.items() if isinstance(x, Figure)},

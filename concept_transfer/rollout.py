@@ -169,7 +169,7 @@ def _percent(*shares):
 
 
 # %% ../nbs/28_rollout.ipynb #ed47717f
-def _told(score):
+def _score_identity(score):
     "A score by what it does, or by its name where that cannot be told, as of one that holds a model."
     try:
         return fingerprint(score)
@@ -204,7 +204,7 @@ class Rollout:
         share = _percent(self.stages[0] if self.share is None else self.share, *self.stages)
         self.course, self._turn = Course(self.stop), RLock()
         self.of, self.flag = used(self.transplant), f"{self.transplant.name}-strength"
-        by = {k: _told(f) for k, f in self.scores.items()}
+        by = {k: _score_identity(f) for k, f in self.scores.items()}
         plan = plain({"stop": asdict(self.stop), "stages": self.stages, "shadow": self.shadow, "scores": by})
         rows = []
         for row, fault in read_log(self.log.path):

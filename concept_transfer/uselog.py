@@ -128,7 +128,7 @@ def _parts(path):
 
 
 # %% ../nbs/27_uselog.ipynb #b969cd5e
-def _beside(path, what):
+def _sidecar(path, what):
     "What a file beside a log holds, or nothing."
     with suppress(OSError):
         return Path(f"{path}.{what}").read_text(encoding="utf-8").strip()
@@ -184,7 +184,7 @@ def _end(path):
 # %% ../nbs/27_uselog.ipynb #7ee73ee3
 def _salt(path):
     "The secret of a log. Raises ValueError where it is gone."
-    if not (salt := _beside(path, "salt")):
+    if not (salt := _sidecar(path, "salt")):
         raise ValueError(
             f"{path}.salt is gone, and with it the way from a unit to its rows. Begin another log."
         )
@@ -192,7 +192,7 @@ def _salt(path):
 
 
 # %% ../nbs/27_uselog.ipynb #05aa296b
-def _stands(path) -> tuple[int, int, int]:
+def _stat(path) -> tuple[int, int, int]:
     "This process, a file and its size; zeros where it is gone."
     with suppress(FileNotFoundError):
         now = os.stat(path)
@@ -228,16 +228,16 @@ class UseLog:
             except Timeout:
                 raise ValueError(f"{path} is written to by another process; give each its own log.") from None
             self.rows, self.digest, torn = _end(self.path)
-            if not self.rows and not re.fullmatch(r"(\d{12}:\w{32})?", _beside(self.path, "head")):
+            if not self.rows and not re.fullmatch(r"(\d{12}:\w{32})?", _sidecar(self.path, "head")):
                 raise ValueError(f"{path}.head is no head of a log, and would be lost; give another path.")
-            if not self.rows and not _beside(self.path, "salt"):
+            if not self.rows and not _sidecar(self.path, "salt"):
                 (salt := Path(f"{self.path}.salt")).touch(0o600)
                 salt.write_text(secrets.token_hex())
             self.salt = _salt(self.path)  # who deletes the file when all is over has made the log anonymous
             self._head = os.open(f"{self.path}.head", os.O_WRONLY | os.O_CREAT, 0o644)
             self._open()
             about = {"format": _FORMAT, "package": __version__}
-            self.write("opened", head=_beside(self.path, "head"), torn=torn, **about)
+            self.write("opened", head=_sidecar(self.path, "head"), torn=torn, **about)
             stack.pop_all()
 
     def close(self):
@@ -255,7 +255,7 @@ class UseLog:
 def _open(self: UseLog):
     "Have the file at hand, to add to it."
     self._file = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    self._state = _stands(self.path)
+    self._state = _stat(self.path)
 
 
 # %% ../nbs/27_uselog.ipynb #d6e6b630
@@ -283,7 +283,7 @@ def write(
     if taken := {"n", "time", "digest"} & values.keys():
         raise ValueError(f"a row has its own {', '.join(taken)}; give yours another name.")
     with self._turn, disk_space(self.path):
-        if self._state != _stands(self.path):
+        if self._state != _stat(self.path):
             why = "was closed, moved or written to by somebody else, or this process was forked since"
             raise OSError(f"{self.path} {why}. Audit it, and open it anew, in each process another log.")
         now = datetime.now(UTC).isoformat(timespec="milliseconds")
@@ -358,7 +358,7 @@ def request(
     kept = {k: self.redact(x) for k, x in texts.items() if x is not None} if self.redact else {}
     who = {"strength": strength, "unit": _hashed(self.salt, unit)}
     row = self.write("request", **of, **who, **known, **{"arm": "", "scores": {}} | more, **kept)
-    _told(row)
+    _emit(row)
     return row
 
 
@@ -384,7 +384,7 @@ def _instruments():
 
 
 # %% ../nbs/27_uselog.ipynb #5c72581f
-def _told(row):
+def _emit(row):
     "A span and counts for a row."
     tracer, count, clock = _instruments()
     if tracer:
@@ -503,7 +503,7 @@ def audit(
     or that is no text."""
     path = Path(path).expanduser()
     noted = as_tuple([heads] if isinstance(heads, str) else heads, "heads")
-    heads = [_beside(path, "head"), *noted]  # read first: the log may grow meanwhile
+    heads = [_sidecar(path, "head"), *noted]  # read first: the log may grow meanwhile
     who = None if unit is None else unit_hash(path, unit)
     faults: list[str] = []
     requests, events, rows, torn, head = [], [], 0, "", ""
