@@ -515,12 +515,12 @@ def _measured_draws(trial, arm, some, first):
 
 # %% ../nbs/17_arms.ipynb #ec0d4238
 def described(model: TransformersModel) -> str:
-    "A model by name, width and precision."
+    "A model in words: name, shape, weights and precision."
     return f"{model_info(model)}, {engine(model).precision}"
 
 
 def made_of(draw: Any) -> Any:
-    "All that an arm's draw does to a model."
+    "All that an arm's draw does to a model, as values for a fingerprint."
     match draw:
         case Transplant():
             found = [(t.layer, t.vector(), t.positions) for t in draw.places]

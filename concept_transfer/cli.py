@@ -199,7 +199,7 @@ def _answer(run, name, given):
 
 
 # %% ../nbs/31_cli.ipynb #83b31ba2
-def _everywhere(
+def _everywhere(  # never called, as those below: their parameters are the options, by name and comment
     json: bool = False,  # one JSON object on standard output
     debug: bool = False,  # show the traceback of an error
 ): ...
@@ -314,36 +314,40 @@ def _help(run):
 def command(run: Callable) -> Callable:
     "Decorator: the function `cmd_name` becomes the command `name`."
     name, own = run.__name__.removeprefix("cmd_"), signature(run).parameters
-    opened = [k for k in _BESIDE if k in own and own[k].annotation not in (str, str | None)]
+    # what the function gets ready made, and not as a name: it has options beside its own
+    ready = [k for k in _BESIDE if k in own and own[k].annotation not in (str, str | None)]
     reads = [] if name in _WITHOUT_MODELS else [_beside_models]
-    parts: list = [run, *map(_BESIDE.get, opened), *reads, _everywhere]
+    parts: list = [run, *map(_BESIDE.get, ready), *reads, _everywhere]
     listed = [(f, k, p) for f in parts for k, p in signature(f).parameters.items()]
     made = ("settings", "decoding")  # from options of other names
     options = [_declared(p, _comments(f)[k]) for f, k, p in listed if k not in made]
 
     def call(**given):
-        if empty := [k for _, k, p in listed if given.get(k) == "" and p.default != ""]:
+        empty = [k for _, k, p in listed if given.get(k) == "" and p.default != ""]
+        if empty:
             raise BadParameter(f"--{empty[0].replace('_', '-')} is empty: give it a value, or leave it away.")
-        mine = {k: given.get(k) for k in own}
+        arguments = {k: given.get(k) for k in own}
         if "settings" in own:
-            mine["settings"] = partial(_settings, random=given["random"], seed=given["seed"])
+            arguments["settings"] = partial(_settings, random=given["random"], seed=given["seed"])
         if "decoding" in own:
-            mine["decoding"] = {k: given[k] for k in signature(_beside_decoding).parameters}
-        if "pairs" in opened:
-            mine["pairs"] = partial(_read_pairs, mine["pairs"], given["position"])
-        if "task" in opened:
+            arguments["decoding"] = {k: given[k] for k in signature(_beside_decoding).parameters}
+        if "pairs" in ready:
+            arguments["pairs"] = partial(_read_pairs, arguments["pairs"], given["position"])
+        if "task" in ready:
             words = {k: given[k] for k in ("choices", "target", "items")}
-            if not mine["task"] and (idle := [k for k, x in words.items() if x is not None]):
+            task, idle = arguments["task"], [k for k, x in words.items() if x is not None]
+            if idle and not task:
                 raise BadParameter(f"--{idle[0]} goes with --task, which is not given.")
-            mine["task"] = mine["task"] and partial(_asked, mine["task"], **words)
-        if "transplant" in opened:
-            mine["transplant"] = partial(_placed, mine["transplant"], given["model"])
+            arguments["task"] = task and partial(_asked, task, **words)
+        if "transplant" in ready:
+            arguments["transplant"] = partial(_placed, arguments["transplant"], given["model"])
         here = copy_context()
-        if how := {k: given[k] for k in ("dtype", "device") if given.get(k)}:
+        how = {k: given[k] for k in ("dtype", "device") if given.get(k)}
+        if how:
             from concept_transfer.models import DEFAULTS
 
             here.run(DEFAULTS.set, how)
-        here.run(_answer, partial(run, **mine), name, given)
+        here.run(_answer, partial(run, **arguments), name, given)
 
     call.__signature__ = Signature(options)  # type: ignore[attr-defined]
     app.command(name, help=_help(run))(call)

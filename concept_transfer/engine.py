@@ -147,7 +147,7 @@ def answered(
 
 
 def rewritten(change: Callable, h: Tensor, *more: Tensor) -> Tensor:
-    "What a change makes of a residual stream (b, t, d). Raises ValueError where that is none."
+    "What a change makes of a residual stream (b, t, d). Raises ValueError where it gives no such stream."
     return answered(change(h, *more), h, "a change of the residual stream", h.shape)
 
 
@@ -235,11 +235,11 @@ class Engine(Protocol):
 
     @property
     def tokens(self) -> int:
-        "Worth reading in one go."
+        "How many tokens are worth reading in one go."
 
     @property
     def precision(self) -> str:
-        "Such as float32."
+        "Of the weights, such as float32."
 
     @property
     def weights(self) -> str:
@@ -373,7 +373,7 @@ def layer_numbers(model: TransformersModel, layers: Sequence[int] | None = None)
 
 # %% ../nbs/06_engine.ipynb #1c8cc511
 def refuse_empty(texts: Sequence[str], ids: Ids, nothing: Sequence[int] = ()):
-    "Raise ValueError for a text of which no more than `nothing` is left in tokens."
+    "Raise ValueError, naming the text, where its token ids are no more than `nothing`."
     for i, x in enumerate(ids):
         if x == list(nothing):
             raise ValueError(
@@ -382,7 +382,7 @@ def refuse_empty(texts: Sequence[str], ids: Ids, nothing: Sequence[int] = ()):
 
 
 def once(numbers: Sequence[int]) -> tuple[int, ...]:
-    "Layer numbers. Raises ValueError for one that comes twice, as may be by its number from the end."
+    "The layer numbers, each given once. Raises ValueError for one that comes twice."
     if len({*numbers}) < len(numbers):
         raise ValueError(f"layers {list(numbers)}: give each once.")
     return tuple(numbers)
@@ -399,7 +399,8 @@ def _tokens(tokenizer, texts, **how):
 
 
 def start_mark(model: TransformersModel) -> list[int]:
-    "What the tokenizer puts before every text. Raises ValueError for one that reads a text now so, now so."
+    """Token ids that the tokenizer puts before every text. Raises ValueError for a tokenizer that does not
+    read the same text the same way each time."""
     whole = _tokens(model.tokenizer, "a", add_special_tokens=True).input_ids
     bare = _tokens(model.tokenizer, "a", add_special_tokens=False).input_ids
     starts = [i for i in range(len(whole)) if bare and whole[i : i + len(bare)] == bare]
@@ -693,8 +694,9 @@ class Local:
     own_products = True
 
     def told(self, what: str, make: Callable[[], Any], now: Any) -> Any:
-        "Something known of the model, made anew where its state was changed in place, as by training."
-        if self.known.get(what, [None])[0] != now:
+        """What `make` gave when the model was last in the state `now`, else what it gives: a model may have
+        been changed in place, as by training."""
+        if what not in self.known or self.known[what][0] != now:
             self.known[what] = now, make()
         return self.known[what][1]
 
@@ -936,7 +938,7 @@ def steered(model: TransformersModel, layer: int, change: Change, masked: bool =
 
 # %% ../nbs/06_engine.ipynb #0828c64a
 def sound(ids: Tensor, z: Tensor) -> Tensor:  # (b, t), (b, vocabulary)
-    "Logits as they are. Raises ValueError where they are no finite numbers, or not of each text."
+    "The logits unchanged. Raises ValueError where they are not finite, or not a row for each text."
     if z.ndim != 2 or len(z) != len(ids):
         raise ValueError(
             f"a logits_processor gives {tuple(z.shape)} for {len(ids)} texts: give a row for each."

@@ -187,7 +187,7 @@ def _controls(u):
 
 
 def control(u: SourceLayer) -> Tensor:  # (L2, d1, d2) float32
-    "The same for rows that were paired at random, scaled to the chance of as many rows as the map has."
+    "As `ridge`, of rows that were paired at random, scaled to the chance of as many rows as the map has."
     return torch.stack([*_controls(u)])
 
 
@@ -550,8 +550,8 @@ MAP_METHODS: dict = {
 def map_method(
     method: str | MapMethod | Callable,  # a name, an entry, or a function (R (r, r), C (r, d2), lam) -> W
 ) -> MapMethod:
-    """The entry that is meant; r is d1, or the number of rows where these are fewer: a function may not care
-    on which axes it sees the source. Raises ValueError, naming what there is."""
+    """The entry that is meant. A function sees the source on r axes, d1 of them or as many as there are rows,
+    and must not depend on which axes these are. Raises ValueError, naming what there is."""
     entry = MAP_METHODS.get(method, method)
     if callable(entry):
         name = getattr(entry, "__name__", "custom")

@@ -478,7 +478,7 @@ class Bench(_Shown, Strict):
         return self.norm_at(self.layer)
 
     def norm_at(self, layer: int) -> float:
-        "The same at another layer."
+        "Median norm of the residual stream at another layer."
         if layer not in self.norms:
             self.norms[layer] = residual_norm(self.model, layer)
         return self.norms[layer]

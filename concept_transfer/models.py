@@ -336,8 +336,7 @@ def load_model(
     ref: str | Path | torch.nn.Module | TransformersModel,  # embedded name, folder, .gguf, id, loaded model
     tokenizer: Any = None,  # needed with a loaded transformers model
     dtype: str | None = None,  # by name: "float32", the default, for results, "bfloat16" for sweeps
-    # by name, by default "cuda" where there is one, else "cpu"; "auto", or a dict of the model's parts and
-    device: str | dict | None = None,  # their devices, spreads it over several and the CPU
+    device: str | dict | None = None,  # default: cuda, else cpu. "auto" or {part: device}: over several
     rename: dict | None = None,  # {path of the block list: "layers"} for a family that is not known here
     remote: bool | str | Remote = False,  # True: on the NDIF server of nnsight's configuration; "local"
 ) -> TransformersModel:

@@ -248,7 +248,7 @@ def zeros(
     products: bool = True,  # also the products of the target's own dimensions
     **provenance,  # source, target, layers, template, settings
 ) -> Moments:
-    "Moments of nothing yet."
+    "Moments without any rows."
     sums = _PairSums(shape, products)
     xx = sums.x.new_zeros(*sums.x.shape, shape[2])
     return cls(**_without_rows(*shape[1:]) | vars(sums) | {"xx": xx} | provenance)
@@ -297,14 +297,14 @@ def add(
 
 # %% ../nbs/13_moments.ipynb #9a51554c
 def _gain(letters, a, da, db, b):
-    "What products gain when da, db are added to all rows; sums are a before that, b after it."
+    "What sums of products gain where da and db are added to all rows; `a` sums before that, `b` after it."
     return torch.einsum(letters, a, db) + torch.einsum(letters, da, b)
 
 
 # %% ../nbs/13_moments.ipynb #65007794
 @patch
 def _grow(self: Moments, dx, dy):  # (L1, d1), (L2, d2)
-    "Make of sums of rows those of rows that are greater by dx and dy, in place."
+    "Change the sums in place to what they would be if every row were greater by dx and dy."
     share = self.n_shuffled / self.n.sum().clamp_min(1)
     for k, n in enumerate(self.n):
         x, y = self.x[k] + n * dx, self.y[k] + n * dy  # (L1, d1), (L2, d2) what these sums become

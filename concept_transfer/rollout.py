@@ -116,7 +116,7 @@ class Course:
         self.tests = {k: Difference() for k in (self.stop.effect, self.stop.damage)}
 
     def take(self, row: dict) -> bool:
-        "Whether a row of the log counts in the tests that go on."
+        "Learn from a row of the log; tells whether it counts in the tests that go on."
         if row["event"] in ("plan", "share"):
             self.begin(row["share"])
         if row["event"] != "request" or row["arm"] == "no flag" or row["share"] != self.share:

@@ -80,7 +80,7 @@ def residual_norms(
 
 
 def residual_norm(model: TransformersModel, layer: int, texts: Sequence[str] | None = None) -> float:
-    "The same of one layer."
+    "As `residual_norms`, of one layer."
     (norm,) = residual_norms(model, [layer], texts).values()
     return norm
 
@@ -575,7 +575,8 @@ def place(
     name: str | None = None,
     positions: PositionLike = "all",
 ) -> Transplant:
-    "A transplant where you say. Raises ValueError when concept, map and target do not belong together."
+    """A transplant of a concept or a direction, at a layer or where its map ends. Raises ValueError when
+    concept, map and target do not belong together."""
     info = model_info(target)
     if map:
         map.target.require(info, "this map (target side)")

@@ -169,7 +169,7 @@ def _along(t, texts, position="mean"):  # (n,)
 
 # %% ../nbs/25_views.ipynb #cb6d8e32
 def _read(t, texts):  # (n,)
-    "The same in standard deviations of neutral sentences; all are read as the concept was."
+    "As `_along`, in standard deviations of neutral sentences; all are read as the concept was."
     neutral, position = load_corpus("neutral").texts[:64], t.notes.get("position")
     both = fill(t.notes.get("template", "{}"), [*neutral, *texts])
     along = _along(t, both, position if position in POSITIONS else "mean")
