@@ -139,11 +139,13 @@ def _check_numbers(given):
 def _check_out(out, given):
     "Raise ValueError where a command would write over an input, or over a file of a model that it reads."
     reports = [out / k for k in ("evidence.json", "report.html", "suite.json")]
-    here = [k for k in (reports if out.is_dir() else [out]) if k.exists()]
+    written = reports if out.is_dir() else [out]
+    here = [path for path in written if path.exists()]
     if out.is_file() and (out.parent / "config.json").is_file():
         here.append(out.parent)
     read = [(k, v) for k, v in given.items() if k != "out" and isinstance(v, str)]
-    for name, x in read + [(k, part) for k, v in read for part in v.split(",")]:
+    parts = [(k, part) for k, v in read for part in v.split(",")]  # of options that name several files
+    for name, x in read + parts:
         if os.path.exists(x) and any(map(Path(x).samefile, here)):
             over = x if out.is_dir() else str(out)
             raise ValueError(f"--out would write over {over!r}, which --{name} reads; give another.")

@@ -64,6 +64,11 @@ def _cosine(ab, aa, bb):
     return ab / (aa * bb) ** 0.5
 
 
+def _r2_kept(ab, aa, bb, ab_now, aa_now, bb_now):
+    "Share of R2 that is left, from sums as of `_sums` then and now."
+    return (_cosine(ab_now, aa_now, bb_now) / _cosine(ab, aa, bb)) ** 2
+
+
 def _kept(f, sums):  # (k, n)
     "A function of k means, and its interval."
     return f(*sums.mean(1)).item(), *interval(f(*bootstrap(sums, range(len(sums.T))).T))
@@ -115,7 +120,7 @@ def _compared(then, now):
         found[k] = _kept(_cosine, _sums(then[k], now[k]))
     if "r2" in then:
         both = np.concatenate([then["r2"], now["r2"]])  # (6, texts)
-        found["r2"] = _kept(lambda *x: (_cosine(*x[3:]) / _cosine(*x[:3])) ** 2, both)
+        found["r2"] = _kept(_r2_kept, both)
     return found
 
 

@@ -368,7 +368,9 @@ def load_model(
         )
     name = ""
     if isinstance(ref, TransformersModel):
-        ref, tokenizer, name = ref._module, tokenizer or ref.tokenizer, engine(ref).name
+        name = engine(ref).name
+        tokenizer = tokenizer or ref.tokenizer
+        ref = ref._module
     if isinstance(ref, torch.nn.Module) and not (callable(tokenizer) and hasattr(tokenizer, "pad_token_id")):
         raise ValueError(
             "a loaded model needs its tokenizer: load_model(model, tokenizer=...). A processor of images "

@@ -839,17 +839,19 @@ def fresh(
     folder: Path | None = None,  # where they lie, as for `chosen`
 ) -> Collected:
     "Moments or rows of nothing yet, whichever is less. Raises ValueError where neither fits."
-    models = source, target
-    one, two = map(model_info, models)
+    one, two = model_info(source), model_info(target)
     l1, l2 = (
-        once(layer_numbers(m, spread_layers(m) if k is None else k))
-        for m, k in zip(models, layers, strict=True)
+        once(layer_numbers(model, spread_layers(model) if wanted is None else wanted))
+        for model, wanted in zip((source, target), layers, strict=True)
     )
     settings = {
         "thin": _function_name(how.thin) if how.thin else "shared token boundaries but the first",
         "weight": _function_name(how.weight) if how.weight else "none",
-        "precision": [engine(m).precision for m in models],
-    } | {k: getattr(how, k) for k in ("most_rows", "folds", "held_out")}
+        "precision": [engine(source).precision, engine(target).precision],
+        "most_rows": how.most_rows,
+        "folds": how.folds,
+        "held_out": how.held_out,
+    }
     shape = how.folds, len(l1), one.width, len(l2), two.width
     given: dict = dict(source=one, target=two, source_layers=l1, target_layers=l2)
     given |= {"template": how.template, "settings": settings}

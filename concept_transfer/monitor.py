@@ -193,9 +193,11 @@ def _sequences(looks, stop):
     "Effect and damage along the rows of a log, stage by stage."
     with canvas() as (fig, ax):
         for share, stage in groupby(looks, itemgetter("share")):
-            n, *ends = zip(*((x["n"], x["effect"], x["damage"]) for x in stage), strict=True)
-            for band, colour in zip(ends, ("C0", "C1"), strict=True):
-                ax.fill_between(n, *zip(*band, strict=True), alpha=0.3, color=colour)
+            seen = [*stage]
+            n = [x["n"] for x in seen]
+            for name, colour in (("effect", "C0"), ("damage", "C1")):
+                low, high = zip(*(x[name] for x in seen), strict=True)
+                ax.fill_between(n, low, high, alpha=0.3, color=colour)
             ax.annotate(f"{share:g} %", (n[0], -0.98), rotation=90, fontsize=8)
         for name, colour in (("effect", "C0"), ("damage", "C1")):
             ax.fill_between([], [], alpha=0.3, color=colour, label=f"{name}: {stop[name]}")

@@ -581,7 +581,8 @@ class Simulated(Backend):
     def __call__(self, tracer=None):
         pull_env()
         request = packed(RequestModel.serialize, tracer)
-        _, (source, *_) = loads(request, self.model._remoteable_persistent_objects(), ServerUnpickler)
+        _, parts = loads(request, self.model._remoteable_persistent_objects(), ServerUnpickler)
+        source = parts[0]
         code = tracer.info.frame.f_code
         tracer.info.code = compile(source, code.co_filename, "exec").replace(co_name=code.co_name)
         tracer.execute(tracer.info.code)

@@ -63,13 +63,13 @@ def _sampled_text(e):
     x = e.text
     if x is None:
         return f" Sampled text was not scored: {e.untold}." if e.untold else ""
-    score, (low, high) = f"{x.gain['transplanted']:+.2f}", x.gain_ci["transplanted"]
+    low, high = x.gain_ci["transplanted"]
     others = [f"{look(k).words} {x.gain[k]:+.2f}" for k in x.ahead]
     told = "how often its judge is right is not known"
     if x.labelled:
         told = f"the judge is right on {x.right:.0%} of {x.labelled} labelled texts, by chance {x.chance:.0%}"
     beside = f", beside {', '.join(others)}" if others else ""
-    moved = f"the score moves by {score} ({low:+.2f} to {high:+.2f}){beside}"
+    moved = f"the score moves by {x.gain['transplanted']:+.2f} ({low:+.2f} to {high:+.2f}){beside}"
     return f" In {x.n} sampled texts ({x.task}) {moved}; {told}."
 
 

@@ -294,7 +294,8 @@ def __call__(
             arm = "shadow" if self.shadow else "on"
         except Exception as e:
             self._note("failed", why=type(e).__name__)
-            got = base = base or ask(0.0, False)
+            base = base or ask(0.0, False)
+            got = base
             strength, arm = 0.0, "failed"
     scores = {name: self._score(name, prompt, got.text) for name in self.scores}
     where = {"flag": self.flag, "arm": arm, "bucket": percent, "share": share}

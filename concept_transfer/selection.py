@@ -139,10 +139,9 @@ def _placed(bench, concept, maps, layers, **how):
     return bench.place(concept, [maps[s, k] for k in np.atleast_1d(t)], **how)
 
 
-def _trials(
-    concept, maps, benches, task, candidates, journal
-):  # (source layer, target layer or several, positions) of each
-    "Gains (n,), choice rate and transplant of every candidate, largest mean gain first; and texts read."
+def _trials(concept, maps, benches, task, candidates, journal):
+    """Gains (n,), choice rate and transplant of every candidate (source layer, target layer or several,
+    positions), the largest mean gain first; and how many texts were read."""
     tried, read = [], 0
     for layer in sorted({int(np.min(t)) for _, t, _ in candidates}):
         dose, bench = 0.1, benches[layer].with_task(task)

@@ -411,7 +411,8 @@ def _emit(row):
 
 # %% ../nbs/27_uselog.ipynb #a5c92869
 def _each_file(path):
-    "The files that a log has now, open, one after the other. The last may be put aside on the way."
+    """The files that a log has now, open, one after the other. The last may be put aside on the way: what was
+    opened counts only if it still stands at its place in the list."""
     *older, part = _parts(path)
     for whole in older:
         with whole.open("rb") as file:

@@ -145,14 +145,14 @@ def _new_tokens(model, prompt, text):
 # %% ../nbs/25_views.ipynb #52e120da
 def _moved_words(text, base, ends, moves):  # a text and the base model's; ends and moves (n,) of its tokens
     "Words with the space before them, each with its move in nats: None where the base model has it too."
-    words, ours = re.findall(r"\s*\S+", text), text.split()
-    blocks = SequenceMatcher(None, base.split(), ours, autojunk=False).get_matching_blocks()
-    same = {j for m in blocks for j in range(m.b, m.b + m.size)}
-    at = np.searchsorted(np.cumsum([*map(len, words)]), ends).clip(max=max(0, len(words) - 1))
+    words = re.findall(r"\s*\S+", text)
+    blocks = SequenceMatcher(None, base.split(), text.split(), autojunk=False).get_matching_blocks()
+    same = {j for m in blocks for j in range(m.b, m.b + m.size)}  # words that the base model has too
+    at = np.searchsorted(np.cumsum([*map(len, words)]), ends)  # (n,) in which word each token ends
+    at = at.clip(max=max(0, len(words) - 1))
     total = np.bincount(at, moves, len(words)) if len(ends) else np.zeros(len(words))
-    return tuple(
-        (w, None if j in same else float(x)) for j, (w, x) in enumerate(zip(words, total, strict=True))
-    )
+    moved = [None if j in same else float(x) for j, x in enumerate(total)]
+    return tuple(zip(words, moved, strict=True))
 
 
 # %% ../nbs/25_views.ipynb #f3b1ad87
