@@ -161,22 +161,19 @@ class Settings(Strict):
     "How an evaluation is done. Raises ValueError for what cannot be."
 
     random: NonNegativeInt = 20  # random directions
-    damage: PositiveFloat | None = (
-        None  # nats a token for every arm; default: that of the transplant, else 0.1
-    )
+    damage: PositiveFloat | None = None  # nats a token of every arm; default: the transplant's, else 0.1
     seed: NonNegativeInt = 0  # of the random directions and the bootstrap
     bootstrap: PositiveInt = 2000  # draws
     strengths: Annotated[Sequence[float], Listed] = STRENGTHS  # of the dose curves
     off: Sequence[ChoiceTask] | None = None  # what else may move; default: items of built-in behaviours
     readouts: Sequence[ChoiceTask] | None = None  # what should move too; default: `readouts_of` the task
-    text: GenerationTask | None = (
-        None  # what is gone on from freely, and its scorer; default: `text_of` the task
-    )
+    text: GenerationTask | None = None  # beginnings of free text, and its scorer; default: `text_of` the task
 
     def __post_init__(self):
         super().__post_init__()
         for tasks in (self.off, self.readouts):
-            if tasks and ("" in (names := {t.name for t in tasks}) or len(names) < len(tasks)):
+            names = [t.name for t in tasks or ()]
+            if "" in names or len({*names}) < len(names):
                 raise ValueError("every task of `off` and `readouts` needs a name of its own.")
 
 
@@ -221,8 +218,9 @@ class Words:
 
     def __call__(self, bench: Bench) -> tuple:
         "Answers, damage and dose."
-        dosed = self.t and bench.at_damage(self.t)
-        return *bench.words(self.text, dosed), dosed and dosed.dose
+        dosed = bench.at_damage(self.t) if self.t else None
+        answers, damage = bench.words(self.text, dosed)
+        return answers, damage, dosed and dosed.dose
 
     def again(self, bench: Bench, dose: Number) -> Answers:
         "Answers to another task."
@@ -320,7 +318,8 @@ def _as_read(trial, pairs):
 
 
 def _placed(trial, found, name=None, maps=None):
-    "A direction or a concept for every place of the transplant, there; `maps` are those that carry it."
+    """One transplant at all places of the trial's, made of a direction or a concept for each. Concepts are
+    carried by `maps`, where there are some."""
     bench, t = trial.bench, trial.t
     return joined(
         [
@@ -330,8 +329,8 @@ def _placed(trial, found, name=None, maps=None):
     )
 
 
-def _at(trial):
-    "The layers of its places."
+def _layers_of(trial):
+    "Where the transplant of a trial stands."
     return [t.layer for t in trial.t.places]
 
 
@@ -339,7 +338,7 @@ def native_direction(trial: Trial, pairs: ContrastPairs) -> list[Transplant]:
     """The direction that `pairs` show in the target, at the place of the transplant. Raises ValueError where
     the concept was read in a way that cannot be repeated."""
     pairs, position, reducer = _as_read(trial, pairs)
-    own = extract_concept(trial.bench.model, pairs, _at(trial), position, reducer)
+    own = extract_concept(trial.bench.model, pairs, _layers_of(trial), position, reducer)
     return [_placed(trial, [own] * len(trial.t.places))]
 
 
@@ -368,20 +367,22 @@ def _shuffled(trial):
 
 def _like_states(trial):
     "Directions distributed as the states of neutral text are, without the first token, which is a sink."
-    (rng, n), bench = _fewer(trial), trial.bench
-    texts = activations(bench.model, bench.texts[0], _at(trial), "all")  # (t, L, d) each
+    rng, n = _fewer(trial)
+    bench = trial.bench
+    texts = activations(bench.model, bench.texts[0], _layers_of(trial), "all")  # (t, L, d) each
     X = torch.cat([x[1:] for x in texts]).numpy()  # (tokens, L, d)
     weight = rng.normal(size=(n, len(X)))  # (n, tokens): the same mix of states at every place
-    drawn = zip(*(weight @ (x - x.mean(0)) for x in X.swapaxes(0, 1)), strict=True)  # n times L of (d,)
+    drawn = np.stack([weight @ (x - x.mean(0)) for x in X.swapaxes(0, 1)], 1)  # (n, L, d)
     return [_placed(trial, v, f"like states {i}") for i, v in enumerate(drawn)]
 
 
 def _permuted(trial):
     "What the pairs give in the target when their labels are permuted: within pairs where they are paired."
-    (rng, n), bench = _fewer(trial), trial.bench
+    rng, n = _fewer(trial)
+    bench = trial.bench
     pairs, position, reducer = _as_read(trial, trial.given["pairs"])
     texts = fill(pairs.template, pairs.texts)
-    H: Any = activations(bench.model, texts, _at(trial), position)  # (texts, L, d)
+    H: Any = activations(bench.model, texts, _layers_of(trial), position)  # (texts, L, d)
     k, out = len(pairs.positive), []
     for i in range(n):
         order = rng.permutation(len(H))
@@ -402,7 +403,7 @@ def _unembedding(trial):
 
 def _gradient(trial):
     "The same, taken where the transplant stands."
-    found = [word_direction(trial.bench.model, trial.word, layer) for layer in _at(trial)]
+    found = [word_direction(trial.bench.model, trial.word, layer) for layer in _layers_of(trial)]
     return [] if found[0] is None else [_placed(trial, found, "the word")]
 
 
@@ -473,11 +474,18 @@ _STRONGER = _arms(
     }
 )
 
+
 # %% ../nbs/17_arms.ipynb #5ab3fbae
+def _asked_in_words(trial, t=None):
+    "The instruction of the task before every prompt, where it has one, with a transplant or without."
+    text = trial.bench.task.instruction
+    return [Words(text, t)] if text else []
+
+
 _OTHERS = _arms(
     {
-        "prompt": lambda x: [Words(text) for text in [x.bench.task.instruction] if text],
-        "prompt_transplanted": lambda x: [Words(text, x.t) for text in [x.bench.task.instruction] if text],
+        "prompt": _asked_in_words,
+        "prompt_transplanted": lambda x: _asked_in_words(x, x.t),
         "few_shot": lambda x: [Words(few_shot(x.given["examples"]))],
         "few_shot_rotated": lambda x: [Words(few_shot(x.given["examples"], rotate=True))],
         "source": lambda x: [Unsteered(x.given["source"])],
@@ -507,20 +515,22 @@ def _measured_draws(trial, arm, some, first):
 
 # %% ../nbs/17_arms.ipynb #ec0d4238
 def described(model: TransformersModel) -> str:
-    "A model by name, width and precision."
+    "A model in words: name, shape, weights and precision."
     return f"{model_info(model)}, {engine(model).precision}"
 
 
 def made_of(draw: Any) -> Any:
-    "All that an arm's draw does to a model."
+    "All that an arm's draw does to a model, as values for a fingerprint."
     match draw:
         case Transplant():
             found = [(t.layer, t.vector(), t.positions) for t in draw.places]
             return found if draw.deeper else found[0]
         case Unsteered():
             return described(draw.model)
-        case Words() | Placed():
-            return [x and (x if isinstance(x, str) else made_of(x)) for x in vars(draw).values()]
+        case Words():
+            return [draw.text, made_of(draw.t)]
+        case Placed():
+            return [made_of(draw.t)]
     return draw
 
 
@@ -597,12 +607,14 @@ def readouts_of(task: ChoiceTask, read: Sequence[str] = ()) -> list[Task]:
     """The built-in tasks in which the concept of a built-in task should show too. Without words: the first of
     tune, test and fresh with ten items or more that shares none with the task, or with those of the hashes
     `read`, which chose layers and dose. What is left over is for studies, which read it once."""
-    concept, known = concept_of(task), {*read, *(data_hash([x]) for x in task.prompts)}
-    found = [load_task(name).take(len(task)) for name in [f"synonyms/{concept}"] if name in TASKS]
-    if (name := f"wordless/{concept}") in TASKS:
-        halves = (load_task(name, split) for split in ("tune", "test", "fresh"))
-        new = (x for x in halves if len(x) >= 10 and not known & {data_hash([y]) for y in x.prompts})
-        found += [*new][:1]
+    known = {*read, *(data_hash([x]) for x in task.prompts)}
+    synonyms, wordless = f"synonyms/{concept_of(task)}", f"wordless/{concept_of(task)}"
+    found = [load_task(synonyms).take(len(task))] if synonyms in TASKS else []
+    if wordless in TASKS:
+        for split in ("tune", "test", "fresh"):
+            other = load_task(wordless, split)
+            if len(other) >= 10 and known.isdisjoint(data_hash([x]) for x in other.prompts):
+                return [*found, other]
     return found
 
 
@@ -659,9 +671,11 @@ def _agreement(task):
     "Whether the judge of a task was right on each labelled text, and the chance of that; none where unknown."
     judge = task.items[0].scorer
     right = [float(x) for x in judge.right()] if isinstance(judge, Judge) else []
-    said = {"right": right, "chance": [judge.chance] * len(right)} if right else {}
+    if not right:
+        return []
+    said = {"right": right, "chance": [judge.chance] * len(right)}
     groups = [str(i) for i in range(len(right))]
-    return [Run("base", "text", task="labelled", answers=said, groups=groups)] if said else []
+    return [Run("base", "text", task="labelled", answers=said, groups=groups)]
 
 
 # %% ../nbs/17_arms.ipynb #7d7feb4d
@@ -691,7 +705,8 @@ def _text(trial, runs, dosed):
     margin = {r.arm: np.mean(r.answers["margin"]) for r in asked}  # of the last that was asked
     for arm in ("base", "transplanted", max(margin, key=margin.__getitem__, default=""), "prompt"):
         for draw, dose in dosed.get(arm, ())[:1]:
-            make, of = partial(_sampled, trial, task, arm, draw, dose), (made_of(draw), dose, scored)
+            make = partial(_sampled, trial, task, arm, draw, dose)
+            of = made_of(draw), dose, scored
             found += trial.keep(f"text {arm}", make, of, SAMPLING, trial.settings.seed)
     return found, ""
 
@@ -729,7 +744,7 @@ def measured(trial: Trial, arms: dict[str, Arm]) -> tuple[list[Run], dict[str, s
             why = arm.reason or f"needs {arm.input}="
             missing[arm.name] = why if asked else "equal damage was not asked for"
     read = [load_task("knowledge"), load_corpus("prose"), *_behaviours(trial)]
-    of = [(k, t and made_of(t)) for k, t in placed.items()], trial.settings.strengths, [x.hash for x in read]
+    of = [(k, made_of(t)) for k, t in placed.items()], trial.settings.strengths, [x.hash for x in read]
     for name, follow in FOLLOWED.items():
         if name in trial.experiments:
             next(step)

@@ -112,6 +112,7 @@ def _running(folder):
     return pid != os.getpid() or folder in _WRITING
 
 
+# %% ../nbs/04_artefacts.ipynb #0c1e21ee
 @contextmanager
 def _temporary(path):
     "Within: a folder beside a file, where no killed run has left another."
@@ -165,7 +166,7 @@ def file_hash(path: str | Path) -> str:
 
 
 # %% ../nbs/04_artefacts.ipynb #062de021
-def _listed(x):
+def _for_json(x):
     "What JSON holds in the place of a number of numpy, an array, or a dataclass."
     if not is_dataclass(x) and not hasattr(x, "tolist"):
         raise ValueError(f"{x!r} cannot be kept in a file; give numbers, texts, lists or dictionaries.")
@@ -174,7 +175,7 @@ def _listed(x):
 
 def plain(x: Any) -> Any:
     "`x` as JSON gives it back: tuples are lists, and None stands for a number that JSON cannot hold."
-    return json.loads(json.dumps(x, default=_listed), parse_constant=lambda name: None)
+    return json.loads(json.dumps(x, default=_for_json), parse_constant=lambda name: None)
 
 
 # %% ../nbs/04_artefacts.ipynb #c387faa6
@@ -225,6 +226,7 @@ def schema(extra: str, *kinds: tuple[str, Any], total: bool = True) -> TypeAdapt
     return TypeAdapter(with_config(_STRICT | {"extra": extra})(made))  # type: ignore[call-overload]
 
 
+# %% ../nbs/04_artefacts.ipynb #f82bb5ec
 def _valid(compare, value):
     "What a schema makes of a value. Raises ValueError naming the field."
     try:
@@ -244,6 +246,7 @@ def _bytes(t):
     return t.view(-1).view(torch.uint8).numpy()
 
 
+# %% ../nbs/04_artefacts.ipynb #b9bd8226
 def _content(path):
     "The first bytes of a safetensors file, its tensors as they stand there, and what is said of them."
     tensors = {}
@@ -297,25 +300,25 @@ def load_artefact(
 
 
 # %% ../nbs/04_artefacts.ipynb #13485012
-def _unmeasured(x):
+def _nan_for_none(x):
     "NaN for None, which stands for it in files."
     if x == -math.inf or isinstance(x, int | float) and x > 1:
         raise ValueError("an infinite number, or a score above 1")
     return math.nan if x is None else x
 
 
-def _told(x):
+def _checked_notes(x):
     "Notes, with what is known of them checked."
     return _valid(_NOTES.validate_python, x)
 
 
-Score = Annotated[float, Field(allow_inf_nan=True), BeforeValidator(_unmeasured)]  # NaN: not measured
+Score = Annotated[float, Field(allow_inf_nan=True), BeforeValidator(_nan_for_none)]  # NaN: not measured
 Count = Annotated[int, Field(ge=0, lt=1 << 53)]
 Size = Annotated[float, Field(ge=0, lt=1e30)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Layers = Annotated[tuple[Count, ...], Field(min_length=1)]
 Template = Annotated[str, Field(pattern=r"\{\}")]  # words around a text
-Notes = Annotated[dict, BeforeValidator(_told)]  # where something comes from
+Notes = Annotated[dict, BeforeValidator(_checked_notes)]  # where something comes from
 
 _FLOATS = dict.fromkeys("kl lam damage_budget held_out search_p".split(), float)
 _COUNTS = dict.fromkeys("n_pairs seed rows texts texts_read folds".split(), Count)
@@ -382,17 +385,23 @@ def _check_values(x):
     "Replace values by what their types make of them. Raises ValueError for what is not of its type."
     tensors, others = _declared(type(x))  # type: ignore[arg-type]
     for k, kind in tensors.items():
-        v, dtypes = getattr(x, k), [torch.int64] if kind is LongTensor else _DTYPES
+        v = getattr(x, k)
+        dtypes = [torch.int64] if kind is LongTensor else _DTYPES
         if v is None and k in {*x.missing, *x.added}:
             continue
         if not isinstance(v, Tensor) or v.dtype not in dtypes:
             raise ValueError(f"{k!r}: a tensor of {dtypes[0]} is needed, found {getattr(v, 'dtype', v)}.")
-        if not (v.sum().isfinite() or (v.isfinite() if k not in x.endless else ~v.isnan()).all()):
+        sound = v.sum().isfinite()  # a sum that is not may come of numbers that are
+        if not sound:
+            sound = ~v.isnan() if k in x.endless else v.isfinite()
+        if not sound.all():
             raise ValueError(f"{k!r}: holds numbers that are not finite.")
-        if "direction" in k and not ((size := v.float().norm(dim=-1)).isfinite() & (size > 0)).all():
-            raise ValueError(f"{k!r}: a direction is zero, or too long for float32: it points nowhere.")
+        if "direction" in k:
+            size = v.float().norm(dim=-1)
+            if not (size.isfinite() & (size > 0)).all():
+                raise ValueError(f"{k!r}: a direction is zero, or too long for float32: it points nowhere.")
     rest = {f.name: getattr(x, f.name) for f in fields(x) if f.compare and f.name not in {*tensors, *x.apart}}
-    vars(x).update(_valid(others.validate_json, json.dumps(rest, default=_listed)))
+    vars(x).update(_valid(others.validate_json, json.dumps(rest, default=_for_json)))
 
 
 # %% ../nbs/04_artefacts.ipynb #c3cb1c99
@@ -401,14 +410,17 @@ def _check_shapes(x):
     parts = {k: v for k, v in vars(x).items() if is_dataclass(v)}
     sizes = {f"{k}.{name}": n for k, part in parts.items() for name, n in vars(part).items()}
     for k, spec in x.shapes.items():
-        if (v := getattr(x, k)) is None:
+        v = getattr(x, k)
+        if v is None:
             continue
         letters, _, below = spec.partition("<")
-        names, shape = letters.split(), tuple(np.shape(v))
-        want = [sizes.setdefault(*d) for d in zip(names, shape, strict=False)]
+        names = letters.split()
+        shape = tuple(np.shape(v))
+        want = [sizes.setdefault(name, n) for name, n in zip(names, shape, strict=False)]  # as first seen
         if len(names) != len(shape) or want != [*shape]:
             raise ValueError(f"{k!r} has the shape {shape}, where ({', '.join(names)}) is {tuple(want)}.")
-        if (most := [sizes[b] for b in below.split() if b in sizes]) and not np.less(v, most).all():
+        most = [sizes[name] for name in below.split() if name in sizes]
+        if most and not np.less(v, most).all():
             raise ValueError(f"{k!r} is {v}, but layers go from 0 to {min(most) - 1}.")
 
 
@@ -438,9 +450,13 @@ def load_fields(
     "Make an object of the fields in a file. Raises as `load_artefact` does."
     tensors, head = load_artefact(path, cls.artefact)
     known = {f.name for f in fields(cls) if f.compare}  # type: ignore[arg-type]
-    given = dict.fromkeys(cls.added) | (cls.missing if head["format"] == 1 else {}) | tensors
+    given: dict = dict.fromkeys(cls.added)
+    if head["format"] == 1:
+        given |= cls.missing
+    given |= tensors
     given |= {k: v for k, v in head.items() if k not in _HEAD_NAMES}
-    if wrong := given.keys() - {*known, *cls.apart} or known - given.keys():
+    wrong = given.keys() - {*known, *cls.apart} or known - given.keys()
+    if wrong:
         raise ValueError(f"{path}: {', '.join(sorted(wrong))}: not known, or missing. Make it again.")
     try:
         return cls(**{k: given[k] for k in known})
@@ -517,7 +533,8 @@ def _code(f):
     there = f.__globals__ | _imported(codes, f.__globals__.get("__package__"))
     asked = sorted(_looked_up(codes, "LOAD_GLOBAL", "LOAD_NAME", "IMPORT_NAME") & there.keys())
     values = {k: there[k] for k in asked} | around | dict(enumerate(given[0]))
-    return sorted(names - {*asked}), f.__code__, {k: _within(names, v) for k, v in values.items()}, given[1:]
+    used = {k: _within(names, v) for k, v in values.items()}
+    return sorted(names - {*asked}), f.__code__, used, given[1:]
 
 
 # %% ../nbs/04_artefacts.ipynb #2b8112fa
@@ -538,12 +555,12 @@ def _members(x):
 
 
 # %% ../nbs/04_artefacts.ipynb #b39b8d6a
-def _told_once(x, memo):
+def _definition_hash(x, memo):
     "Hash of a function or a class, which may lead back to itself."
     if x not in memo:
         memo[x] = f"{x.__module__}.{x.__qualname__}"
         parts = _members(x) if isinstance(x, type) else _code(x)
-        memo[x] = hashlib.sha256(repr([memo[x], _said(parts, memo)]).encode()).hexdigest()
+        memo[x] = hashlib.sha256(repr([memo[x], _canonical(parts, memo)]).encode()).hexdigest()
     return memo[x]
 
 
@@ -558,9 +575,9 @@ def _made_again(x):
 
 
 # %% ../nbs/04_artefacts.ipynb #46ba751d
-def _said(x, memo):
+def _canonical(x, memo):
     "A value as nested lists of what `repr` tells apart."
-    said = partial(_said, memo=memo)
+    said = partial(_canonical, memo=memo)
     if isinstance(x, Tensor):
         x = x.detach().cpu().resolve_conj().resolve_neg().contiguous()
         return ["tensor", str(x.dtype), *x.shape, hashlib.sha256(_bytes(x)).hexdigest()]
@@ -579,7 +596,7 @@ def _said(x, memo):
         case None | bool() | int() | float() | str() | bytes():
             return x
         case FunctionType() | type():
-            return _told_once(x, memo)
+            return _definition_hash(x, memo)
         case ModuleType() | np.ufunc():
             return x.__name__
         case list() | tuple():
@@ -606,7 +623,7 @@ def _said(x, memo):
 def fingerprint(*values: Any) -> str:  # 16 hex digits
     "Hash of values. Functions count by what they do. Raises ValueError for what cannot be said."
     try:
-        return hashlib.sha256(repr(_said(values, {})).encode()).hexdigest()[:16]
+        return hashlib.sha256(repr(_canonical(values, {})).encode()).hexdigest()[:16]
     except Exception as e:  # whatever pickling it raises
         raise ValueError(
             f"{values!r:.200} cannot be told from others of its kind ({e}); give texts, numbers, or "
@@ -614,15 +631,14 @@ def fingerprint(*values: Any) -> str:  # 16 hex digits
         ) from None
 
 
+# %% ../nbs/04_artefacts.ipynb #ecd3a131
 def _same(x, y):
     "Whether all that counts of two artefacts of a class is the same; NaN is itself."
-    pairs = ((getattr(x, f.name), getattr(y, f.name)) for f in fields(x) if f.compare)
-    return all(
-        torch.equal(a, b)
-        if isinstance(a, Tensor) and isinstance(b, Tensor)
-        else fingerprint(a) == fingerprint(b)
-        for a, b in pairs
-    )
+    for a, b in ((getattr(x, f.name), getattr(y, f.name)) for f in fields(x) if f.compare):
+        tensors = isinstance(a, Tensor) and isinstance(b, Tensor)
+        if not (torch.equal(a, b) if tensors else fingerprint(a) == fingerprint(b)):
+            return False
+    return True
 
 
 # %% ../nbs/04_artefacts.ipynb #a3a0499c
@@ -670,6 +686,7 @@ def linked(
     return digest, json.dumps({"digest": digest} | row).encode() + b"\n"
 
 
+# %% ../nbs/04_artefacts.ipynb #09d71066
 def _row(chain, line):
     "What a line holds; nothing where it is not what was written."
     with suppress(ValueError, AttributeError, RecursionError):

@@ -130,7 +130,8 @@ class _Lines:
 def _check_numbers(given):
     "Raise BadParameter for a number that no option can have."
     for name, x in given.items():
-        if isinstance(x, float) and not math.isfinite(x) or isinstance(x, int) and not 0 <= x < 2**32:
+        endless = isinstance(x, float) and not math.isfinite(x)
+        if endless or (isinstance(x, int) and not 0 <= x < 2**32):
             option = f"--{name.replace('_', '-')} {x}"
             raise BadParameter(f"{option}: a number here is finite, and a count or seed is 0 or more.")
 
@@ -139,11 +140,13 @@ def _check_numbers(given):
 def _check_out(out, given):
     "Raise ValueError where a command would write over an input, or over a file of a model that it reads."
     reports = [out / k for k in ("evidence.json", "report.html", "suite.json")]
-    here = [k for k in (reports if out.is_dir() else [out]) if k.exists()]
+    written = reports if out.is_dir() else [out]
+    here = [path for path in written if path.exists()]
     if out.is_file() and (out.parent / "config.json").is_file():
         here.append(out.parent)
     read = [(k, v) for k, v in given.items() if k != "out" and isinstance(v, str)]
-    for name, x in read + [(k, part) for k, v in read for part in v.split(",")]:
+    parts = [(k, part) for k, v in read for part in v.split(",")]  # of options that name several files
+    for name, x in read + parts:
         if os.path.exists(x) and any(map(Path(x).samefile, here)):
             over = x if out.is_dir() else str(out)
             raise ValueError(f"--out would write over {over!r}, which --{name} reads; give another.")
@@ -201,7 +204,7 @@ def _answer(run, name, given):
 
 
 # %% ../nbs/31_cli.ipynb #83b31ba2
-def _everywhere(
+def _everywhere(  # never called, as those below: their parameters are the options, by name and comment
     json: bool = False,  # one JSON object on standard output
     debug: bool = False,  # show the traceback of an error
 ): ...
@@ -316,36 +319,40 @@ def _help(run):
 def command(run: Callable) -> Callable:
     "Decorator: the function `cmd_name` becomes the command `name`."
     name, own = run.__name__.removeprefix("cmd_"), signature(run).parameters
-    opened = [k for k in _BESIDE if k in own and own[k].annotation not in (str, str | None)]
+    # what the function gets ready made, and not as a name: it has options beside its own
+    ready = [k for k in _BESIDE if k in own and own[k].annotation not in (str, str | None)]
     reads = [] if name in _WITHOUT_MODELS else [_beside_models]
-    parts: list = [run, *map(_BESIDE.get, opened), *reads, _everywhere]
+    parts: list = [run, *map(_BESIDE.get, ready), *reads, _everywhere]
     listed = [(f, k, p) for f in parts for k, p in signature(f).parameters.items()]
     made = ("settings", "decoding")  # from options of other names
     options = [_declared(p, _comments(f)[k]) for f, k, p in listed if k not in made]
 
     def call(**given):
-        if empty := [k for _, k, p in listed if given.get(k) == "" and p.default != ""]:
+        empty = [k for _, k, p in listed if given.get(k) == "" and p.default != ""]
+        if empty:
             raise BadParameter(f"--{empty[0].replace('_', '-')} is empty: give it a value, or leave it away.")
-        mine = {k: given.get(k) for k in own}
+        arguments = {k: given.get(k) for k in own}
         if "settings" in own:
-            mine["settings"] = partial(_settings, random=given["random"], seed=given["seed"])
+            arguments["settings"] = partial(_settings, random=given["random"], seed=given["seed"])
         if "decoding" in own:
-            mine["decoding"] = {k: given[k] for k in signature(_beside_decoding).parameters}
-        if "pairs" in opened:
-            mine["pairs"] = partial(_read_pairs, mine["pairs"], given["position"])
-        if "task" in opened:
+            arguments["decoding"] = {k: given[k] for k in signature(_beside_decoding).parameters}
+        if "pairs" in ready:
+            arguments["pairs"] = partial(_read_pairs, arguments["pairs"], given["position"])
+        if "task" in ready:
             words = {k: given[k] for k in ("choices", "target", "items")}
-            if not mine["task"] and (idle := [k for k, x in words.items() if x is not None]):
+            task, idle = arguments["task"], [k for k, x in words.items() if x is not None]
+            if idle and not task:
                 raise BadParameter(f"--{idle[0]} goes with --task, which is not given.")
-            mine["task"] = mine["task"] and partial(_asked, mine["task"], **words)
-        if "transplant" in opened:
-            mine["transplant"] = partial(_placed, mine["transplant"], given["model"])
+            arguments["task"] = task and partial(_asked, task, **words)
+        if "transplant" in ready:
+            arguments["transplant"] = partial(_placed, arguments["transplant"], given["model"])
         here = copy_context()
-        if how := {k: given[k] for k in ("dtype", "device") if given.get(k)}:
+        how = {k: given[k] for k in ("dtype", "device") if given.get(k)}
+        if how:
             from concept_transfer.models import DEFAULTS
 
             here.run(DEFAULTS.set, how)
-        here.run(_answer, partial(run, **mine), name, given)
+        here.run(_answer, partial(run, **arguments), name, given)
 
     call.__signature__ = Signature(options)  # type: ignore[attr-defined]
     app.command(name, help=_help(run))(call)
@@ -475,7 +482,8 @@ def cmd_info(
         raise BadParameter("--dtype and --device go with --words or --model: without them no model is read.")
     if Path(file).suffix == ".json" and not asked:
         return _found(file)
-    (tensors, head), kinds = load_artefact(file), (Concept, LayerGrid, AffineMap, Transplant)
+    tensors, head = load_artefact(file)
+    kinds = Concept, LayerGrid, AffineMap, Transplant
     shown = _words(file, head["kind"], model) if asked else []
     said = [repr(load_fields(c, file)) for c in kinds if c.artefact == head["kind"]]
     sizes = {k: " x ".join(map(str, v.shape)) for k, v in tensors.items() if v.ndim}
@@ -637,7 +645,8 @@ def cmd_extract(
     from concept_transfer.data import lint
     from concept_transfer.models import load_model
 
-    (data, position), file = pairs(), _writable(out)
+    data, position = pairs()
+    file = _writable(out)
     for problem in lint(data):
         _warn(problem)
     states = Path(f"{file}.states.part")  # until the concept is made
@@ -779,7 +788,8 @@ def cmd_transplant(
     file = _writable(out)
     read, maps = Concept.load(concept), LayerGrid.load(map)
     maps.source.require(read.model, "this map (source side)")
-    items, own = task and task("tune"), load_pairs(pairs) if pairs else None
+    items = task and task("tune")
+    own = load_pairs(pairs) if pairs else None
     where: Any = layers
     if pair[1]:
         several = [int(k) for k in pair[2].split(",")]
@@ -840,7 +850,7 @@ def cmd_generate(
 
     if bool(prompt) == bool(prompts):
         raise BadParameter("give --prompt TEXT, or --prompts FILE.")
-    if compare and (strengths or prompts) or strengths is not None and strength != 1:
+    if (compare and (strengths or prompts)) or (strengths is not None and strength != 1):
         say = "--strengths or --prompts show a text at each strength, and 0 is the base model"
         raise BadParameter(f"{say}: leave --compare away, and --strength beside --strengths.")
     steps = [strength] if strengths is None else _strengths(strengths)
@@ -897,11 +907,13 @@ def _known(transplant, map, source):
     from concept_transfer.models import load_model
     from concept_transfer.steering import Transplant
 
-    t, own = load_fields(Transplant, transplant), None
+    t = load_fields(Transplant, transplant)
+    own = None
     if map:
         single = load_artefact(map)[1]["kind"] == AffineMap.artefact
         own = [AffineMap.load(map)] if single else _own(LayerGrid.load(map), t)
-    return t, own, load_model(source) if source else own and own[0].source.load()
+    read = load_model(source) if source else own and own[0].source.load()
+    return t, own, read
 
 
 @command
@@ -967,7 +979,7 @@ def cmd_export(
     from concept_transfer.export import FORMATS, export
 
     only = "only hub takes --evidence, only baked-gguf takes --like"
-    if to not in FORMATS or evidence and to != "hub" or bool(like) != (to == "baked-gguf"):
+    if to not in FORMATS or (evidence and to != "hub") or bool(like) != (to == "baked-gguf"):
         raise BadParameter(f"--to {to}: use one of {', '.join(FORMATS)}; {only} and needs it.")
     _writable(out)
     more: dict[str, Any] = {"evidence": Evidence.load(evidence)} if evidence else {}

@@ -225,11 +225,8 @@ def held_out_auc(
     seed: int = 0,
 ) -> np.ndarray:  # (L,)
     "AUC by layer along directions made without the scenario that they judge; NaN for too few scenarios."
-    fold, H, n = (
-        torch.tensor(scenario_folds(groups, folds, seed)),
-        torch.cat([P, N]),
-        len(P),
-    )  # H (n + m, L, d)
+    fold = torch.tensor(scenario_folds(groups, folds, seed))  # (n + m,)
+    H, n = torch.cat([P, N]), len(P)  # (n + m, L, d)
     score = H.new_zeros(H.shape[:2])  # (n + m, L)
     for k in range(folds):
         here = fold == k
@@ -286,12 +283,13 @@ def __repr__(self: Concept):
 @patch
 def _repr_html_(self: Concept):
     auc, n = self.auc[self.layers.index(self.best)], len(self.layers)
+    chosen = f", the best of {n}" if n > 1 else ""
     facts = {
         "model": self.model,
         "pairs": self.n_pairs,
         "direction": f"{self.reducer}, position {self.position}",
         "read inside": None if self.template == "{}" else self.template,
-        "held-out AUC": f"{auc:.2f} at layer {self.best}{f', the best of {n}' * (n > 1)}",
+        "held-out AUC": f"{auc:.2f} at layer {self.best}{chosen}",
     }
     return card(f"Concept {self.name}", facts, sparkline(self.auc, self.layers, "held-out AUC by layer"))
 

@@ -64,6 +64,11 @@ def _cosine(ab, aa, bb):
     return ab / (aa * bb) ** 0.5
 
 
+def _r2_kept(ab, aa, bb, ab_now, aa_now, bb_now):
+    "Share of R2 that is left, from sums as of `_sums` then and now."
+    return (_cosine(ab_now, aa_now, bb_now) / _cosine(ab, aa, bb)) ** 2
+
+
 def _kept(f, sums):  # (k, n)
     "A function of k means, and its interval."
     return f(*sums.mean(1)).item(), *interval(f(*bootstrap(sums, range(len(sums.T))).T))
@@ -82,7 +87,9 @@ def _explained(Y, P, of):  # states and predictions (r, d2), (r,) -> (3, texts)
     "Sums that tell how predictions go with states, both centred, in units of the states."
     sd = Y.std(0)
     sd = sd.where(sd > 1e-6 * sd.amax(), torch.inf)  # (d2,)
-    return _sums(*(((A - A.mean(0)) / sd).split(of.bincount().tolist()) for A in (Y, P)))
+    sizes = of.bincount().tolist()  # rows of each text
+    states, predictions = (((A - A.mean(0)) / sd).split(sizes) for A in (Y, P))
+    return _sums(states, predictions)
 
 
 # %% ../nbs/21_drift.ipynb #476e8186
@@ -113,15 +120,15 @@ def _compared(then, now):
         found[k] = _kept(_cosine, _sums(then[k], now[k]))
     if "r2" in then:
         both = np.concatenate([then["r2"], now["r2"]])  # (6, texts)
-        found["r2"] = _kept(lambda *x: (_cosine(*x[3:]) / _cosine(*x[:3])) ** 2, both)
+        found["r2"] = _kept(_r2_kept, both)
     return found
 
 
 # %% ../nbs/21_drift.ipynb #a22ee3c6
 def _verdict(numbers):
     "The word for numbers as of `Drift`, the gravest that fits."
-    kin = [numbers.get(k, [0])[0] for k in ("weights", "answers")]
-    if not (kin[0] >= SHARED or kin[1] >= SAME):
+    weights, answers = (numbers.get(k, [0])[0] for k in ("weights", "answers"))
+    if not (weights >= SHARED or answers >= SAME):
         return "refuse"
     if not all(numbers[k][0] >= KEPT or numbers[k][2] >= 1 for k in numbers.keys() & {"r2", "effect"}):
         return "re-fit"
@@ -168,8 +175,8 @@ def check(
     source: TransformersModel | None = None,  # of the map
     neutral: Corpus | None = None,  # the text that set the dose; default: the built-in neutral corpus
 ) -> Drift:
-    """Whether a transplant holds in a changed target, from text without labels. Where training
-    spoiled a target its limits rang in vain; planted staleness they found.
+    """Whether a transplant holds in a changed target, from text without labels. Its limits flagged what was
+    made stale on purpose; where training had spoiled a target, they also flagged transplants that held.
     Raises ValueError for a map, a source or an old target of something else."""
     t, new = _opened(transplant), model_info(updated_target)
     if bool(map) != bool(source):
@@ -195,7 +202,8 @@ def check(
         then["r2"] = np.outer([cosine, 1, 1], np.ones(now["r2"].shape[1]))
     numbers, sketches = _compared(then, now), (t.target.sketch, new.sketch)
     if all(sketches):
-        numbers["weights"] = (_cosine(*_sums(*np.array(sketches)[:, None])).item(),)
+        old, its = np.array(sketches)
+        numbers["weights"] = (_cosine(*_sums([old], [its])).item(),)
     said = [_SAID[k].format(*numbers[k]) for k in _SAID if k in numbers]
     verdict = _verdict(numbers)
     known = verdict == "refuse" or {"r2", "effect"} & numbers.keys()
@@ -229,9 +237,12 @@ def refit(
     if apart := _apart(map.target, new):
         raise ValueError(f"this map cannot start a refit: {', '.join(apart)}. Fit one with fit_maps.")
     X, Y, of = _states(map, source, updated_target, texts)
-    fold, P = torch.tensor(scenario_folds(of, _FOLDS)), torch.zeros_like(Y)  # (r,), (r, d2)
+    fold = torch.tensor(scenario_folds(of, _FOLDS))  # (r,)
+    P = torch.zeros_like(Y)  # (r, d2) predicted by maps of the other folds
     for k in range(_FOLDS):
-        P[fold == k] = _moved(map, *(A[fold != k] for A in (X, Y, fold)))[0](X[fold == k])
+        here = fold == k
+        moved, _ = _moved(map, X[~here], Y[~here], fold[~here])
+        P[here] = moved(X[here])
     moved, lam = _moved(map, X, Y, fold)
     notes = {"method": "refit", "lam": lam, "rows": len(X), "texts": len(texts), "refitted_from": map.notes}
     notes |= {"texts_hash": corpus.hash, "template": map.notes.get("template", "{}")}

@@ -139,14 +139,15 @@ def answered(
             return got
     except (TypeError, ValueError, RuntimeError):
         pass
-    given, wanted = tuple(getattr(x, "shape", ())) or x, "any shape" if shape is None else tuple(shape)
+    given = tuple(getattr(x, "shape", ())) or x
+    wanted = "any shape" if shape is None else tuple(shape)
     raise ValueError(
         f"{what} gives {given!r:.60}, where numbers of {wanted} are needed. Does it return them?"
     )
 
 
 def rewritten(change: Callable, h: Tensor, *more: Tensor) -> Tensor:
-    "What a change makes of a residual stream (b, t, d). Raises ValueError where that is none."
+    "What a change makes of a residual stream (b, t, d). Raises ValueError where it gives no such stream."
     return answered(change(h, *more), h, "a change of the residual stream", h.shape)
 
 
@@ -167,6 +168,7 @@ def _once(part, kind, hook, **how):
         getattr(part, f"register_{kind}_hook")(hook, prepend=True, **how)
 
 
+# %% ../nbs/06_engine.ipynb #fd6202d1
 def _hooked(model):
     "The model, with its three hooks in place."
     inner = model._module
@@ -233,11 +235,11 @@ class Engine(Protocol):
 
     @property
     def tokens(self) -> int:
-        "Worth reading in one go."
+        "How many tokens are worth reading in one go."
 
     @property
     def precision(self) -> str:
-        "Such as float32."
+        "Of the weights, such as float32."
 
     @property
     def weights(self) -> str:
@@ -371,7 +373,7 @@ def layer_numbers(model: TransformersModel, layers: Sequence[int] | None = None)
 
 # %% ../nbs/06_engine.ipynb #1c8cc511
 def refuse_empty(texts: Sequence[str], ids: Ids, nothing: Sequence[int] = ()):
-    "Raise ValueError for a text of which no more than `nothing` is left in tokens."
+    "Raise ValueError, naming the text, where its token ids are no more than `nothing`."
     for i, x in enumerate(ids):
         if x == list(nothing):
             raise ValueError(
@@ -380,7 +382,7 @@ def refuse_empty(texts: Sequence[str], ids: Ids, nothing: Sequence[int] = ()):
 
 
 def once(numbers: Sequence[int]) -> tuple[int, ...]:
-    "Layer numbers. Raises ValueError for one that comes twice, as may be by its number from the end."
+    "The layer numbers, each given once. Raises ValueError for one that comes twice."
     if len({*numbers}) < len(numbers):
         raise ValueError(f"layers {list(numbers)}: give each once.")
     return tuple(numbers)
@@ -397,8 +399,10 @@ def _tokens(tokenizer, texts, **how):
 
 
 def start_mark(model: TransformersModel) -> list[int]:
-    "What the tokenizer puts before every text. Raises ValueError for one that reads a text now so, now so."
-    whole, bare = (_tokens(model.tokenizer, "a", add_special_tokens=x).input_ids for x in (True, False))
+    """Token ids that the tokenizer puts before every text. Raises ValueError for a tokenizer that does not
+    read the same text the same way each time."""
+    whole = _tokens(model.tokenizer, "a", add_special_tokens=True).input_ids
+    bare = _tokens(model.tokenizer, "a", add_special_tokens=False).input_ids
     starts = [i for i in range(len(whole)) if bare and whole[i : i + len(bare)] == bare]
     if not starts:
         raise ValueError("this tokenizer reads the text 'a' not at all, or each time otherwise (dropout?).")
@@ -422,13 +426,15 @@ def tokenized(
             raise ValueError(f"text {i} is no text, or holds half a character: {text!r}. Write it anew.")
     tok, start = model.tokenizer, start_mark(model)
     got = _tokens(tok, list(texts), add_special_tokens=False, return_offsets_mapping=tok.is_fast)
-    n, spans = len(start), got.get("offset_mapping") or [[] for _ in texts]
+    n = len(start)
+    spans = got.get("offset_mapping") or [[] for _ in texts]
     for ids, at in zip(got.input_ids, spans, strict=True):
         while n and (k := _marked(tok, ids, start)):
             del ids[:k], at[:k]
         while n + len(ids) > 1 and ids[-1:] == [tok.eos_token_id]:
             del ids[-1:], at[-1:]
-        ids[:0], at[:0] = start, [(0, 0)] * n
+        ids[:0] = start
+        at[:0] = [(0, 0)] * n
     return got.input_ids, spans
 
 
@@ -479,7 +485,8 @@ def encode(
         raise ValueError("there is no text to read; give at least one.")
     texts = [texts] if all(isinstance(x, dict) for x in texts) else texts
     texts = [rendered(model, x, i) for i, x in enumerate(texts)]
-    (ids, _), start = tokenized(model, texts), start_mark(model)
+    ids, _ = tokenized(model, texts)
+    start = start_mark(model)
     size = context_length(model)
     limit = size - room
     if limit < 2:
@@ -548,7 +555,8 @@ def length_batches(
     batch_tokens: int = 512,  # padded tokens a batch
 ) -> list[list[int]]:  # indices of the texts in each batch, longest first
     "Texts of like length together."
-    out, left = [], sorted(range(len(ids)), key=lambda i: -len(ids[i]))
+    out = []
+    left = sorted(range(len(ids)), key=lambda i: -len(ids[i]))
     while left:
         n = max(1, batch_tokens // len(ids[left[0]]))
         out.append(left[:n])
@@ -602,13 +610,14 @@ def left_batches(
 
 # %% ../nbs/06_engine.ipynb #49d2a5c4
 def _inputs(model, ids, mask):
-    "What a model is called with, once. With a mask (b, 1, t, t), a token stands after all that it sees."
-    once = dict(input_ids=ids, use_cache=False)
+    """Arguments of one pass of a model. Where a prompt has several answers, with a mask (b, 1, t, t), the
+    position of a token is how many others it may see."""
+    given = dict(input_ids=ids, use_cache=False)
     if mask.ndim == 2:
-        return once | dict(attention_mask=mask)
+        return given | dict(attention_mask=mask)
     dtype = model._module.dtype
     shut = (~mask).to(dtype) * torch.finfo(dtype).min
-    return once | dict(attention_mask=shut, position_ids=(mask.sum(-1) - 1)[:, 0])
+    return given | dict(attention_mask=shut, position_ids=(mask.sum(-1) - 1)[:, 0])
 
 
 # %% ../nbs/06_engine.ipynb #bcecb672
@@ -621,18 +630,26 @@ def _all_weights(module):
         if isinstance(w, Tensor) and w.is_meta:
             owner, _, leaf = path.rpartition(".")
             w = module.get_submodule(owner)._hf_hook.weights_map[leaf]
-        for part in w if isinstance(w, tuple) else [w]:
+        parts = w if isinstance(w, tuple) else [w]
+        for part in parts:
             if isinstance(part, Tensor):
                 yield name, part.dequantize() if part.is_quantized else part
 
 
 # %% ../nbs/06_engine.ipynb #3e16772b
+def _signs(source, n):
+    "The next n random signs of a source of random bits, -1 or 1: (n,) float32."
+    return torch.tensor(source.random_raw(n) >> 63).float() * 2 - 1
+
+
 def _fingerprint(module):
-    "Hash of all weights, 32 hex digits, and sketch (64,)."
-    h, signs, sketch = hashlib.sha256(), np.random.PCG64(0), torch.zeros(64)
+    """Hash of all weights, 32 hex digits; and their sketch (64,), the sum over weights of what random signs
+    make of each, in units of its norm."""
+    h, bits, sketch = hashlib.sha256(), np.random.PCG64(0), torch.zeros(64)
     for name, w in _all_weights(module):
         h.update(f"{name}{tuple(w.shape)}".encode())
-        own, square = torch.zeros(64), 1e-6 * (w.numel() + 1)
+        own = torch.zeros(64)  # of this weight
+        square = 1e-6 * (w.numel() + 1)  # its squared norm, above zero for one of zeros
         for part in w.detach().flatten().split(1 << 22):
             exact = part.cpu()
             x = exact.float()
@@ -640,14 +657,15 @@ def _fingerprint(module):
                 raise ValueError(f"the weights {name} hold numbers that are not finite. Get them anew.")
             h.update((x.bfloat16().view(torch.int16) if part.is_floating_point() else exact).numpy())
             rows = torch.nn.functional.pad(x, (0, -len(x) % 64)).view(-1, 64)
-            own += torch.tensor(signs.random_raw(len(rows)) >> 63).float().mul(2).sub(1) @ rows  # (64,)
+            own += _signs(bits, len(rows)) @ rows  # (64,)
             square += x.square().sum()
         sketch += own / square**0.5
     return h.hexdigest()[:32], tuple(sketch.double().round(decimals=5).tolist())
 
 
+# %% ../nbs/06_engine.ipynb #cecb1bd5
 def _few(w):
-    "Sum of a few weights, by which a change is seen that PyTorch does not count, as through `data`."
+    "Sum of a few weights. It shows a change that PyTorch does not count, as one through `data`."
     return 0.0 if w.is_meta else float(w.detach().flatten()[:: w.numel() // 64 + 1].double().sum())
 
 
@@ -676,8 +694,9 @@ class Local:
     own_products = True
 
     def told(self, what: str, make: Callable[[], Any], now: Any) -> Any:
-        "Something known of the model, made anew where its state was changed in place, as by training."
-        if self.known.get(what, [None])[0] != now:
+        """What `make` gave when the model was last in the state `now`, else what it gives: a model may have
+        been changed in place, as by training."""
+        if what not in self.known or self.known[what][0] != now:
             self.known[what] = now, make()
         return self.known[what][1]
 
@@ -781,7 +800,8 @@ def passing(model: TransformersModel) -> Iterator[None]:
     what needs less, where memory runs out."""
     inner = model._module
     with fast_matmul(_device(model)), torch.no_grad():
-        trained, returns = [m for m in inner.modules() if m.training], inner.config.return_dict
+        trained = [m for m in inner.modules() if m.training]
+        returns = inner.config.return_dict
         inner.config.return_dict = True
         try:
             for part in trained:
@@ -872,7 +892,8 @@ def stream(
             for k, h in zip(layers, got, strict=True):
                 if torch.isfinite(h.sum()):
                     continue
-                for i, own in zip(rows, h if take else h.split([len(at[i]) for i in rows]), strict=True):
+                each = h if take else h.split([len(at[i]) for i in rows])
+                for i, own in zip(rows, each, strict=True):
                     if not torch.isfinite(own).all():
                         raise ValueError(
                             f"text {numbers[i] if numbers else i}, {model.tokenizer.decode(ids[i])[:60]!r}, "
@@ -891,8 +912,10 @@ def rows_of(
     what: str = "reading",
 ) -> Tensor:  # (r, L, d) float32 on the CPU, text after text
     "States at some tokens of many texts."
-    sizes, width = [len(a) for a in at], model._module.config.get_text_config().hidden_size
-    out, own = torch.empty(sum(sizes), len(layers), width), torch.arange(sum(sizes)).split(sizes)
+    sizes = [len(a) for a in at]
+    width = model._module.config.get_text_config().hidden_size
+    out = torch.empty(sum(sizes), len(layers), width)
+    own = torch.arange(sum(sizes)).split(sizes)  # which rows are of each text
     for rows, got in stream(model, ids, layers, at=at, what=f"{what} {engine(model).name}"):
         out[torch.cat([own[i] for i in rows])] = torch.stack(got, 1).float().cpu()
     return out
@@ -902,7 +925,8 @@ def rows_of(
 @contextmanager
 def steered(model: TransformersModel, layer: int, change: Change, masked: bool = False):
     "While open, the residual stream after `layer` is `change` of itself; traces of your own included."
-    mine, before = [model.layers[layer]._module, change, masked], OPEN.get()
+    mine = [model.layers[layer]._module, change, masked]
+    before = OPEN.get()
     within = (*before, mine)
     OPEN.set(within)
     try:
@@ -914,7 +938,7 @@ def steered(model: TransformersModel, layer: int, change: Change, masked: bool =
 
 # %% ../nbs/06_engine.ipynb #0828c64a
 def sound(ids: Tensor, z: Tensor) -> Tensor:  # (b, t), (b, vocabulary)
-    "Logits as they are. Raises ValueError where they are no finite numbers, or not of each text."
+    "The logits unchanged. Raises ValueError where they are not finite, or not a row for each text."
     if z.ndim != 2 or len(z) != len(ids):
         raise ValueError(
             f"a logits_processor gives {tuple(z.shape)} for {len(ids)} texts: give a row for each."
@@ -924,6 +948,7 @@ def sound(ids: Tensor, z: Tensor) -> Tensor:  # (b, t), (b, vocabulary)
     return z
 
 
+# %% ../nbs/06_engine.ipynb #7dfab437
 @patch
 def steer(self: Local, layer, change, masked=False):
     "As of `Engine.steer`."
@@ -967,11 +992,12 @@ def logits(
     hidden: Tensor | None = None,  # ... from this state (b, t, d)
 ) -> Tensor:  # (b, keep, vocabulary) float32
     "Next-token logits at the last `keep` positions; the head runs for those alone."
-    model, stand_in = self.model, (hidden, None) if layer >= 0 and self.tuples else hidden
-    inputs, skipped = _inputs(model, ids, mask), [model.layers[k]._module for k in range(layer + 1)]
-    was = OPEN.set(
-        tuple(x for x in OPEN.get() if x and x[0] not in skipped)
-    )  # `hidden` was changed when read
+    model = self.model
+    inputs = _inputs(model, ids, mask)
+    stand_in = (hidden, None) if layer >= 0 and self.tuples else hidden  # what a skipped block returns
+    skipped = [model.layers[k]._module for k in range(layer + 1)]
+    still = tuple(x for x in OPEN.get() if x and x[0] not in skipped)  # `hidden` has the changes of these
+    was = OPEN.set(still)
     try:
         with passing(model), model.trace(**inputs, logits_to_keep=keep):
             for k in range(layer + 1):
@@ -988,16 +1014,17 @@ def _shares_prompts(here, n):
     ids, mask = _probe(here.model, n)
     part = torch.arange(3).repeat_interleave(n // 4)
     part = torch.cat([part[: n // 4], part])[None].to(ids)  # half of them the prompt
-    own, was = part[0] != 1, OPEN.set(())
+    own = part[0] != 1  # the prompt and the second continuation
+    was = OPEN.set(())
     try:
-        alone, both = here.logits(ids[:, own], mask[:, own], 2), here.logits(ids, _branches(part), 2)
+        alone = here.logits(ids[:, own], mask[:, own], 2)
+        both = here.logits(ids, _branches(part), 2)
     except Exception:  # whatever the family's own code has against such a mask
         return False
     finally:
         OPEN.reset(was)
-    return bool(
-        (both - alone).abs().max() <= (2e-3 if here.precision == "float32" else 0.05) * alone.abs().max()
-    )
+    rounding = 2e-3 if here.precision == "float32" else 0.05
+    return bool((both - alone).abs().max() <= rounding * alone.abs().max())
 
 
 # %% ../nbs/06_engine.ipynb #7458fe42
@@ -1017,7 +1044,7 @@ def _reply(here):
     finally:
         OPEN.reset(was)
     flat = torch.nn.functional.normalize(h).flatten()  # (t d,)
-    signs = torch.tensor(np.random.PCG64(0).random_raw(32 * len(flat)) >> 63).view(32, -1).float() * 2 - 1
+    signs = _signs(np.random.PCG64(0), 32 * len(flat)).view(32, -1)
     both = torch.cat([signs @ flat, top.std(-1)])  # (48,)
     return tuple(both.double().round(decimals=5).tolist())
 
@@ -1056,10 +1083,9 @@ class _Scores:
 
     @property
     def kept(self):  # batch, hidden (b, t, d), base of each
-        under, kept = self.begun
-        if under is not OPEN.get():
-            self.begun = _, kept = OPEN.get(), [self.begin(b) for b in self.batches]
-        return kept
+        if self.begun[0] is not OPEN.get():
+            self.begun = OPEN.get(), [self.begin(b) for b in self.batches]
+        return self.begun[1]
 
 
 # %% ../nbs/06_engine.ipynb #0c2f561f
@@ -1093,6 +1119,7 @@ def after(self: _Scores, batch, base, ids, mask, hidden=None):
         return self.reduce(z, base, batch.extra)
 
 
+# %% ../nbs/06_engine.ipynb #ffc5722e
 @patch
 def begin(self: _Scores, batch):
     "A batch, the state after the layer, and the base; texts whose base is their own are not read twice."
@@ -1152,10 +1179,15 @@ def sums(self: Local, texts, prepare, into, notes=None, tokens=0):
 # %% ../nbs/06_engine.ipynb #372b96ef
 def _faults(model):
     "What is wrong with a model, and what to do."
-    here, (ids, mask), k = Local(model), _probe(model), len(model.layers) // 2
-    other = torch.cat([ids[:, :-1], ids[:, :1]], 1)
-    (got, deep), (_, moved) = (here.read(x, mask, [k, len(model.layers) - 1]) for x in (ids, other))
-    want, width = hidden_of(_block_output(model, k)), model._module.config.get_text_config().hidden_size
+    here = Local(model)
+    ids, mask = _probe(model)
+    last = len(model.layers) - 1
+    k = len(model.layers) // 2
+    other = torch.cat([ids[:, :-1], ids[:, :1]], 1)  # with another last token
+    got, deep = here.read(ids, mask, [k, last])
+    (moved,) = here.read(other, mask, [last])
+    want = hidden_of(_block_output(model, k))
+    width = model._module.config.get_text_config().hidden_size
     if got.shape != (*ids.shape, width):
         yield f"states of layer {k} are {tuple(got.shape)}, not {(*ids.shape, width)}. {_RENAME}"
     before = here.logits(ids, mask)
@@ -1170,8 +1202,9 @@ def _faults(model):
         after = here.logits(ids, mask)
     if torch.equal(before, after):
         yield f"writing to layer {k} does not reach the logits. {_RENAME}"
-    rows, last = [ids[0].tolist(), ids[0, 2:].tolist()], [len(model.layers) - 1]
-    (alone,), (behind,) = (here.read(*pad(model, x, left=True), last) for x in (rows[1:], rows))  # (b, t, d)
+    short = ids[0, 2:].tolist()
+    (alone,) = here.read(*pad(model, [short], left=True), [last])  # (1, t - 2, d)
+    (behind,) = here.read(*pad(model, [ids[0].tolist(), short], left=True), [last])  # (2, t, d)
     apart = (alone[-1, -1] - behind[-1, -1]).norm() / alone[-1, -1].norm()
     if not apart <= (0.01 if here.precision == "float32" else 0.2):
         yield "padding in front of a text moves its states. Take a model that reads an attention mask."

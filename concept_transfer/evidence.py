@@ -95,26 +95,26 @@ def _reused(t, task):
 
 def _provenance(t, bench, settings):
     "Where an evaluation comes from."
-    task, where = bench.task, t.positions if isinstance(t.positions, str) else "a function"
+    task = bench.task
     notes = plain({k: v for k, v in t.notes.items() if k != "tuning_items"})
     if reused := _reused(t, task):
         notes["reused"] = reused
     return Provenance(
-        t.name,
-        task.name,
-        len(task),
-        bench.damage,
-        t.layers,
-        where,
-        t.source and str(t.source),
-        str(t.target),
-        task.hash,
-        bench.neutral.hash,
-        settings.seed,
-        settings.bootstrap,
-        notes,
-        task.groups,
-        versions(),
+        transplant=t.name,
+        task=task.name,
+        n=len(task),
+        damage_budget=bench.damage,
+        layers=t.layers,
+        positions=t.positions if isinstance(t.positions, str) else "a function",
+        source=t.source and str(t.source),
+        target=str(t.target),
+        task_hash=task.hash,
+        neutral_hash=bench.neutral.hash,
+        seed=settings.seed,
+        bootstrap=settings.bootstrap,
+        notes=notes,
+        groups=task.groups,
+        versions=versions(),
     )
 
 
@@ -215,7 +215,8 @@ def _arm_result(of, base, runs):
     boot = bootstrap([*values.values()], of.groups, of.bootstrap, of.seed)  # (draws, metrics)
     found = zip(values.items(), boot.T, strict=True)
     means: dict = {k: dict(mean=float(v.mean()), ci=interval(drawn)) for (k, v), drawn in found}
-    (rate, ci), (first, _), (shift, shift_ci) = (means.pop(k).values() for k in ("chosen", "first", "margin"))
+    chosen, first, margin = (means.pop(k) for k in ("chosen", "first", "margin"))
+    rate, ci = chosen["mean"], chosen["ci"]
     if rate in (0, 1):  # all alike, of which no bootstrap knows how sure it is
         n = len({*of.groups})
         ci = wilson(round(rate * n), n)
@@ -223,9 +224,9 @@ def _arm_result(of, base, runs):
         dose=None if runs[0].dose is None else float(np.median([r.dose for r in runs])),
         choice_rate=rate,
         ci=ci,
-        target_rate=first,
-        logit_shift=shift,
-        logit_shift_ci=shift_ci,
+        target_rate=first["mean"],
+        logit_shift=margin["mean"],
+        logit_shift_ci=margin["ci"],
         draws=[float(np.mean(r.answers["chosen"])) for r in runs],
         score_means=means or None,
         **_damage_of(of, runs),
@@ -278,8 +279,9 @@ def capability(self: Evidence) -> dict[str, Capability]:
     found: dict = {}
     right = {k: r.answers["chosen"] for k, (r,) in self.of("knowledge").items()}
     for arm, hits in right.items():
-        k, n, p = int(sum(hits)), len(hits), None if arm == "base" else mcnemar(right["base"], hits)
-        found[arm] = Capability(k / n, list(wilson(k, n)), n, p)
+        k, n = int(sum(hits)), len(hits)
+        p = None if arm == "base" else mcnemar(right["base"], hits)
+        found[arm] = Capability(k / n, wilson(k, n), n, p)
     for arm, (r,) in self.of("texts").items():
         again = float(np.mean([*map(repetition, r.texts)]))
         found[arm] = replace(found.get(arm, Capability()), repetition=again, texts=r.texts)
@@ -330,7 +332,7 @@ class Readout:
 
 def _readout(of, task, runs):
     "What one readout shows; `runs` by arm."
-    base, n = runs["base"][0], len(runs["base"][0].groups)
+    base = runs["base"][0]
     shift = {
         k: np.array([r.answers["margin"] for r in rs]) - base.answers["margin"] for k, rs in runs.items()
     }
@@ -339,14 +341,14 @@ def _readout(of, task, runs):
     null = np.concatenate([[], *(shift[k].mean(1) for k in NULLS if k in shift)])
     tested = len(null) >= 19 and "transplanted" in shift
     return Readout(
-        task,
-        n,
-        {k: float(np.mean([r.answers["chosen"] for r in rs])) for k, rs in runs.items()},
-        {k: float(v.mean()) for k, v in shift.items()},
-        {k: interval(boot[k]) for k in shift},
-        {k: interval(boot.transplanted - boot[k]) for k in others},
-        permutation_p(shift["transplanted"].mean(), null) if tested else None,
-        len({*base.groups}),
+        task=task,
+        n=len(base.groups),
+        choice_rate={k: float(np.mean([r.answers["chosen"] for r in rs])) for k, rs in runs.items()},
+        shift={k: float(v.mean()) for k, v in shift.items()},
+        shift_ci={k: interval(boot[k]) for k in shift},
+        ahead={k: interval(boot.transplanted - boot[k]) for k in others},
+        p=permutation_p(shift["transplanted"].mean(), null) if tested else None,
+        scenarios=len({*base.groups}),
     )
 
 
@@ -361,7 +363,7 @@ def readouts(self: Evidence) -> list[Readout]:
 
 
 # %% ../nbs/18_evidence.ipynb #96540cb1
-def _beside(scores, groups, draws, seed):
+def _scores_by_arm(scores, groups, draws, seed):
     "Scores of texts (n,) by arm: means, their intervals, and those of the gain over the base model."
     boot = pd.DataFrame(bootstrap([*scores.values()], groups, draws, seed), columns=[*scores])
     found = pd.DataFrame({"mean": {k: float(np.mean(x)) for k, x in scores.items()}})
@@ -403,22 +405,22 @@ def text(self: Evidence) -> Sampled | None:
     said = {k: r for k, some in runs.items() for r in some if "score" in r.answers}
     if not {"base", "transplanted"} <= {*said}:
         return None
-    of, (base, mine) = self.provenance, (said["base"], said["transplanted"])
+    of, base, mine = self.provenance, said["base"], said["transplanted"]
     scores = {k: np.array(r.answers["score"]) for k, r in said.items()}
-    found, boot = _beside(scores, base.groups, of.bootstrap, of.seed)
+    found, boot = _scores_by_arm(scores, base.groups, of.bootstrap, of.seed)
     right = labels[0]["right"] if labels else []
     return Sampled(
-        mine.task,
-        len(mine.texts),
-        found["mean"].to_dict(),
-        found["ci"].to_dict(),
-        (found["mean"] - found["mean"].base).to_dict(),
-        found["gain_ci"].to_dict(),
-        {k: interval(boot.transplanted - boot[k]) for k in boot if k not in ("base", "transplanted")},
-        len(right),
-        float(np.mean(right)) if labels else None,
-        list(wilson(int(sum(right)), len(right))) if labels else None,
-        labels[0]["chance"][0] if labels else None,
+        task=mine.task,
+        n=len(mine.texts),
+        score=found["mean"].to_dict(),
+        score_ci=found["ci"].to_dict(),
+        gain=(found["mean"] - found["mean"].base).to_dict(),
+        gain_ci=found["gain_ci"].to_dict(),
+        ahead={k: interval(boot.transplanted - boot[k]) for k in boot if k not in ("base", "transplanted")},
+        labelled=len(right),
+        right=float(np.mean(right)) if labels else None,
+        right_ci=wilson(int(sum(right)), len(right)) if labels else None,
+        chance=labels[0]["chance"][0] if labels else None,
     )
 
 
@@ -448,7 +450,8 @@ def finding(self: Evidence) -> str | None:
         return None
     if e.gain_ci[0] <= 0 or max(tests.values()) > 0.05:
         return "nothing"
-    last, mine = self.readouts[-1] if self.readouts else None, arms["transplanted"]
+    mine = arms["transplanted"]
+    last = self.readouts[-1] if self.readouts else None
     if last is None or last.p is None or last.scenarios < 10 or not {*WORD_ARMS[:2]} <= {*last.ahead}:
         return None
     words = [k for k in WORD_ARMS if k in last.ahead]
@@ -555,7 +558,9 @@ def __repr__(self: Evidence) -> str:
     ran = self.summary[self.summary.reason.isna()].drop(columns="reason").map(_shown)
     missing = [f"{k} not run: {a.reason}" for k, a in self.arms.items() if a.reason]
     head = f"Evidence({of.transplant!r} on {of.task!r}, n={of.n}, {where})"
-    text = [str(self.text)] if self.text else [f"text not sampled: {self.untold}"] if self.untold else []
+    text = [f"text not sampled: {self.untold}"] if self.untold else []
+    if self.text:
+        text = [str(self.text)]
     return "\n".join([head, ran.to_string(), *missing, *self.effect.lines, *text])
 
 
@@ -644,7 +649,8 @@ def _check_asked(t, task, experiments, given, arms):
         raise ValueError("other= holds the concept's own texts, which control nothing: give another's.")
     if "native" in given:
         given["native"].target.require(t.target, "native=")
-    for m in t.carriers(given["map"]) if "map" in given else ():
+    maps = t.carriers(given["map"]) if "map" in given else []
+    for m in maps:
         if "source" in given:
             m.source.require(model_info(given["source"]), "this map (source side)")
     if reused := _reused(t, task):
@@ -672,9 +678,9 @@ def evaluate(
 ) -> Evidence:
     """All arms on one task at equal damage, at the places of `t`, and the other experiments that are chosen.
     Raises ValueError or TypeError for settings, experiments or inputs that are not known."""
-    arms, damage = ARMS if arms is None else arms, settings.damage
+    arms = ARMS if arms is None else arms
     _check_asked(t, task, experiments, given, arms)
-    damage = t.notes.get("damage_budget", 0.1) if damage is None else damage
+    damage = t.notes.get("damage_budget", 0.1) if settings.damage is None else settings.damage
     bench = Bench(t.model, t.layer, task, neutral, damage)
     origin = _provenance(t, bench, settings)
     parts = dict(transplant=made_of(t), layer=t.layer, model=described(t.model), versions=str(versions()))
@@ -692,14 +698,12 @@ def evaluate_text(
     tokens: int = 30,
     draws: int = 2000,  # of the bootstrap
     seed: int = 0,
-) -> (
-    pd.DataFrame
-):  # a row an arm: mean, its interval, that of the gain over `base`, and the lists scores and texts
+) -> pd.DataFrame:  # a row an arm: mean, ci, gain_ci (of the gain over `base`), lists scores and texts
     "Score of greedy continuations for every arm."
     Settings(seed=seed, bootstrap=draws)  # raises
     texts = {k: written(t, model, task.prompts, tokens) for k, t in arms.items()}
     scores = {k: [float(x) for x in task.score(said)] for k, said in texts.items()}
-    found, _ = _beside(scores, task.groups, draws, seed)
+    found, _ = _scores_by_arm(scores, task.groups, draws, seed)
     return pd.DataFrame({"texts": texts, "scores": scores}).join(found)
 
 
@@ -708,9 +712,7 @@ def evaluate_text(
 def off_target(
     transplants: Sequence[Transplant],  # at the doses they will be used at
     tasks: Sequence[ChoiceTask],
-) -> tuple[
-    np.ndarray, np.ndarray
-]:  # (transplants, tasks): change of choice rate, Holm-adjusted p of McNemar's test
+) -> tuple[np.ndarray, np.ndarray]:  # (transplants, tasks): change of choice rate, Holm's p of McNemar
     "How every transplant moves every behaviour."
     if len({t.model for t in transplants}) != 1 or not tasks:
         raise ValueError("give some transplants of one model, and some tasks.")

@@ -72,16 +72,16 @@ EngineAnswers = dict[float, tuple[Tensor, list[str]]]  # {strength: log-probabil
 
 
 # %% ../nbs/23_export.ipynb #e6e5cd14
-def _asked(model):
-    "Texts, and token ids of each."
+def _compared_prompts(model):
+    "The texts that engines are compared on, and token ids of each."
     texts = load_corpus("neutral").texts[:N_PROMPTS]
     return texts, encode(model, texts, room=N_NEW)
 
 
 # %% ../nbs/23_export.ipynb #c48362f6
-def _answer(model):
+def _answers_here(model):
     "What a model that runs here says."
-    texts, ids = _asked(model)
+    texts, ids = _compared_prompts(model)
     z = Local(model).logits(*pad(model, ids, left=True))[:, -1]  # (n, vocabulary)
     return z.log_softmax(-1).cpu(), generate(model, texts, N_NEW)
 
@@ -92,7 +92,7 @@ def answers(transplant: Transplant) -> EngineAnswers:
     found = {}
     for s in COMPARED:
         with transplant(s) as model:
-            found[s] = _answer(model)
+            found[s] = _answers_here(model)
     return found
 
 
@@ -163,7 +163,8 @@ def _assumed(config):
 # %% ../nbs/23_export.ipynb #a2f325ca
 def _positions(config):
     "How a model counts positions. Raises NotCompared for one that llama.cpp would compute otherwise."
-    say, rope = f"a {config.model_type} model", getattr(config, "rope_parameters", None) or {}
+    say = f"a {config.model_type} model"
+    rope = getattr(config, "rope_parameters", None) or {}
     if config.model_type not in _GGUF:
         raise NotCompared(f"{say} cannot be written for llama.cpp here.")
     wanted, full = _assumed(config), rope.get("full_attention", rope)
@@ -178,7 +179,7 @@ def _positions(config):
 
 
 # %% ../nbs/23_export.ipynb #4d01c8f4
-def _told(like, words):  # words of a model by id, None for what it has none for
+def _gguf_metadata(like, words):  # words of a model by id, None for what it has none for
     "What a GGUF file says beside its numbers. Raises ValueError for one that cuts texts into other words."
     own = "GGUF.", "general.architecture", "general.file_type", "general.quantization_version"
     fields = gguf.GGUFReader(like).fields.items()
@@ -229,7 +230,7 @@ def write_target(
     tensors |= {f"blk.{k}.ffn_down.bias": v for k, v in (biases or {}).items()}
     known_words = [w or f"[{i}]" for i, w in enumerate(words)]
     cut = {"model": "gpt2", "tokens": known_words, "merges": [f"{known_words[-1]} {known_words[-1]}"]}
-    values = _told(like, words) if like else {f"tokenizer.ggml.{k}": v for k, v in cut.items()}
+    values = _gguf_metadata(like, words) if like else {f"tokenizer.ggml.{k}": v for k, v in cut.items()}
     _write_gguf(path, arch, values | {k: v for k, v in settings.items() if v is not None}, tensors)
 
 
@@ -264,13 +265,15 @@ def _read_gguf(path):
 
 def _check_llama(file, model):
     "Raise ValueError for a vector file that does not fit a model file."
-    (layers, said), fields = _vectors(file), _read_gguf(model).fields
+    layers, said = _vectors(file)
+    fields = _read_gguf(model).fields
     kind = fields["general.architecture"].contents()
-    width, n = (fields[f"{kind}.{k}"].contents() for k in ("embedding_length", "block_count"))
+    width = fields[f"{kind}.embedding_length"].contents()
+    n = fields[f"{kind}.block_count"].contents()
     if not layers or not all(0 < k < n and len(v) == width for k, v in layers.items()):
-        said = ", ".join(f"{k}: {len(v)} wide" for k, v in layers.items())
-        raise ValueError(f"{file} (layers {said}) does not fit {model} (layers 1 to {n - 1}: {width} wide).")
-    _made(file, layers, said)
+        found = ", ".join(f"{k}: {len(v)} wide" for k, v in layers.items())
+        raise ValueError(f"{file} (layers {found}) does not fit {model} (layers 1 to {n - 1}: {width} wide).")
+    _transplant_of_file(file, layers, said)
 
 
 # %% ../nbs/23_export.ipynb #44899c77
@@ -284,7 +287,7 @@ def _vectors(path):
 
 
 # %% ../nbs/23_export.ipynb #bdbf1e70
-def _made(path, layers, said):
+def _transplant_of_file(path, layers, said):
     "The transplant of a file of ours. Raises ValueError for one that was changed since."
     *texts, digest = said
     if any(said) and (None in said or digest != _digest([*layers.values()], *texts)):
@@ -363,9 +366,10 @@ def serving(
 
 
 # %% ../nbs/23_export.ipynb #be8a5595
-def _says(client, ask, t) -> tuple[Tensor, list[str]]:
+def _server_answers(client, ask, t) -> tuple[Tensor, list[str]]:
     "What a server says to a request with each of our prompts."
-    (_, ids), size = _asked(t.model), t.model._module.config.vocab_size
+    _, ids = _compared_prompts(t.model)
+    size = t.model._module.config.vocab_size
     exact = dict(temperature=0, return_tokens_as_token_ids=True, cache_prompt=False)
 
     def steps(x, n, k):
@@ -390,11 +394,11 @@ def _tokens(x):
 
 
 # %% ../nbs/23_export.ipynb #e3e0f6a6
-def _llama_says(t, model, vector="", strength=None):
+def _llama_answers(t, model, vector="", strength=None):
     "What llama.cpp says with a model file, and its version."
     exact = f"--device none -np 1 -ctk f32 -ctv f32 -fa off -t {torch.get_num_threads()}"
     with serving("llama.cpp", vector, model, strength, *exact.split()) as (client, ask):
-        return _says(client, ask, t), f"llama.cpp {client.get('/props').json()['build_info']}"
+        return _server_answers(client, ask, t), f"llama.cpp {client.get('/props').json()['build_info']}"
 
 
 def _ask_llama(t, path):
@@ -405,7 +409,7 @@ def _ask_llama(t, path):
         model, vector = f"{tmp}/model.gguf", shutil.copy(path, f"{tmp}/vector.gguf")
         write_target(t.model, model)
         for s in COMPARED:
-            found[s], who = _llama_says(t, model, vector, s)
+            found[s], who = _llama_answers(t, model, vector, s)
     return who, found
 
 
@@ -421,7 +425,7 @@ def _ask_vllm(t, path):
         _save_model(t.model._module, t.model.tokenizer, tmp)
         with serving("vllm", path, tmp, None, *exact.split()) as (client, ask), ThreadPoolExecutor() as pool:
             asks = [ask | {"vllm_xargs": {"steer": t.name, "strength": s}} for s in COMPARED]
-            said = pool.map(lambda ask: _says(client, ask, t), asks)
+            said = pool.map(lambda ask: _server_answers(client, ask, t), asks)
             found = dict(zip(COMPARED, said, strict=True))
             return f"vllm {client.get('/version').json()['version']}", found
 
@@ -461,7 +465,7 @@ def _ask_baked(t, path):
     for s in COMPARED:
         for b, v in zip(biases, whole, strict=True):
             b.copy_(s * v)
-        found[s] = _answer(model)
+        found[s] = _answers_here(model)
     return f"transformers {versions()['transformers']}", found
 
 
@@ -486,7 +490,7 @@ def _ask_baked_gguf(t, path):
             model = path if s == 1 else f"{tmp}/{s}.gguf"
             if s != 1:
                 write_target(t.model, model, biases=_biases(t, s))
-            found[s], who = _llama_says(t, model)
+            found[s], who = _llama_answers(t, model)
     return who, found
 
 
@@ -512,7 +516,7 @@ def _ask_lm_eval(t, path):
             torch.save(parts, f"{tmp}/steer.pt")
             there = SteeredModel(t.model._module, f"{tmp}/steer.pt", tokenizer=t.model.tokenizer)
         with steer(there.model, there.hook_to_steer):
-            found[s] = _answer(t.model)
+            found[s] = _answers_here(t.model)
     return f"lm-eval {version('lm_eval')}", found
 
 
@@ -556,7 +560,8 @@ def _write_hub(t, path, evidence: Evidence | None = None):
         evidence.save(path / "evidence.json")
         what["eval_results"] = [*_results(evidence)]
     data = ModelCardData(tags=["activation-steering"], model_name=t.name, **what)
-    model, source = t.target.name, t.source.name if t.source else "itself"
+    model = t.target.name
+    source = t.source.name if t.source else "itself"
     said: dict = {
         k: escape(" ".join(x.split())) for k, x in dict(name=t.name, target=model, source=source).items()
     }
@@ -589,9 +594,7 @@ class Format:
     "A way out of here, and back to compare."
 
     write: Callable  # (transplant, path, **more): writes a file or a folder
-    ask: (
-        Callable  # (transplant, path) -> the engine and its version, `EngineAnswers`; may raise `NotCompared`
-    )
+    ask: Callable  # (transplant, path) -> engine and version, `EngineAnswers`; may raise `NotCompared`
     tolerance: float  # largest difference of log-probabilities, in nats
     positions: bool = False  # whether it can steer others than all
     first: bool = True  # whether it can steer block 0
@@ -612,7 +615,7 @@ FORMATS: dict = {
 
 
 # %% ../nbs/23_export.ipynb #a9489397
-def _hindrance(t, to):
+def _obstacle(t, to):
     "Why a transplant cannot be written so; nothing where it can."
     way = FORMATS[to]
     if t.positions != "all" and not way.positions:
@@ -626,12 +629,12 @@ def _hindrance(t, to):
 
 
 # %% ../nbs/23_export.ipynb #b53e39e9
-def _check_way(t, to):
+def _check_format(t, to):
     "Raise ValueError for a way that there is not, or that cannot express a transplant."
     if to not in FORMATS:
         raise ValueError(f"to={to!r}: use one of {', '.join(FORMATS)}.")
-    if why := _hindrance(t, to):
-        can = ", ".join(k for k in FORMATS if not _hindrance(t, k))
+    if why := _obstacle(t, to):
+        can = ", ".join(k for k in FORMATS if not _obstacle(t, k))
         raise ValueError(f"{to} cannot express this transplant: {why}. What can: {can}.")
     on = t.model and engine(t.model)
     if not isinstance(on, Local) or on.precision != "float32":
@@ -652,7 +655,7 @@ def _check_places(paths, way, like=None):
     for path in paths:
         if path.is_dir():
             raise ValueError(f"{path} is a folder already; give a name that is free.")
-        if way.folder and os.path.lexists(path) or path.exists() and not path.is_file():
+        if (way.folder and os.path.lexists(path)) or (path.exists() and not path.is_file()):
             what = "folder" if way.folder else "file"
             raise ValueError(f"{path} is there already, and is no {what}; give a name that is free.")
         if not path.parent.is_dir():
@@ -721,7 +724,7 @@ def _proved(t, to, made) -> Receipt:
         who = str(e)
         warnings.warn(f"the export to {to} was compared with nothing: {e}", stacklevel=3)
     digest = _digest([p.vector(1) for p in t.places])
-    texts, _ = _asked(t.model)
+    texts, _ = _compared_prompts(t.model)
     receipt = Receipt(to, t.name, digest, who, way.tolerance, found, data_hash(texts), versions())
     if found and not found[1.0]["moved"] > way.tolerance:
         raise ValueError(
@@ -745,7 +748,7 @@ def export(
     """Write a transplant for another engine, and compare what it does there with what it does here. Where
     that engine is not installed, a warning and the receipt say so. Raises ValueError for what cannot be
     expressed or put there, and for an engine that does something else; then nothing is written."""
-    _check_way(transplant, to)
+    _check_format(transplant, to)
     path, way = Path(path).expanduser().absolute(), FORMATS[to]
     beside = path / "receipt.json" if way.folder else Path(f"{path}.receipt.json")
     _check_options(to, more)
@@ -806,7 +809,7 @@ def import_vector(
     if rows.shape[1:] != (info.width,) or max(layers) >= info.layers:
         say = f"{path} has vectors {rows.shape[-1]} wide, for layers up to {max(layers)}"
         raise ValueError(f"{say}; these do not fit {info}.")
-    ours = _made(path, layers, said)
+    ours = _transplant_of_file(path, layers, said)
     arch, _ = _GGUF.get(info.family, (info.family, None))
     if hint and (kind := hint.contents()) not in (arch, info.family):
         warnings.warn(

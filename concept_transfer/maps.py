@@ -131,8 +131,9 @@ def maps(
 
 
 # %% ../nbs/14_maps.ipynb #1314452f
-def _folds(u, t=None):  # `SourceLayer`, index of a target layer; default: the source itself
-    "Standardised covariances of all other rows, a fold's own products about the others' means, those of y."
+def _folds(u, t=None):  # `SourceLayer`, index of a target layer, d wide; default: the source itself
+    """What cross-validation needs of each fold, standardised: the covariance of all other folds' rows
+    (K, r, d), the fold's own products about the means of the others (K, r, d), and their mean of y (K, d)."""
     if t is None:
         S, y, sy = u.side.own, u.side.x, u.unit  # (K, r, d), (K, d), (d,)
     else:
@@ -142,21 +143,22 @@ def _folds(u, t=None):  # `SourceLayer`, index of a target layer; default: the s
     rest, others = x.sum(0) - x, n.sum() - n  # (K, r), (K, 1)
     a, c = rest / others, (y.sum(0) - y) / others  # (K, r), (K, d)
     C = torch.baddbmm(S.sum(0) - S, rest[..., None], c[:, None], alpha=-1).div_(others[..., None])
-    return C, torch.baddbmm(S, torch.stack([x, a], 2), torch.stack([c, y - n * c], 1), alpha=-1), c
+    own = torch.baddbmm(S, torch.stack([x, a], 2), torch.stack([c, y - n * c], 1), alpha=-1)
+    return C, own, c
 
 
 # %% ../nbs/14_maps.ipynb #70317e0e
 def cv_error(u: SourceLayer) -> Tensor:  # (lambdas, L2)
     "Exact k-fold cross-validated squared error of ridge, relative to the variance."
-    (R, Rk, _), out, n = _folds(u), [], u.m.n[:, None]  # (K, r, r) twice, (K, 1)
+    R, Rk, _ = _folds(u)  # (K, r, r) of the other folds, of each fold itself
+    out, n = [], u.m.n[:, None]  # (K, 1)
     if (n > 0).sum() < 2:
         raise ValueError("cross-validation needs rows in two folds; use more folds, or give one lambda.")
     e, U = torch.linalg.eigh(R)  # (K, r), (K, r, r)
     V, B = U.mT.float(), (U.mT @ Rk @ U).float()  # (K, r, r)
     S = (1 / (e.clamp_min(0)[:, None] + torch.tensor(u.lambdas, device=e.device)[:, None])).float()
-    if (
-        u.side.basis is not None
-    ):  # folds span less than all rows: what they have not seen is zero, not rounding
+    # in a basis, folds span less than all rows do: what they have not seen is zero, not rounding
+    if u.side.basis is not None:
         S = S * (e > 1e-10 * e.amax(1, keepdim=True))[:, None]
     for t, sy in enumerate(u.sy):
         C, Ck, c = _folds(u, t)
@@ -185,7 +187,7 @@ def _controls(u):
 
 
 def control(u: SourceLayer) -> Tensor:  # (L2, d1, d2) float32
-    "The same for rows that were paired at random, scaled to the chance of as many rows as the map has."
+    "As `ridge`, of rows that were paired at random, scaled to the chance of as many rows as the map has."
     return torch.stack([*_controls(u)])
 
 
@@ -224,7 +226,8 @@ def _reduced_rank(W, R, rank):  # (d1, d2), (d1, d1) -> (d1, d2)
 # %% ../nbs/14_maps.ipynb #5c969504
 def _low_rank(u, t, C):
     "Ridge of the rank with the least cross-validated error at its penalty."
-    (R, Rk, _), (others, own, _) = _folds(u), _folds(u, t)  # (K, d1, d1) twice, (K, d1, d2) twice
+    R, Rk, _ = _folds(u)  # (K, d1, d1) of the other folds, of each fold itself
+    others, own, _ = _folds(u, t)  # (K, d1, d2)
     full = min(C.shape)
     ranks = torch.tensor([r for r in (8, 16, 32, 64, 128, 256) if r < full] + [full])
     W = _inverse(R, u.lam[t]) @ others.double()  # (K, d1, d2)
@@ -316,6 +319,7 @@ def then(self: AffineMap, after: AffineMap) -> AffineMap:
     return AffineMap(W, after(self.b), (s, t), self.source, after.target, math.nan, shuffled, notes)
 
 
+# %% ../nbs/14_maps.ipynb #9ebc4a6c
 @patch
 def inverse(self: AffineMap) -> AffineMap:
     "The way back by the pseudo-inverse; the regression backwards is `solve(moments.reversed())`."
@@ -347,7 +351,8 @@ def _repr_html_(self: AffineMap):
 # %% ../nbs/14_maps.ipynb #026b57c7
 def _scores(T, P, N, W):  # (..., n, d2) truth, predictions and those of the control; (..., d1, d2)
     "Scores of standardised maps by name."
-    lost, other, there = ((T - A).square().sum(-2) for A in (P, N, 0))  # (..., d2)
+    lost, other = (T - P).square().sum(-2), (T - N).square().sum(-2)  # (..., d2)
+    there = T.square().sum(-2)
     return {
         "r2": 1 - lost.sum(-1) / there.sum(-1),
         "r2_by_dim": 1 - lost / there.clamp_min(1e-12),
@@ -359,13 +364,14 @@ def _scores(T, P, N, W):  # (..., n, d2) truth, predictions and those of the con
 
 # %% ../nbs/14_maps.ipynb #7e5f79b9
 def _deals(of):  # (n,) text of each row
-    "The last row of each text, which read most of it; their own order and random ones (1 + 1000, texts)."
+    """Numbers of the rows that are last in their texts, which have read most of them; and deals, which are
+    orders of these rows: their own, then random ones (1 + 1000, texts)."""
     last = sorted({k: i for i, k in enumerate(of.tolist())}.values())
     rng, n = np.random.default_rng(0), len(last)
     return last, torch.tensor(np.array([np.arange(n), *(rng.permutation(n) for _ in range(1000))]))
 
 
-def _dealt(P, T, orders):  # (L2, texts, d2) twice, (1 + 1000, texts) -> (1 + 1000,)
+def _deal_cosines(P, T, orders):  # (L2, texts, d2) twice, (1 + 1000, texts) -> (1 + 1000,)
     "Mean cosine of predictions with truths in each order, of the best target layer."
     P, T = (torch.nn.functional.normalize(A, dim=-1) for A in (P, T))
     return (P @ T.mT)[:, orders[0], orders].mean(-1).amax(0)
@@ -421,13 +427,14 @@ class LayerGrid(Artefact):
 
 # %% ../nbs/14_maps.ipynb #a2a193d5
 def _judged(u, t, W, N, x, y, deals):  # map, control (d1, d2); means (d1,), (d2,); what `_deals` gave
-    "Scores on held-out rows, by name; and the mean cosine of each deal."
-    T, X, (last, orders) = u.m.held_y[:, t], u.m.held_x[:, u.s] - x, deals  # (n, d2), (n, d1)
+    "Scores on held-out rows, by name; and the mean cosine in each deal."
+    T, X = u.m.held_y[:, t], u.m.held_x[:, u.s] - x  # (n, d2), (n, d1)
+    last, orders = deals
     centre, sy = T.mean(0), T.std(0, correction=0)  # (d2,)
     sy = sy.where(sy > 1e-6 * sy.amax(), torch.inf)
     P, N = ((X @ A.float() + (y - centre)) / sy for A in (W, N))  # (n, d2)
     T, W = (T - centre) / sy, W * u.sx.float().nan_to_num(posinf=0)[:, None] / sy
-    return _scores(T, P, N, W) | {"deals": _dealt(P[None, last], T[None, last], orders)}
+    return _scores(T, P, N, W) | {"deals": _deal_cosines(P[None, last], T[None, last], orders)}
 
 
 # %% ../nbs/14_maps.ipynb #fe295eab
@@ -443,19 +450,22 @@ def _grid(m, make, method, lambdas=LAMBDAS, centred=True):
     "The maps and controls that `make` gives for a `SourceLayer`, one target layer after the other, judged."
     if m.shift_x is None or len(m.held_x) < 2:
         raise ValueError(f"{m!r} has too few rows to fit or to judge by; `collect` reads enough of both.")
-    (_, L1, d1, L2, d2), rows, layers, deals = m.shape, [], [], _deals(m.held_of)
-    W, N = (torch.empty(L1, L2, d1, d2, dtype=k) for k in (torch.float32, torch.bfloat16))
+    _, L1, d1, L2, d2 = m.shape
+    rows, layers, deals = [], [], _deals(m.held_of)
+    W = torch.empty(L1, L2, d1, d2, dtype=torch.float32)
+    N = torch.empty(L1, L2, d1, d2, dtype=torch.bfloat16)  # controls
     for s in tqdm(range(L1), desc="solving", disable=None, leave=False):
         u = SourceLayer(m, s, lambdas)
         means = m.shift_x[s] + u.mean_x, m.shift_y + u.mean_y
         x, y = (A.float() * centred for A in means)  # (d1,), (L2, d2)
-        for t, (W[s, t], N[s, t]) in enumerate(make(u)):
+        for t, (made, other) in enumerate(make(u)):
+            W[s, t], N[s, t] = made, other
             one = _judged(u, t, W[s, t], N[s, t], x, y[t], deals)
             rows.append(one | {"b": y[t] - x @ W[s, t], "lam": u.lam[t].float()})
         layers.append({"scale": u.sx.float(), "span": _span(u)})
     found = vars(m) | {k: v.unflatten(0, (L1, L2)) for k, v in default_collate(rows).items()}
     found |= {"W": W, "shuffled": N} | default_collate(layers)
-    best = found["deals"].amax((0, 1)).numpy()  # (1 + 1000,) the best pair of layers of each deal
+    best = found["deals"].amax((0, 1)).numpy()  # (1 + 1000,) of the best pair of layers in each deal
     found |= {"method": method, "p_value": permutation_p(best[0], best[1:])}
     for side, d in ("source", d1), ("target", d2):  # sums of rows alone know no model
         depth = max(found[f"{side}_layers"]) + 1
@@ -498,14 +508,17 @@ def _published(source, target, corpus, *layers, **options):
             f"method 'contrans' reads last tokens at once and knows no {', '.join(other)}; leave that out, "
             "or use method='ridge'."
         )
-    how, texts = Reading(1, products=False, **options), dict.fromkeys(corpus.texts)
+    how = Reading(1, products=False, **options)
+    texts = dict.fromkeys(corpus.texts)
     m = fresh(source, target, layers, how, len(texts))
-    m.seen, m.settings["thin"] = {text_key(t) for t in texts}, "last token of sentences cut short"
-    fit, judge = ([t for t in texts if m.fold(t) == k] for k in (0, -1))
+    m.seen = {text_key(t) for t in texts}
+    m.settings["thin"] = "last token of sentences cut short"
+    fit = [t for t in texts if m.fold(t) == 0]
+    judge = [t for t in texts if m.fold(t) < 0]
     if len(fit) < 2 or not judge:
         raise ValueError(f"{len(texts)} texts are too few for a map and a held-out part; use hundreds.")
-    short = [_cut_short(t, i) for i, t in enumerate(fit)]
-    short, whole = (fill(how.template, part) for part in (short, judge))
+    short = fill(how.template, [_cut_short(t, i) for i, t in enumerate(fit)])
+    whole = fill(how.template, judge)
     layers = m.source_layers, m.target_layers
     X, Y, _ = paired_states(source, target, short, *layers, last_token)  # (n, L1, d1), (n, L2, d2)
     m.add(X.double(), Y.double())
@@ -514,8 +527,9 @@ def _published(source, target, corpus, *layers, **options):
     Y = torch.cat([Y, Y.roll(len(Y) // 2 + 1, 0)], 1)  # (n, 2 L2, d2), control: rows half of them further on
 
     def make(u):
-        W = contrans(X[:, u.s], Y.flatten(1))  # (d1, 2 L2 d2)
-        return zip(*W.unflatten(1, Y.shape[1:]).transpose(0, 1).chunk(2), strict=True)
+        W = contrans(X[:, u.s], Y.flatten(1)).unflatten(1, Y.shape[1:])  # (d1, 2 L2, d2)
+        maps, controls = W.transpose(0, 1).chunk(2)  # (L2, d1, d2) each
+        return zip(maps, controls, strict=True)
 
     return _grid(m, make, "contrans", (0.0,), False)
 
@@ -536,8 +550,8 @@ MAP_METHODS: dict = {
 def map_method(
     method: str | MapMethod | Callable,  # a name, an entry, or a function (R (r, r), C (r, d2), lam) -> W
 ) -> MapMethod:
-    """The entry that is meant; r is d1, or the number of rows where these are fewer: a function may not care
-    on which axes it sees the source. Raises ValueError, naming what there is."""
+    """The entry that is meant. A function sees the source on r axes, d1 of them or as many as there are rows,
+    and must not depend on which axes these are. Raises ValueError, naming what there is."""
     entry = MAP_METHODS.get(method, method)
     if callable(entry):
         name = getattr(entry, "__name__", "custom")
@@ -580,8 +594,11 @@ def fit_maps(
     **collecting,  # as for `collect`, such as template; contrans takes held_out, most_rows, template
 ) -> LayerGrid:
     "Maps between all chosen layers, judged on held-out texts. Raises ValueError for too little text."
-    entry, given = map_method(method), (source, target, corpus, source_layers, target_layers)
-    return entry.fit(*given, **collecting) if entry.fit else solve(collect(*given, **collecting), entry)
+    entry = map_method(method)
+    given = source, target, corpus, source_layers, target_layers
+    if entry.fit:
+        return entry.fit(*given, **collecting)
+    return solve(collect(*given, **collecting), entry)
 
 
 # %% ../nbs/14_maps.ipynb #d8721dec

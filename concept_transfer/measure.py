@@ -214,10 +214,9 @@ def _rows(model, task, words):
     size, rows = context_length(model), []
     for i, item in enumerate(task.items):
         whole = encode(model, [words + item.prompt + c for c in ("", *item.choices)])
-        prompt, what = commonprefix(whole), f"task {task.name!r}, item {i}"
+        what, prompt = f"task {task.name!r}, item {i}", commonprefix(whole)
         p = len(prompt)
         tails = [ids[p:] for ids in whole[1:]]
-        each = [[x] for x in enumerate(tails)]  # by itself, if not all of them in one row
         if not p or max(map(len, whole)) >= size:
             raise ValueError(
                 f"{what}: prompt and choices do not fit the context of {size} tokens, or share no token. "
@@ -225,8 +224,9 @@ def _rows(model, task, words):
             )
         if not all(tails) or len({*map(tuple, tails)}) < len(tails):
             raise ValueError(f"{what}: a choice adds no token to its prompt, or the same as another.")
-        fits = engine(model).branching(p + sum(map(len, tails)))
-        for some in [sum(each, [])] if fits or {*map(len, tails)} == {1} else each:
+        together = engine(model).branching(p + sum(map(len, tails))) or max(map(len, tails)) == 1
+        numbered = [*enumerate(tails)]
+        for some in [numbered] if together else [[one] for one in numbered]:
             row, part, asked = [*prompt], [0] * p, []
             for c, tail in some:
                 at = [p - 1, *range(len(row), len(row) + len(tail) - 1)]
@@ -238,30 +238,36 @@ def _rows(model, task, words):
 
 
 # %% ../nbs/16_measure.ipynb #c98940ad
-def _asked(logits, base, extra):
+def _token_scores(logits, base, extra):
     "Of each token that is asked for: its log-probability (r,), and whether it is the likeliest of all (r,)."
     extra = extra.to(logits.device)  # (r, 3): row, position from the end, token
     spots, which = extra[:, :2].unique(dim=0, return_inverse=True)  # (u, 2), (r,)
-    each = (logits[row, at] for row, at in spots.tolist())  # (vocabulary,): one at a time fits a cache
-    total, most = map(torch.stack, zip(*((z.logsumexp(0), z.amax()) for z in each), strict=True))  # (u,)
+    total, most = [], []
+    for row, at in spots.tolist():
+        z = logits[row, at]  # (vocabulary,): one at a time fits a cache
+        total.append(z.logsumexp(0))
+        most.append(z.amax())
     asked = logits[tuple(extra.T)]
-    return asked - total[which], asked == most[which]
+    return asked - torch.stack(total)[which], asked == torch.stack(most)[which]
 
 
-def _asked_raised(logits, base, extra):
+def _raised_token_scores(logits, base, extra):
     "The same where the logits of some tokens are raised."
     asked, tokens, nats = extra
     logits = logits.index_add(
         -1, tokens.to(logits.device), nats * torch.ones_like(logits[..., : len(tokens)])
     )
-    return _asked(logits, base, asked)
+    return _token_scores(logits, base, asked)
 
 
 # %% ../nbs/16_measure.ipynb #1b53c1a5
 def _answers(task, reads, parts):
-    "Answers from what `_asked` gave; `reads` as of `_rows`, in the order of the batches."
-    logp, lengths, starts = ([np.zeros(len(i.choices), t) for i in task.items] for t in (float, int, bool))
-    scores, likeliest = (torch.cat(x).tolist() for x in zip(*parts, strict=True))  # (r,) each
+    "Answers from what `_token_scores` gave; `reads` as of `_rows`, in the order of the batches."
+    logp = [np.zeros(len(item.choices)) for item in task.items]
+    lengths = [np.zeros(len(x), int) for x in logp]
+    starts = [np.zeros(len(x), bool) for x in logp]
+    scores = torch.cat([score for score, _ in parts]).tolist()  # (r,)
+    likeliest = torch.cat([hit for _, hit in parts]).tolist()  # (r,)
     for (_, _, i, c), score, hit in zip(reads, scores, likeliest, strict=True):
         starts[i][c] |= hit and not lengths[i][c]
         logp[i][c] += score
@@ -287,7 +293,7 @@ def choices(
         asked = torch.tensor(extra)  # (r, 3)
         batches[k] = replace(batch, extra=(asked, torch.tensor(raised[0]), raised[1]) if raised else asked)
     judge = partial(_answers, task, [x for batch in batches for r in batch.rows for x in reads[r]])
-    scores = engine(model).scores(layer, batches, _asked_raised if raised else _asked)
+    scores = engine(model).scores(layer, batches, _raised_token_scores if raised else _token_scores)
     return Probe(model_info(model), layer, scores, judge)
 
 
@@ -331,7 +337,7 @@ class Damage(_Shown):
 
 
 # %% ../nbs/16_measure.ipynb #785527b8
-def _drift(logits, base, tokens):
+def _kl_and_lost(logits, base, tokens):
     "KL from the base and log-probability lost (2, b, keep); of the base itself its log-probabilities."
     if base is None:
         return logits.log_softmax(-1)  # (b, keep, vocabulary)
@@ -344,7 +350,7 @@ def _drift(logits, base, tokens):
 
 
 # %% ../nbs/16_measure.ipynb #8e0c2b24
-def _mass(logits, base, extra):
+def _probability(logits, base, extra):
     "Log-probability of some tokens together, and whether the text goes on with one of them (2, b, keep)."
     texts, tokens = (x.to(logits.device) for x in extra)
     logp = logits.log_softmax(-1)[..., tokens].logsumexp(-1)  # (b, keep)
@@ -353,7 +359,7 @@ def _mass(logits, base, extra):
 
 # %% ../nbs/16_measure.ipynb #93a40960
 def _damage(rows, parts):
-    "What `_drift` gave of each batch, with the texts in their order; `rows` as they stand in the batches."
+    "Damage from what `_kl_and_lost` gave of each batch; `rows` are the texts as they stand in the batches."
     return Damage(*_in_order(rows, parts))
 
 
@@ -369,7 +375,7 @@ def neutral_text(
     layer: int,
     texts: Sequence[str],
     words: str = "",  # before every text
-    tokens: Sequence[int] = (),  # ask for the probability of these instead, see `_mass`
+    tokens: Sequence[int] = (),  # ask for the probability of these instead, see `_probability`
     keep: int = KEEP,  # last tokens of a text that are asked about
 ) -> Probe:
     "Neutral texts made ready; those that are too short are left out. Raises ValueError where all are."
@@ -389,7 +395,7 @@ def neutral_text(
         last = torch.tensor([plain[i][-keep:] for i in b.rows])
         extra = (last, torch.tensor(tokens)) if tokens else last
         batches[k] = replace(b, asked=b.mask, extra=extra, plain=alone)  # decoding stands at every token
-    scores = engine(model).scores(layer, batches, _mass if tokens else _drift)
+    scores = engine(model).scores(layer, batches, _probability if tokens else _kl_and_lost)
     judge = partial(_in_order if tokens else _damage, [i for b in batches for i in b.rows])
     return Probe(model_info(model), layer, scores, judge, texts)
 
@@ -412,14 +418,12 @@ def prose_damage(
     texts = [_fitting(model, x) for x in load_corpus("prose").texts[:passages]]
     keep = max(KEEP, min(map(len, encode(model, texts))) - 16)
     parts = []
-    for k in tqdm(
-        range(0, len(texts), 4), "prose", disable=None, leave=False
-    ):  # few at once: logits are wide
+    for k in tqdm(range(0, len(texts), 4), "prose", disable=None, leave=False):  # few: logits are wide
         parts.append(neutral_text(model, layer, texts[k : k + 4], keep=keep)(changes))
-    found = [
-        Damage(*(np.concatenate([getattr(d, k) for d in each]) for k in ("kl", "lost")))
-        for each in zip(*parts, strict=True)
-    ]
+    found = []
+    for each in zip(*parts, strict=True):  # of a change
+        kl, lost = [d.kl for d in each], [d.lost for d in each]
+        found.append(Damage(np.concatenate(kl), np.concatenate(lost)))
     return found, [str(i) for i in range(len(texts))]
 
 
@@ -475,7 +479,7 @@ class Bench(_Shown, Strict):
         return self.norm_at(self.layer)
 
     def norm_at(self, layer: int) -> float:
-        "The same at another layer."
+        "Median norm of the residual stream at another layer."
         if layer not in self.norms:
             self.norms[layer] = residual_norm(self.model, layer)
         return self.norms[layer]
@@ -529,11 +533,14 @@ def place(
 # %% ../nbs/16_measure.ipynb #884ff3f1
 def _next(tried, goal):
     "The dose after some pairs of dose and KL, by a secant; None when it has arrived, or is at its end."
-    x, y = np.log(np.divide(tried, [1, goal])).T
+    x, y = np.log(np.divide(tried, [1, goal])).T  # logarithms of the dose, and of KL over the goal
     if min(abs(y)) < 0.08 or len(tried) == 6:
         return None
-    slope = np.clip(np.diff(y)[-1] / np.diff(x)[-1], 0.5, 4) if len(tried) > 1 else 1.8
-    dose = float(np.clip(np.exp(x[-1] - np.clip(y[-1] / slope, -1.5, 1.5)), 1e-4, 8))
+    slope = 1.8  # KL goes about with the square of the dose
+    if len(tried) > 1:
+        slope = np.clip(np.diff(y)[-1] / np.diff(x)[-1], 0.5, 4)
+    step = np.clip(y[-1] / slope, -1.5, 1.5)
+    dose = float(np.clip(np.exp(x[-1] - step), 1e-4, 8))
     return dose if dose != tried[-1][0] else None
 
 
@@ -549,7 +556,7 @@ def at_damage(
     damage: float | None = None,  # nats a token; default: that of the bench
 ) -> _T:
     "The same with the doses of that damage; `notes` say which KL was reached. Warns where it is far off."
-    some, found = ts if isinstance(ts, list) else [ts], []
+    some = ts if isinstance(ts, list) else [ts]
     goal = self.damage if damage is None else checked(damage, _Positive, "damage")
     tried: list = [[] for _ in some]
     left = {i: checked(t.dose, _Positive, f"dose of {t.name!r}") for i, t in enumerate(some)}
@@ -557,7 +564,9 @@ def at_damage(
         hurt = self.dosing([replace(some[i], dose=dose) for i, dose in left.items()])
         for (i, dose), h in zip(left.items(), hurt, strict=True):
             tried[i].append((dose, max(h.mean, 1e-9)))
-        left = {i: dose for i in left if (dose := _next(tried[i], goal))}
+        following = {i: _next(tried[i], goal) for i in left}
+        left = {i: dose for i, dose in following.items() if dose}
+    found = []
     for t, points in zip(some, tried, strict=True):
         dose, kl = min(points, key=lambda point: abs(np.log(point[1] / goal)))
         if abs(np.log(kl / goal)) > 0.7:
@@ -597,7 +606,8 @@ def word_direction(
     prompts: int = 16,  # how many of the task's are read
 ) -> Tensor | None:  # (d,)
     "Direction that promotes the target's word. None where no word is asked for, or nothing gives gradients."
-    tokens, here, (layer,) = word_tokens(model, task), engine(model), layer_numbers(model, [layer])
+    tokens, here = word_tokens(model, task), engine(model)
+    (layer,) = layer_numbers(model, [layer])
     if not tokens or not hasattr(here, "gradient"):
         return None
 
@@ -610,7 +620,7 @@ def word_direction(
 
 # %% ../nbs/16_measure.ipynb #71824ceb
 def _after_raise(nats, mass):
-    "Damage where tokens are raised; `mass` (2, texts, keep) as of `_mass`."
+    "Damage where tokens are raised; `mass` (2, texts, keep) as of `_probability`."
     logp, hit = mass
     z = np.log1p(np.exp(logp) * np.expm1(nats))  # (texts, keep)
     return Damage(np.maximum(z - nats * np.exp(logp), 0), z - nats * hit)
@@ -649,11 +659,10 @@ def pushes(
     batches = left_batches(model, ids, [[len(x) - 1] for x in ids])
     step = place(direction, model, layer).vector()
     scores = engine(model).scores(layer, batches, _summed)
-    up, down = (
-        torch.stack(parts).sum(0)
-        for parts in scores([partial(_stepping, layer=layer, v=v) for v in (step, -step)])
-    )
-    return (up - down - (up - down).mean()) / (up - down).std()
+    steps = [partial(_stepping, layer=layer, v=v) for v in (step, -step)]
+    up, down = (torch.stack(parts).sum(0) for parts in scores(steps))
+    moved = up - down
+    return (moved - moved.mean()) / moved.std()
 
 
 # %% ../nbs/16_measure.ipynb #009e9775
@@ -705,6 +714,7 @@ def steerability(
     points: Sequence[tuple[float, Sequence[float]]],  # strength, and the margin of each item (n,) there
 ) -> dict[str, float]:  # slope: mean change of the margin for one unit of strength; wrong_way: share of items
     "How items answer to strengths up to 1. Raises ValueError when there are not two different ones."
-    strengths, margins = map(np.array, zip(*(p for p in points if abs(p[0]) <= 1), strict=True))
+    near = [p for p in points if abs(p[0]) <= 1]
+    strengths, margins = map(np.array, zip(*near, strict=True))  # (doses,), (doses, n)
     slopes = slope_per_item(margins, strengths)  # (n,)
     return {"slope": float(slopes.mean()), "wrong_way": wrong_way(slopes)}

@@ -45,8 +45,8 @@ def wrap(
     rename: dict | None = None,  # {path of the block list: "layers"} for a family that is not known here
 ) -> TransformersModel:
     "A checked nnsight model around a loaded one; nothing is copied. Raises ValueError, naming the fix."
-    here, where = isinstance(module, torch.nn.Module), getattr(module, "device", None)
-    if not here or not getattr(module, "can_generate", bool)() or where.type == "meta":  # type: ignore
+    whole: Any = module if isinstance(module, torch.nn.Module) else None
+    if not hasattr(whole, "can_generate") or not whole.can_generate() or whole.device.type == "meta":
         kind = type(module).__name__
         raise ValueError(f"{kind} is no language model of transformers, with a head, or has no weights.")
     with quiet():  # one thread at a time
@@ -104,10 +104,11 @@ def _tokenizer_hash(tokenizer):
 
 
 # %% ../nbs/10_models.ipynb #90295b83
-def _called(name):
+def _short_name(name):
     "A model's name: a folder or file is called the same wherever it lies."
     path = Path(name).expanduser()
-    return path.resolve().name if name and path.exists() or path.is_absolute() else name
+    here = path.is_absolute() or (name and path.exists())
+    return path.resolve().name if here else name
 
 
 # %% ../nbs/10_models.ipynb #5db4701d
@@ -119,13 +120,18 @@ def model_info(model: TransformersModel) -> ModelInfo:
     made, tokenizer = engine(model), model.tokenizer
     fast = getattr(tokenizer, "backend_tokenizer", None)
     parts = [repr(getattr(fast, k, None)) for k in ("normalizer", "pre_tokenizer", "post_processor")]
-    weights, *told = (*made.fingerprint, made.reply) if isinstance(made, Local) else (made.weights,)
+    told: list = []  # sketch and reply
+    if isinstance(made, Local):
+        weights, sketch = made.fingerprint
+        told = [sketch, made.reply]
+    else:
+        weights = made.weights
     now = weights, made.precision, told, len(tokenizer), parts
     when, found = _INFOS.get(model, (None, None))
     if when != now:
         config = model._module.config
         found = ModelInfo(
-            made.name or _called(config._name_or_path) or config.model_type,
+            made.name or _short_name(config._name_or_path) or config.model_type,
             config.model_type,
             len(model.layers),
             config.get_text_config().hidden_size,
@@ -163,7 +169,8 @@ def same(self: ModelInfo, other: ModelInfo) -> bool:
         return self.name == other.name
     kinds = {self.precision, other.precision}
     one, two = torch.tensor(self.sketch), torch.tensor(other.sketch)  # (64,), or (0,) where there is none
-    if mine[-1] == its[-1] or "float16" not in kinds or len(kinds) == 1 or not len(one) == len(two) > 0:
+    rounded = "float16" in kinds and len(kinds) == 2 and len(one) == len(two) > 0  # one from the other
+    if mine[-1] == its[-1] or not rounded:
         return mine[-1] == its[-1]
     unit = torch.finfo(torch.bfloat16 if "bfloat16" in kinds else torch.float16).eps
     return bool((one - two).norm() <= unit / 2 * one.norm())
@@ -182,7 +189,8 @@ def require(
         pairs = ((k, mine[k], its[k]) for k in "name layers width tokenizer weights".split())
         apart = ", ".join(f"{k} ({a}, not {b})" for k, a, b in pairs if a != b)
         if not self.replies_as(other):
-            apart += f"{', and ' * bool(apart)}what they compute of the same tokens, by their configurations"
+            apart = f"{apart}, and " if apart else ""
+            apart += "what they compute of the same tokens, by their configurations"
         raise ValueError(
             f"{what} belongs to {self}, not to {other}: they differ in {apart}. "
             "Load that model, or make it again for this one."
@@ -271,8 +279,10 @@ def _tokenizer(where, given, dtype):
     size, whole = _size(where), AutoConfig.from_pretrained(where, trust_remote_code=False)
     tokenizer = given or AutoTokenizer.from_pretrained(where, trust_remote_code=False)
     config = whole.get_text_config()
-    for what in ("num_hidden_layers", "vocab_size") if size and dtype else ():
-        if (n := getattr(config, what)) * config.hidden_size > 2 * size:
+    checked_sizes = ("num_hidden_layers", "vocab_size") if size and dtype else ()
+    for what in checked_sizes:
+        n = getattr(config, what)
+        if n * config.hidden_size > 2 * size:
             raise ValueError(f"{what} is {n}, and the files are too small for that ({size} bytes)")
     if len(tokenizer) < config.vocab_size / 2:
         raise ValueError(
@@ -304,17 +314,18 @@ def _named(name, tokenizer, dtype, device, rename, remote):
         dtype = dtype or "float32"
         tokenizer = _tokenizer(where, tokenizer, None if there else dtype)
         if there:
-            return hosted_model(where, tokenizer, there, remote, rename, _called(name))
+            return hosted_model(where, tokenizer, there, remote, rename, _short_name(name))
         module = pretrained(where, dtype=dtype, device_map=device if spread else None).requires_grad_(False)
         if not spread:
             module.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     except Exception as e:  # transformers, tokenizers and safetensors have many
         why = (str(e) or repr(e)).splitlines()[0].rstrip(".")
+        on = f" on {device}" if device else ""
         raise OSError(
-            f"could not load {name!r}{f' on {device}' * bool(device)}: {why}. "
+            f"could not load {name!r}{on}: {why}. "
             f"A model is {_KNOWN} (which needs a connection the first time)."
         ) from None
-    return wrap(module, tokenizer, _called(name), rename)
+    return wrap(module, tokenizer, _short_name(name), rename)
 
 
 # %% ../nbs/10_models.ipynb #dd6d64f7
@@ -325,8 +336,7 @@ def load_model(
     ref: str | Path | torch.nn.Module | TransformersModel,  # embedded name, folder, .gguf, id, loaded model
     tokenizer: Any = None,  # needed with a loaded transformers model
     dtype: str | None = None,  # by name: "float32", the default, for results, "bfloat16" for sweeps
-    # by name, by default "cuda" where there is one, else "cpu"; "auto", or a dict of the model's parts and
-    device: str | dict | None = None,  # their devices, spreads it over several and the CPU
+    device: str | dict | None = None,  # default: cuda, else cpu. "auto" or {part: device}: over several
     rename: dict | None = None,  # {path of the block list: "layers"} for a family that is not known here
     remote: bool | str | Remote = False,  # True: on the NDIF server of nnsight's configuration; "local"
 ) -> TransformersModel:
@@ -358,7 +368,9 @@ def load_model(
         )
     name = ""
     if isinstance(ref, TransformersModel):
-        ref, tokenizer, name = ref._module, tokenizer or ref.tokenizer, engine(ref).name
+        name = engine(ref).name
+        tokenizer = tokenizer or ref.tokenizer
+        ref = ref._module
     if isinstance(ref, torch.nn.Module) and not (callable(tokenizer) and hasattr(tokenizer, "pad_token_id")):
         raise ValueError(
             "a loaded model needs its tokenizer: load_model(model, tokenizer=...). A processor of images "
@@ -379,7 +391,7 @@ def load_model(
 @patch
 def load(self: ModelInfo) -> TransformersModel:
     "This model, if it is an embedded one or lies here. Raises ValueError for one of a hub or a server."
-    if ":" in self.weights or self.name not in EMBEDDED and not Path(self.name).exists():
+    if ":" in self.weights or not (self.name in EMBEDDED or Path(self.name).exists()):
         raise ValueError(
             f"{self} is not embedded and not here, and no file makes us ask a hub or a server. "
             "Load it yourself, load_model(name), and pass it; on the command line, name it with --model."

@@ -73,8 +73,8 @@ class _PairSums:
         The shifts (L1, d1) and (L2, d2) are subtracted from rows; default: the means of the first ones."""
         K, L1, d1, L2, d2 = shape
         zeros = partial(torch.zeros, dtype=torch.float64, device=device)
-        self.n, self.x, self.y = zeros(K), zeros(K, L1, d1), zeros(K, L2, d2)
-        self.xy, self.yy = zeros(shape), zeros(K, L2, d2, d2) if products else zeros(K, L2, d2)
+        self.n, self.x, self.y, self.xy = zeros(K), zeros(K, L1, d1), zeros(K, L2, d2), zeros(shape)
+        self.yy = zeros(K, L2, d2, d2) if products else zeros(K, L2, d2)
         self.shuffled, self.n_shuffled = zeros(shape[1:], dtype=torch.float32), zeros(())
         self.shift_x, self.shift_y = shift_x, shift_y
 
@@ -105,7 +105,7 @@ def _shifted(sums, X, Y, fold, weight):  # (r, L1, d1), (r, L2, d2), (r,), (r,)
 
 
 def _dealt(fold):  # (r,) -> (2, c)
-    "Rows of the shuffled control, one in ten of a fold, of few each one; and those they are paired with."
+    "Rows of the shuffled control, every tenth of a fold or all of a few, and one far from each of them."
     pairs = [fold.new_zeros(2, 0)]
     for k in fold.unique():
         on = torch.nonzero(fold == k)[:, 0]
@@ -234,7 +234,7 @@ class Moments(Collected, _PairSums):
 
 
 # %% ../nbs/13_moments.ipynb #ada6b693
-def _unread(L1, d1, L2, d2):
+def _without_rows(L1, d1, L2, d2):
     "Fields of what was not read yet, by name."
     held = {"held_x": torch.zeros(0, L1, d1), "held_y": torch.zeros(0, L2, d2)}
     layers = {"source_layers": (*range(L1),), "target_layers": (*range(L2),)}
@@ -248,10 +248,10 @@ def zeros(
     products: bool = True,  # also the products of the target's own dimensions
     **provenance,  # source, target, layers, template, settings
 ) -> Moments:
-    "Moments of nothing yet."
+    "Moments without any rows."
     sums = _PairSums(shape, products)
     xx = sums.x.new_zeros(*sums.x.shape, shape[2])
-    return cls(**_unread(*shape[1:]) | vars(sums) | {"xx": xx} | provenance)
+    return cls(**_without_rows(*shape[1:]) | vars(sums) | {"xx": xx} | provenance)
 
 
 # %% ../nbs/13_moments.ipynb #e0890f5a
@@ -281,8 +281,10 @@ def add(
 ):
     """Add paired rows. Raises ValueError for rows that are not finite or of other sizes, and for weights or
     folds that are none."""
-    (K, *sizes), n, fold = self.shape, len(X), torch.as_tensor(fold)
-    if [*X.shape, *Y.shape] != [n, *sizes[:2], n, *sizes[2:]] or (fold >= K).any():
+    K, L1, d1, L2, d2 = self.shape
+    n = len(X)
+    fold = torch.as_tensor(fold)
+    if X.shape != (n, L1, d1) or Y.shape != (n, L2, d2) or (fold >= K).any():
         raise ValueError(
             f"rows {tuple(X.shape)} and {tuple(Y.shape)} do not fit {self!r}, or not folds from 0 on."
         )
@@ -295,14 +297,14 @@ def add(
 
 # %% ../nbs/13_moments.ipynb #9a51554c
 def _gain(letters, a, da, db, b):
-    "What products gain when da, db are added to all rows; sums are a before that, b after it."
+    "What sums of products gain where da and db are added to all rows; `a` sums before that, `b` after it."
     return torch.einsum(letters, a, db) + torch.einsum(letters, da, b)
 
 
 # %% ../nbs/13_moments.ipynb #65007794
 @patch
 def _grow(self: Moments, dx, dy):  # (L1, d1), (L2, d2)
-    "Make of sums of rows those of rows that are greater by dx and dy, in place."
+    "Change the sums in place to what they would be if every row were greater by dx and dy."
     share = self.n_shuffled / self.n.sum().clamp_min(1)
     for k, n in enumerate(self.n):
         x, y = self.x[k] + n * dx, self.y[k] + n * dy  # (L1, d1), (L2, d2) what these sums become
@@ -328,7 +330,8 @@ def merge(self: Moments, sums, folds):
         elif k.startswith("held"):
             self._append(**{k: v})
         else:
-            getattr(self, k)[... if "shuffled" in k else folds] += v  # (k, ...)
+            where: Any = ... if "shuffled" in k else folds  # the control has no folds
+            getattr(self, k)[where] += v
 
 
 # %% ../nbs/13_moments.ipynb #6eb1a9c3
@@ -397,6 +400,7 @@ def _turned(self: Collected, *sides):  # names of two fields each
     return parts | {"settings": self.settings | {"precision": self.settings.get("precision", [])[::-1]}}
 
 
+# %% ../nbs/13_moments.ipynb #4d6bdf39
 @patch
 def reversed(self: Moments) -> Moments:
     "The moments of the opposite direction. Raises ValueError where only squares of the target were kept."
@@ -475,6 +479,7 @@ def _judged_by(self: Collected, chunk, held):  # a `Chunk`, (h, L2, d2)
     return len(keys)
 
 
+# %% ../nbs/13_moments.ipynb #eb341fc7
 @patch
 def keep(self: Moments, chunk, held, weight):  # a `Chunk`, (h, L2, d2), (r',)
     """Add what `_PairSums` leaves out: the source's own products, held-out rows, and the texts as seen.
@@ -552,9 +557,7 @@ class Rows(Collected):
     near: LongTensor  # (c,) rows of the shuffled control
     far: LongTensor  # (c,) and those that each of them is paired with
     products: bool = True  # whether sums of these would have the target's own products
-    folder: Path | None = field(
-        default=None, compare=False
-    )  # where the rows lie; default: that of the system
+    folder: Path | None = field(default=None, compare=False)  # of the rows; default: that of the system
 
     def __post_init__(self):
         super().__post_init__()
@@ -577,7 +580,7 @@ def zeros(
 ) -> Rows:
     "No rows yet."
     K, L1, d1, L2, d2 = shape
-    unread, n = _unread(*shape[1:]), torch.zeros(K).double()
+    unread, n = _without_rows(*shape[1:]), torch.zeros(K).double()
     x, y, none = n.new_zeros(K, L1, d1), n.new_zeros(K, L2, d2), unread["held_of"]
     sums = {"n": n, "x": x, "y": y, "squares_x": x.clone(), "squares": y.clone(), "weight": n[:0]}
     rows = {"X": unread["held_x"], "Y": unread["held_y"], "fold_of": none, "near": none, "far": none}
@@ -723,8 +726,9 @@ def chosen(
     need = needed(shape, rows, products)
     memory, disk = virtual_memory().available, disk_usage(folder or tempfile.gettempdir()).free
     solve = {k: need["maps"] + need[f"from {k}"] for k in ("sums", "rows")}
-    fits = need["sums"] + solve["sums"] <= memory, solve["rows"] <= memory and need["rows"] <= disk
-    if not any(fits):
+    sums_fit = need["sums"] + solve["sums"] <= memory
+    rows_fit = solve["rows"] <= memory and need["rows"] <= disk
+    if not (sums_fit or rows_fit):
         _, L1, d1, L2, d2 = shape
         gb = {k: f"{v / 1e9:.3g} GB" for k, v in need.items()}
         raise ValueError(
@@ -733,7 +737,7 @@ def chosen(
             f"{gb['sums']} of memory); free are {memory / 1e9:.3g} GB of memory and {disk / 1e9:.3g} GB of "
             "disk. Give fewer source_layers and target_layers, or less text."
         )
-    return "rows" if fits[1] and (rows < shape[2] or not fits[0]) else "sums"
+    return "rows" if rows_fit and (rows < shape[2] or not sums_fit) else "sums"
 
 
 # %% ../nbs/13_moments.ipynb #9a20a69b
@@ -819,7 +823,7 @@ def _preparing(source, target, into, how):  # two models, Moments, Reading
 
 
 # %% ../nbs/13_moments.ipynb #21bda747
-def _called(f):
+def _function_name(f):
     "The name of a function; one that is not ours has its fingerprint too, since names repeat."
     name = getattr(f, "__name__", "custom")
     return name if f in (last_token, robust_weight) else f"{name} {fingerprint(f)}"
@@ -835,17 +839,19 @@ def fresh(
     folder: Path | None = None,  # where they lie, as for `chosen`
 ) -> Collected:
     "Moments or rows of nothing yet, whichever is less. Raises ValueError where neither fits."
-    models = source, target
-    one, two = map(model_info, models)
+    one, two = model_info(source), model_info(target)
     l1, l2 = (
-        once(layer_numbers(m, spread_layers(m) if k is None else k))
-        for m, k in zip(models, layers, strict=True)
+        once(layer_numbers(model, spread_layers(model) if wanted is None else wanted))
+        for model, wanted in zip((source, target), layers, strict=True)
     )
     settings = {
-        "thin": _called(how.thin) if how.thin else "shared token boundaries but the first",
-        "weight": _called(how.weight) if how.weight else "none",
-        "precision": [engine(m).precision for m in models],
-    } | {k: getattr(how, k) for k in ("most_rows", "folds", "held_out")}
+        "thin": _function_name(how.thin) if how.thin else "shared token boundaries but the first",
+        "weight": _function_name(how.weight) if how.weight else "none",
+        "precision": [engine(source).precision, engine(target).precision],
+        "most_rows": how.most_rows,
+        "folds": how.folds,
+        "held_out": how.held_out,
+    }
     shape = how.folds, len(l1), one.width, len(l2), two.width
     given: dict = dict(source=one, target=two, source_layers=l1, target_layers=l2)
     given |= {"template": how.template, "settings": settings}
@@ -953,17 +959,21 @@ def collect(
     how = Reading(**reading)
     if how.folds < 2:
         raise ValueError("folds=1: cross-validation needs two or more.")
-    file, texts = _place(path) if path else None, dict.fromkeys(corpus.texts)
+    file = _place(path) if path else None
+    texts = dict.fromkeys(corpus.texts)
     rows = text_tokens(fill(how.template, texts))
     new = fresh(source, target, (source_layers, target_layers), how, rows, file and file.parent)
     m = _resumed(file, new, texts)
     todo = [t for t in texts if text_key(t) not in m.seen]
-    _tell_alike(*([t for t in texts if (m.fold(t) < 0) == judge] for judge in (True, False)))
-    rest: Any = m, file and Path(f"{file}.jobs"), engine(source).tokens
+    held = [t for t in texts if m.fold(t) < 0]
+    _tell_alike(held, [t for t in texts if m.fold(t) >= 0])
     need = needed(m.shape, rows, m.products)
     form = "sums" if isinstance(m, Moments) else "rows"
-    said = f"{form}, {need[form] / 1e9:.2g} GB, then {(need['maps'] + need[f'from {form}']) / 1e9:.2g} GB"
-    steps = engine(target).sums(todo, _preparing(source, target, m, how), *rest)
+    solving = need["maps"] + need[f"from {form}"]
+    said = f"{form}, {need[form] / 1e9:.2g} GB, then {solving / 1e9:.2g} GB"
+    jobs = Path(f"{file}.jobs") if file else None
+    prepare = _preparing(source, target, m, how)
+    steps = engine(target).sums(todo, prepare, m, jobs, engine(source).tokens)
 
     def save():
         if file and todo and m.seen:

@@ -133,7 +133,8 @@ class _Stream:
         before, after = [*self.seen][:k], [entry for entry in [*self.seen][k:] if entry[2]]
         self.seen = deque(after, self.seen.maxlen)
         usual, now = (float(np.mean([x for _, x, _ in part])) for part in (before, after))
-        since, known = after[0][2], _ADVICE | _FALLEN if now < usual else _ADVICE
+        since = after[0][2]
+        known = _ADVICE | _FALLEN if now < usual else _ADVICE
         return Alarm(name, since["n"], since["time"], usual, now, known.get(name, _OTHERWISE))
 
 
@@ -164,7 +165,9 @@ class Monitor:
         if row["event"] != "request":
             return found
         _refuse_other(row, "n", "time", "strength")
-        for name, x in watched(row).items() if row["strength"] else ():
+        if not row["strength"]:
+            return found
+        for name, x in watched(row).items():
             if name not in self.streams:
                 self.streams[name] = _Stream(self.usual.get(name, []), self.detector())
             if self.streams[name].add(x, row):
@@ -190,9 +193,11 @@ def _sequences(looks, stop):
     "Effect and damage along the rows of a log, stage by stage."
     with canvas() as (fig, ax):
         for share, stage in groupby(looks, itemgetter("share")):
-            n, *ends = zip(*((x["n"], x["effect"], x["damage"]) for x in stage), strict=True)
-            for band, colour in zip(ends, ("C0", "C1"), strict=True):
-                ax.fill_between(n, *zip(*band, strict=True), alpha=0.3, color=colour)
+            seen = [*stage]
+            n = [x["n"] for x in seen]
+            for name, colour in (("effect", "C0"), ("damage", "C1")):
+                low, high = zip(*(x[name] for x in seen), strict=True)
+                ax.fill_between(n, low, high, alpha=0.3, color=colour)
             ax.annotate(f"{share:g} %", (n[0], -0.98), rotation=90, fontsize=8)
         for name, colour in (("effect", "C0"), ("damage", "C1")):
             ax.fill_between([], [], alpha=0.3, color=colour, label=f"{name}: {stop[name]}")

@@ -393,11 +393,14 @@ def _summing(made, model, chunks, layers, start, weight):
 # %% ../nbs/08_ndif.ipynb #e9623a8c
 @patch
 def planned(self: Ndif, texts, into):
-    "Lists of chunks of texts, those of a job together, and whether jobs bring rows; all do without a tally."
+    """The texts of each job, chunk by chunk, and whether jobs bring the target's rows rather than sums. They
+    do where that is fewer bytes, and where `into` has no tally to send."""
     K, L1, d1, L2, d2 = into.shape
-    a, b = (2 if "16" in p else 4 for p in into.kind["precision"])  # bytes of a number of either side
-    x, y, one, remote = a * L1 * d1, b * L2 * d2, 4 * L1 * d1 * L2 * d2, self.remote  # rows, sums of one fold
-    by_fold = K * one > 1 << 28
+    remote = self.remote
+    here, there = (2 if "16" in p else 4 for p in into.kind["precision"])  # bytes of a number of either side
+    source_row, target_row = here * L1 * d1, there * L2 * d2  # bytes, as are these sums of one fold:
+    pairs, own = 4 * L1 * d1 * L2 * d2, 4 * L2 * d2 * d2 * into.products
+    by_fold = K * pairs > 1 << 28
     if by_fold:
         texts = sorted(texts, key=into.fold)
 
@@ -405,11 +408,12 @@ def planned(self: Ndif, texts, into):
         chunks = bundled(texts, len, min(CHUNK, 4 * remote.size // row))
         return bundled(chunks, text_tokens, min(remote.tokens, remote.size / row))
 
-    sums = jobs(x)
-    R, own = len(sums), 4 * L2 * d2 * d2 * into.products
-    answers = (max(K, R) if by_fold else K * R) * (one + own) + R * one
-    bring = not hasattr(into, "tally") or text_tokens(texts) * (y - x) <= answers
-    return jobs(y) if bring else sums, bring
+    sums = jobs(source_row)
+    n = len(sums)
+    folds = max(K, n) if by_fold else K * n  # how many come back, of all jobs together
+    answers = folds * (pairs + own) + n * pairs  # the second is the shuffled control
+    bring = not hasattr(into, "tally") or text_tokens(texts) * (target_row - source_row) <= answers
+    return jobs(target_row) if bring else sums, bring
 
 
 # %% ../nbs/08_ndif.ipynb #ff3f5b30
@@ -462,7 +466,8 @@ def _job_name(into, chunks, bring):  # 16 hex digits
 @patch
 def sums(self: Ndif, texts, prepare, into, notes=None, tokens=0):
     "As of `Engine.sums`."
-    journal, (plan, bring) = Journal(notes, "jobs"), self.planned(texts, into)
+    journal = Journal(notes, "jobs")
+    plan, bring = self.planned(texts, into)
     added = fast_matmul(torch.device("cpu"))(_added)
 
     def send(chunks):

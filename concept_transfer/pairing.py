@@ -80,8 +80,10 @@ def paired_tokens(
     thin: Callable | None = None,  # (pairs (i, j), number of source tokens, of target tokens) -> pairs to use
 ) -> list[tuple[list, list]]:  # for either side: token ids of each text, and positions paired in it
     "Tokens of both sides, and which of them are paired: the k-th of a text here with its k-th there."
-    (ids1, offsets1), (ids2, offsets2) = _encode(source, texts), _encode(target, texts)
-    at1, at2 = [], []  # type: ignore[var-annotated]
+    ids1, offsets1 = _encode(source, texts)
+    ids2, offsets2 = _encode(target, texts)
+    at1: list[list[int]] = []
+    at2: list[list[int]] = []
     for text, x, y, one, two in zip(texts, ids1, ids2, offsets1, offsets2, strict=True):
         pairs = [
             (i, j)

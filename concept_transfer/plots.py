@@ -117,7 +117,8 @@ def plot_grid(
     if isinstance(values, str):
         said = {"r2": "held-out R2, standardised", "cosine": "held-out cosine"}
         label, values = _named(said, values, "values"), getattr(maps, values)
-    z, (L1, L2) = np.asarray(values), maps.r2.shape
+    z = np.asarray(values)
+    L1, L2 = maps.r2.shape
     if z.shape != (L1, L2):
         raise ValueError(f"values of shape {z.shape} are not one for each of {L1} x {L2} layer pairs.")
     how = """A cell is a pair of layers; the number says how well the map predicts the target's states from
@@ -244,7 +245,8 @@ def plot_dose(
         right = ax.twinx()
         right.set_ylabel("mean KL from base, nats a token")
         for i, (name, points) in enumerate(curves(e).items()):
-            entry, (_, dose, chosen, kl) = look(name, arms), points.T
+            entry = look(name, arms)
+            _, dose, chosen, kl = points.T
             ax.plot(dose, chosen, **_line(entry, i))
             right.plot(dose, kl, ".--", color=entry.colour)
         ax.plot([], [], ".--", color="dimgray", label="damage (right axis)")

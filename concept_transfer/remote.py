@@ -302,7 +302,12 @@ def other_versions(remote: Remote = _BRIEF) -> dict[str, tuple[str, str]]:  # pa
     "Packages that differ from the server's, build marks such as +cpu aside."
     there = remote.call("GET", "/env", kind=Kept).get("packages", {})
     ours = {p: version(p) for p in ("nnsight", "torch", "transformers")}
-    return {p: (v, there[p]) for p, v in ours.items() if (there.get(p) or v).split("+")[0] != v.split("+")[0]}
+    differ = {}
+    for package, here in ours.items():
+        other = there.get(package)
+        if other and other.split("+")[0] != here.split("+")[0]:
+            differ[package] = here, other
+    return differ
 
 
 # %% ../nbs/07_remote.ipynb #b29a487d
@@ -377,9 +382,8 @@ class Job(RemoteBackend):
         self.remote, self.wait, self.most = remote, wait, remote.answer
         self.name = json.loads(self.model_key.split(":", 1)[1])["repo_id"]
         self.end = time.monotonic() + remote.total
-        self.key = (
-            {"ndif-api-key": self.api_key} if self.api_key else {}
-        )  # goes to the host, and nowhere else
+        # goes to the host, and nowhere else
+        self.key = {"ndif-api-key": self.api_key} if self.api_key else {}
 
     def __call__(self, tracer=None):
         self.blob = packed(self._serialize, tracer)
@@ -577,7 +581,8 @@ class Simulated(Backend):
     def __call__(self, tracer=None):
         pull_env()
         request = packed(RequestModel.serialize, tracer)
-        _, (source, *_) = loads(request, self.model._remoteable_persistent_objects(), ServerUnpickler)
+        _, parts = loads(request, self.model._remoteable_persistent_objects(), ServerUnpickler)
+        source = parts[0]
         code = tracer.info.frame.f_code
         tracer.info.code = compile(source, code.co_filename, "exec").replace(co_name=code.co_name)
         tracer.execute(tracer.info.code)

@@ -58,18 +58,18 @@ def _prompted(e):
 
 
 # %% ../nbs/26_report.ipynb #92d7fd21
-def _told(e):
+def _sampled_text(e):
     "What sampled text shows."
     x = e.text
     if x is None:
         return f" Sampled text was not scored: {e.untold}." if e.untold else ""
-    score, (low, high) = f"{x.gain['transplanted']:+.2f}", x.gain_ci["transplanted"]
+    low, high = x.gain_ci["transplanted"]
     others = [f"{look(k).words} {x.gain[k]:+.2f}" for k in x.ahead]
     told = "how often its judge is right is not known"
     if x.labelled:
         told = f"the judge is right on {x.right:.0%} of {x.labelled} labelled texts, by chance {x.chance:.0%}"
     beside = f", beside {', '.join(others)}" if others else ""
-    moved = f"the score moves by {score} ({low:+.2f} to {high:+.2f}){beside}"
+    moved = f"the score moves by {x.gain['transplanted']:+.2f} ({low:+.2f} to {high:+.2f}){beside}"
     return f" In {x.n} sampled texts ({x.task}) {moved}; {told}."
 
 
@@ -109,7 +109,7 @@ def verdict(e: Evidence) -> str:
         f"{100 * gain:+.0f} points ({interval}; "
         f"from {e.arms['base'].choice_rate:.0%} to {mine.choice_rate:.0%} of {e.provenance.n} items) "
         f"at a damage of {mine.kl:.2f} nats a token; {_chance(e)}."
-        f"{_likelier(e)}{_meaning(e)}{_prompted(e)}{_told(e)}"
+        f"{_likelier(e)}{_meaning(e)}{_prompted(e)}{_sampled_text(e)}"
     )
 
 
@@ -219,7 +219,9 @@ def _in_words(e):
         return f"Whether words in the prompt do as well was not measured: {why}."
     low, high = mine.ci
     gap = words.choice_rate - mine.choice_rate
-    does = "as much" if low <= words.choice_rate <= high or not gap else "more" if gap > 0 else "less"
+    does = "more" if gap > 0 else "less"
+    if low <= words.choice_rate <= high or not gap:
+        does = "as much"
     return (
         f"Asking for it in words does {does}: then {words.choice_rate:.0%} of the answers are the wanted one "
         f"(damage {words.kl:.2f}), with the transplant {mine.choice_rate:.0%} ({mine.kl:.2f})."
@@ -341,6 +343,7 @@ def write_report(
     "A self-contained HTML report, written whole or not at all."
     pictures = figures(e, arms) if pictures is None else pictures
     mine = e.arms.get("transplanted", ArmResult())
+    likened = _likened(e, anchors) if mine.kl and anchors else ""
     page = TEMPLATES.get_template("report.html").render(
         e=e,
         verdict=verdict(e),
@@ -352,9 +355,9 @@ def write_report(
         ways=_WAYS,
         bar=bar,
         items=items,
-        anchors=mine.kl and anchors and {_WAYS["transplanted"]: mine.kl} | anchors,
-        likened=mine.kl and anchors and _likened(e, anchors),
-        told=_told(e),
+        anchors={_WAYS["transplanted"]: mine.kl} | anchors if likened else {},
+        likened=likened,
+        told=_sampled_text(e),
         elsewhere=[*_elsewhere(e)],
         views={k: x for k, x in pictures.items() if not isinstance(x, Figure)},
         figures={k: x for k, x in pictures.items() if isinstance(x, Figure)},

@@ -110,11 +110,13 @@ class Course:
 
     def begin(self, share: float):
         "Another share; its tests begin anew."
-        self.share, self.begun = share, self.begun + (0 < share < 100)
+        self.share = share
+        if 0 < share < 100:
+            self.begun += 1
         self.tests = {k: Difference() for k in (self.stop.effect, self.stop.damage)}
 
     def take(self, row: dict) -> bool:
-        "Whether a row of the log counts in the tests that go on."
+        "Learn from a row of the log; tells whether it counts in the tests that go on."
         if row["event"] in ("plan", "share"):
             self.begin(row["share"])
         if row["event"] != "request" or row["arm"] == "no flag" or row["share"] != self.share:
@@ -124,8 +126,10 @@ class Course:
             return False
         self.seen[row["unit"]] = 100 if on else self.share
         for name, test in self.tests.items():
-            x, worst = row["scores"][name], on if name == self.stop.damage else not on
-            test.add(float(worst) if x is None else x, on, (self.share - below) / (100 - below))
+            x = row["scores"][name]
+            if x is None:  # counts as the worst
+                x = float(on if name == self.stop.damage else not on)
+            test.add(x, on, (self.share - below) / (100 - below))
         return True
 
     def look(self) -> dict:
@@ -165,7 +169,7 @@ def _percent(*shares):
 
 
 # %% ../nbs/28_rollout.ipynb #ed47717f
-def _told(score):
+def _score_identity(score):
     "A score by what it does, or by its name where that cannot be told, as of one that holds a model."
     try:
         return fingerprint(score)
@@ -200,7 +204,7 @@ class Rollout:
         share = _percent(self.stages[0] if self.share is None else self.share, *self.stages)
         self.course, self._turn = Course(self.stop), RLock()
         self.of, self.flag = used(self.transplant), f"{self.transplant.name}-strength"
-        by = {k: _told(f) for k, f in self.scores.items()}
+        by = {k: _score_identity(f) for k, f in self.scores.items()}
         plan = plain({"stop": asdict(self.stop), "stages": self.stages, "shadow": self.shadow, "scores": by})
         rows = []
         for row, fault in read_log(self.log.path):
@@ -286,10 +290,12 @@ def __call__(
     got = base
     if strength:
         try:
-            got, arm = ask(strength, random.random() < self.twin), "shadow" if self.shadow else "on"
+            got = ask(strength, random.random() < self.twin)
+            arm = "shadow" if self.shadow else "on"
         except Exception as e:
             self._note("failed", why=type(e).__name__)
-            got = base = base or ask(0.0, False)
+            base = base or ask(0.0, False)
+            got = base
             strength, arm = 0.0, "failed"
     scores = {name: self._score(name, prompt, got.text) for name in self.scores}
     where = {"flag": self.flag, "arm": arm, "bucket": percent, "share": share}

@@ -115,7 +115,8 @@ def causal_score(
 # %% ../nbs/20_selection.ipynb #3bfc61f6
 def _tried(bench, placed=None):
     "What a candidate does at the damage of a bench, or the base model."
-    before, dosed = bench.read, placed and bench.at_damage(placed)
+    before = bench.read
+    dosed = bench.at_damage(placed) if placed else None
     answers = bench.ask(dosed)
     found = {"margin": answers.margin, "choice_rate": answers.chosen.mean()}
     found |= {"dose": dosed.dose, "notes": dosed.notes} if dosed else {}
@@ -138,10 +139,9 @@ def _placed(bench, concept, maps, layers, **how):
     return bench.place(concept, [maps[s, k] for k in np.atleast_1d(t)], **how)
 
 
-def _trials(
-    concept, maps, benches, task, candidates, journal
-):  # (source layer, target layer or several, positions) of each
-    "Gains (n,), choice rate and transplant of every candidate, largest mean gain first; and texts read."
+def _trials(concept, maps, benches, task, candidates, journal):
+    """Gains (n,), choice rate and transplant of every candidate (source layer, target layer or several,
+    positions), the largest mean gain first; and how many texts were read."""
     tried, read = [], 0
     for layer in sorted({int(np.min(t)) for _, t, _ in candidates}):
         dose, bench = 0.1, benches[layer].with_task(task)
@@ -266,7 +266,8 @@ def transplant(
     if isinstance(layers, str):
         if layers != "auto":
             raise ValueError(f"layers {layers!r}: use 'auto' or a pair (source layer, target layer).")
-        (score, layers), *_ = best = offline_scores(concept, maps, target, pairs)[:12]
+        best = offline_scores(concept, maps, target, pairs)[:12]
+        score, layers = best[0]
         if task is not None:
             t = choose(concept, maps, target, task, neutral, damage, [pair for _, pair in best])
             return replace(t, notes=t.notes | _words(t))

@@ -59,7 +59,8 @@ def bootstrap(
 ) -> np.ndarray:  # (draws, arms) means of the drawn scenarios
     """Paired bootstrap of means, clustered by scenario: every arm sees the same draw. Of an arm with several
     directions, these are drawn too."""
-    rng, (names, at) = np.random.default_rng(seed), np.unique(groups, return_inverse=True)
+    rng = np.random.default_rng(seed)
+    names, at = np.unique(groups, return_inverse=True)
     drawn = rng.multinomial(len(names), np.full(len(names), 1 / len(names)), draws)  # (draws, scenarios)
     weight = drawn[:, at]  # (draws, n) how often each item is in
     means = []

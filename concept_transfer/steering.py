@@ -73,14 +73,14 @@ def residual_norms(
     "Median norm of the residual stream after each layer, over all tokens but the first of each text."
     numbers = layer_numbers(model, layers)
     ids = encode(model, load_corpus("neutral").texts[:32] if texts is None else texts)
-    at = [range(len(x) > 1, len(x)) for x in ids]  # a single token stands for itself
+    at = [range(min(1, len(x) - 1), len(x)) for x in ids]  # a single token stands for itself
     batches = [[n.flatten().cpu() for n in got] for _, got in stream(model, ids, numbers, at=at, take=_norms)]
     norms = [torch.cat(parts) for parts in zip(*batches, strict=True)]  # for each layer (tokens,)
     return {k: float(x[x > 0].median()) for k, x in zip(numbers, norms, strict=True)}
 
 
 def residual_norm(model: TransformersModel, layer: int, texts: Sequence[str] | None = None) -> float:
-    "The same of one layer."
+    "As `residual_norms`, of one layer."
     (norm,) = residual_norms(model, [layer], texts).values()
     return norm
 
@@ -264,8 +264,9 @@ def _repr_html_(self: Transplant) -> str:
 
 # %% ../nbs/15_steering.ipynb #59463128
 class _Going(local):
-    """What `generate` goes on from in this thread: tokens of its prompts, how many there are, which go on
-    together, and whether each is read a second time without its prompt. A request takes it along."""
+    """Where `generate` is in this thread, empty outside of it: tokens of a padded prompt, how many prompts
+    there are, numbers of those in this pass, and whether each is read a second time without its prompt.
+    It is packed into requests to a server."""
 
     def __init__(self, *now):
         self.now = now
@@ -277,15 +278,16 @@ class _Going(local):
 _GOING = _Going()
 
 
-def _everywhere(at, h, rule):  # what a rule gave, states (b, t, d) -> (b, t)
-    "Where to add. Raises ValueError for what does not say so of each state."
+def _where(at, h, rule):  # what a rule gave, states (b, t, d) -> (b, t)
+    "Where to add, 1 or 0 for each state. Raises ValueError for what does not say so."
+    given = torch.as_tensor(at) if isinstance(at, np.ndarray) else at
     try:
-        return (torch.as_tensor(at) if isinstance(at, np.ndarray) else at).to(h).expand(h.shape[:2])
+        return given.to(h).expand(h.shape[:2])
     except (AttributeError, RuntimeError):
-        found, wanted = tuple(getattr(at, "shape", ())) or at, tuple(h.shape[:2])
+        found = tuple(getattr(at, "shape", ())) or at
     raise ValueError(
-        f"positions {rule.name!r} give {found!r:.60}, where a mask {wanted} of the states of this pass is "
-        "needed: mask[:, -hidden.shape[1]:] is that of the tokens."
+        f"positions {rule.name!r} give {found!r:.60}, where a mask {tuple(h.shape[:2])} of the states of "
+        "this pass is needed: mask[:, -hidden.shape[1]:] is that of the tokens."
     )
 
 
@@ -298,7 +300,8 @@ def adding(
     vector, rule = torch.as_tensor(vector), position_rule(positions, "write")
 
     def add(h, mask=mask):
-        v, (width, n, rows, guided) = vector.to(h), _GOING.now or (0, len(h), slice(None), False)
+        v = vector.to(h)
+        width, n, rows, guided = _GOING.now or (0, len(h), slice(None), False)
         if v.ndim > 1:
             if len(v) != n:
                 raise ValueError(f"{len(v)} strengths for {n} texts: give one, or one for each.")
@@ -317,7 +320,9 @@ def adding(
             )
         if rule.asked and width:  # the end of the prompts and all behind it, whatever a pass holds
             at = torch.arange(mask.shape[1])[-h.shape[1] :] >= width - 1  # (t,)
-        return h + v if at is None else h + _everywhere(at, h, rule)[..., None] * v  # (b, t, 1) * (d,)
+        if at is None:  # everywhere
+            return h + v
+        return h + _where(at, h, rule)[..., None] * v  # (b, t, 1) * (d,)
 
     return add
 
@@ -570,7 +575,8 @@ def place(
     name: str | None = None,
     positions: PositionLike = "all",
 ) -> Transplant:
-    "A transplant where you say. Raises ValueError when concept, map and target do not belong together."
+    """A transplant of a concept or a direction, at a layer or where its map ends. Raises ValueError when
+    concept, map and target do not belong together."""
     info = model_info(target)
     if map:
         map.target.require(info, "this map (target side)")

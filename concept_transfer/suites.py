@@ -328,7 +328,14 @@ LOST = 0.05  # most that a capability may lose
 def _above(change, groups):  # (n,) twice
     "Whether the mean is above zero by its interval, or below; None: open."
     low, high = _span(change, groups)
-    return True if low > 0 else False if high < 0 else None
+    return low > 0 if low > 0 or high < 0 else None
+
+
+def _passed(found):
+    "Whether a gate is passed, from what `_above` says of its measures; None, open, where one is or none is."
+    if False in found:
+        return False
+    return None if None in found or not found else True
 
 
 # %% ../nbs/19_suites.ipynb #94a4f533
@@ -342,8 +349,7 @@ def gates(self: SuiteResult) -> dict[str, bool | None]:
         able = m.kind != "capability" or _above(np.subtract(m.scores["base"], m.chance or 0), m.groups)
         if m.kind in least and able:
             found[m.kind].append(_above(change[m.name] - least[m.kind], m.groups))
-    passed = (False if False in x else None if None in x or not x else True for x in found.values())
-    return dict(zip(("control", "utility", "robust"), passed, strict=True))
+    return dict(zip(("control", "utility", "robust"), map(_passed, found.values()), strict=True))
 
 
 # %% ../nbs/19_suites.ipynb #2d918896
@@ -500,7 +506,8 @@ def measure_suite(
         scores = journal(
             f"{name} {some.hash} {path and fingerprint(scorers)}", partial(_scored, bench, some, *how)
         )
-        chance, (groups, _) = None if nats else _chance(some), pd.factorize(np.array(some.groups))
+        chance = None if nats else _chance(some)
+        groups, _ = pd.factorize(np.array(some.groups))
         measured.append(Measured(name, kind, some.name, chance, groups.tolist(), scores))
     steered = {k: x for k, (words, x) in arms.items() if x and not words}
     hurt = zip(steered, bench.hurt([*steered.values()]), strict=True)

@@ -135,7 +135,8 @@ def part_of_rotation(Q: torch.Tensor, turn: float) -> torch.Tensor:  # (d, d) fl
 # %% ../nbs/05_toys.ipynb #7035e174
 def _turn_readers(norm, readers, Q):
     "Fold a norm's gain into what reads it, in the new basis (d, d'); the new gain is sqrt(d / d')."
-    gain, (d, wide) = norm.weight, Q.shape  # (d,)
+    gain = norm.weight  # (d,)
+    d, wide = Q.shape
     for reader in readers:
         if isinstance(reader, torch.nn.Linear):
             reader.weight.data = reader.weight * gain @ Q  # (out, d')

@@ -97,7 +97,8 @@ def answer(
     first, last = (steered(t.model, t.layer, _watching(t, seen)) for seen in looks)
     with first, t(strength) as model, last:
         text = "".join(generate(model, [prompt], max_new_tokens, **options))
-    seconds, norm, projection, kl = time.perf_counter() - start, None, None, None
+    seconds = time.perf_counter() - start
+    norm = projection = kl = None
     if looks[0] and isinstance(engine(model), Local):
         norm, projection = torch.stack([torch.cat(x, 1).median(1).values for x in looks], 1).tolist()
     asked = rendered(model, prompt)
@@ -127,7 +128,7 @@ def _parts(path):
 
 
 # %% ../nbs/27_uselog.ipynb #b969cd5e
-def _beside(path, what):
+def _sidecar(path, what):
     "What a file beside a log holds, or nothing."
     with suppress(OSError):
         return Path(f"{path}.{what}").read_text(encoding="utf-8").strip()
@@ -183,7 +184,7 @@ def _end(path):
 # %% ../nbs/27_uselog.ipynb #7ee73ee3
 def _salt(path):
     "The secret of a log. Raises ValueError where it is gone."
-    if not (salt := _beside(path, "salt")):
+    if not (salt := _sidecar(path, "salt")):
         raise ValueError(
             f"{path}.salt is gone, and with it the way from a unit to its rows. Begin another log."
         )
@@ -191,7 +192,7 @@ def _salt(path):
 
 
 # %% ../nbs/27_uselog.ipynb #05aa296b
-def _stands(path) -> tuple[int, int, int]:
+def _stat(path) -> tuple[int, int, int]:
     "This process, a file and its size; zeros where it is gone."
     with suppress(FileNotFoundError):
         now = os.stat(path)
@@ -227,16 +228,16 @@ class UseLog:
             except Timeout:
                 raise ValueError(f"{path} is written to by another process; give each its own log.") from None
             self.rows, self.digest, torn = _end(self.path)
-            if not self.rows and not re.fullmatch(r"(\d{12}:\w{32})?", _beside(self.path, "head")):
+            if not self.rows and not re.fullmatch(r"(\d{12}:\w{32})?", _sidecar(self.path, "head")):
                 raise ValueError(f"{path}.head is no head of a log, and would be lost; give another path.")
-            if not self.rows and not _beside(self.path, "salt"):
+            if not self.rows and not _sidecar(self.path, "salt"):
                 (salt := Path(f"{self.path}.salt")).touch(0o600)
                 salt.write_text(secrets.token_hex())
             self.salt = _salt(self.path)  # who deletes the file when all is over has made the log anonymous
             self._head = os.open(f"{self.path}.head", os.O_WRONLY | os.O_CREAT, 0o644)
             self._open()
             about = {"format": _FORMAT, "package": __version__}
-            self.write("opened", head=_beside(self.path, "head"), torn=torn, **about)
+            self.write("opened", head=_sidecar(self.path, "head"), torn=torn, **about)
             stack.pop_all()
 
     def close(self):
@@ -254,7 +255,7 @@ class UseLog:
 def _open(self: UseLog):
     "Have the file at hand, to add to it."
     self._file = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    self._state = _stands(self.path)
+    self._state = _stat(self.path)
 
 
 # %% ../nbs/27_uselog.ipynb #d6e6b630
@@ -282,7 +283,7 @@ def write(
     if taken := {"n", "time", "digest"} & values.keys():
         raise ValueError(f"a row has its own {', '.join(taken)}; give yours another name.")
     with self._turn, disk_space(self.path):
-        if self._state != _stands(self.path):
+        if self._state != _stat(self.path):
             why = "was closed, moved or written to by somebody else, or this process was forked since"
             raise OSError(f"{self.path} {why}. Audit it, and open it anew, in each process another log.")
         now = datetime.now(UTC).isoformat(timespec="milliseconds")
@@ -358,7 +359,7 @@ def request(
     kept = {k: self.redact(x) for k, x in texts.items() if x is not None} if self.redact else {}
     who = {"strength": strength, "unit": _hashed(self.salt, unit)}
     row = self.write("request", **of, **who, **known, **{"arm": "", "scores": {}} | more, **kept)
-    _told(row)
+    _emit(row)
     return row
 
 
@@ -384,7 +385,7 @@ def _instruments():
 
 
 # %% ../nbs/27_uselog.ipynb #5c72581f
-def _told(row):
+def _emit(row):
     "A span and counts for a row."
     tracer, count, clock = _instruments()
     if tracer:
@@ -410,7 +411,8 @@ def _told(row):
 
 # %% ../nbs/27_uselog.ipynb #a5c92869
 def _each_file(path):
-    "The files that a log has now, open, one after the other. The last may be put aside on the way."
+    """The files that a log has now, open, one after the other. The last may be put aside on the way: what was
+    opened counts only if it still stands at its place in the list."""
     *older, part = _parts(path)
     for whole in older:
         with whole.open("rb") as file:
@@ -437,7 +439,8 @@ def read_log(
     if not _parts(path):
         raise FileNotFoundError(f"{path}: there is no log.")
     for part, line in ((part, line) for part, file in _each_file(path) for line in file):
-        if not line.endswith(b"\n") or not (row := _row(line)):
+        row = _row(line) if line.endswith(b"\n") else {}
+        if not row:
             torn = part == path and not line.endswith(b"\n") and _begun(line)
             what = f"{TORN} of {len(line)} bytes" if torn else f"{part.name} holds a line that is no row"
             yield {}, what
@@ -472,16 +475,15 @@ class Audit:
     faults: list[str]  # none: nothing was changed, removed, moved or cut
     torn: str  # a line that a killed process left
     head: str  # note it elsewhere: a later audit can be asked whether it is still there
-    uses: (
-        pd.DataFrame
-    )  # sound requests by what was applied, how strongly and in which arm: how many, since when
+    uses: pd.DataFrame  # sound requests by what was applied, how strongly, in which arm: how many, since when
     events: list[dict]  # all other rows
 
     @property
     def wrong(self) -> str:
         "The faults, or the first eight of them; nothing where there are none."
         said = [*dict.fromkeys(self.faults)]
-        return "; ".join(said[:8] + [f"and {len(said) - 8} more"] * (len(said) > 8))
+        more = [f"and {len(said) - 8} more"] if len(said) > 8 else []
+        return "; ".join(said[:8] + more)
 
     def __repr__(self):
         wrong = "; ".join(filter(None, [self.wrong, self.torn]))
@@ -502,7 +504,7 @@ def audit(
     or that is no text."""
     path = Path(path).expanduser()
     noted = as_tuple([heads] if isinstance(heads, str) else heads, "heads")
-    heads = [_beside(path, "head"), *noted]  # read first: the log may grow meanwhile
+    heads = [_sidecar(path, "head"), *noted]  # read first: the log may grow meanwhile
     who = None if unit is None else unit_hash(path, unit)
     faults: list[str] = []
     requests, events, rows, torn, head = [], [], 0, "", ""

