@@ -535,10 +535,13 @@ def made_of(draw: Any) -> Any:
 
 
 # %% ../nbs/17_arms.ipynb #56bed99a
+def _has_inputs(trial, arm):
+    "Whether all is given that an arm needs."
+    return all(trial.given.get(x) is not None for x in arm.input.split())
+
+
 def _measure_arm(trial, arm):
     "The draws of an arm, and what was measured of them; none where they cannot be made."
-    if any(trial.given.get(x) is None for x in arm.input.split()):
-        return [], []
     draws = arm.make(trial)
     runs: list = []
     for first in tqdm(range(0, len(draws), 4), arm.name, disable=None, leave=False):
@@ -726,11 +729,14 @@ def measured(trial: Trial, arms: dict[str, Arm]) -> tuple[list[Run], dict[str, s
     runs: list = []
     missing, placed, dosed, untold = {}, {"base": None}, {}, ""
     followed = (x for x in (*FOLLOWED, "readouts", "text") if x in trial.experiments)
-    step = steps("evidence", [*arms, *followed])
-    for arm in arms.values():
-        next(step)
-        asked = arm.name == "base" or "equal_damage" in trial.experiments
-        draws, new = _measure_arm(trial, arm) if asked else ([], [])
+    asked = [k for k, arm in arms.items() if arm.name == "base" or "equal_damage" in trial.experiments]
+    able = [k for k in asked if _has_inputs(trial, arms[k])]
+    step = steps("evidence", [*able, *followed])
+    for key, arm in arms.items():
+        draws, new = [], []
+        if key in able:
+            next(step)
+            draws, new = _measure_arm(trial, arm)
         runs += new
         doses = [r.dose for r in new if r.experiment == "equal_damage"]
         if draws and arm.followed:
@@ -742,7 +748,7 @@ def measured(trial: Trial, arms: dict[str, Arm]) -> tuple[list[Run], dict[str, s
         ]
         if not draws and not arm.optional:
             why = arm.reason or f"needs {arm.input}="
-            missing[arm.name] = why if asked else "equal damage was not asked for"
+            missing[arm.name] = why if key in asked else "equal damage was not asked for"
     read = [load_task("knowledge"), load_corpus("prose"), *_behaviours(trial)]
     of = [(k, made_of(t)) for k, t in placed.items()], trial.settings.strengths, [x.hash for x in read]
     for name, follow in FOLLOWED.items():

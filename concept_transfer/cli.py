@@ -672,13 +672,15 @@ def _layer_lists(layers):
 def _fitted(source, target, texts, file, method, template, layers):
     "Maps of two models. What an interrupted run left of the sums is used, and stays where we stop again."
     from concept_transfer.data import data_hash
+    from concept_transfer.engine import layer_numbers
     from concept_transfer.maps import MAP_METHODS, fit_maps
     from concept_transfer.models import model_info
     from concept_transfer.pairing import spread_layers
 
     made_of = f"{method} {template} {texts.hash} {model_info(source)} {model_info(target)} {layers}"
     part = Path(f"{file}.{data_hash([made_of])}.part")
-    n1, n2 = (len(k or spread_layers(m)) for k, m in zip(layers, (source, target), strict=True))
+    both = zip((source, target), layers, strict=True)
+    n1, n2 = (len(layer_numbers(m, k or spread_layers(m))) for m, k in both)
     d1, d2 = model_info(source).width, model_info(target).width
     sums = 5 * 8 * (n1 * d1**2 + n1 * d1 * n2 * d2 + n2 * d2**2)  # bytes, of five folds
     _expect("reading the corpus: about", sum(_reading(m, texts.texts) for m in (source, target)), sums)
@@ -1047,6 +1049,7 @@ def cmd_evaluate(
     how = dict(settings=chosen, path=folder / "arms.jsonl", pairs=own, other=foreign)
     e = evaluate(t, items, texts, None, tuple(EXPERIMENTS) if "text" in more else BY_DEFAULT, **how)
     e.save(folder / "evidence.json")
+    _say("report")
     shown = _looks(t, items, e, texts, pairs=own)
     if not names:
         write_report(e, folder / "report.html", **shown)

@@ -80,7 +80,7 @@ def _head(e):
     if high < 0:
         return "The opposite of what was wanted"
     if low <= 0 or max(e.tests.values()) > 0.05:
-        return "No effect beyond the controls"
+        return "No effect beyond the controls" if len(e.tests) > 1 else "No effect shown"
     return "An effect" if len(e.tests) > 1 else "An effect, not tested against chance"  # one is of the base
 
 
@@ -103,13 +103,15 @@ def verdict(e: Evidence) -> str:
     if gain is None or ci is None:
         return f"No verdict: the transplanted arm was not run ({mine.reason})."
     low, high = ci
+    reused = e.provenance.notes.get("reused")
+    again = f" {reused} of these items chose layers and dose, so it is too good." if reused else ""
     interval = f"95% interval {100 * low:+.0f} to {100 * high:+.0f}" if low < high else "in all items alike"
     return (
         f"{_head(e)}: the transplanted concept moves the share of answers that choose the target by "
         f"{100 * gain:+.0f} points ({interval}; "
         f"from {e.arms['base'].choice_rate:.0%} to {mine.choice_rate:.0%} of {e.provenance.n} items) "
         f"at a damage of {mine.kl:.2f} nats a token; {_chance(e)}."
-        f"{_likelier(e)}{_meaning(e)}{_prompted(e)}{_sampled_text(e)}"
+        f"{again}{_likelier(e)}{_meaning(e)}{_prompted(e)}{_sampled_text(e)}"
     )
 
 
@@ -119,7 +121,7 @@ def _found(e):
     effect, ci = e.effect, e.effect.recovery_ci
     if effect.gain is not None:
         yield f"Against the base model p = {effect.p_mcnemar:.2g} (McNemar, exact)."
-    if effect.recovery is not None:
+    if ci or effect.recovery is not None and e.arms["native"].choice_rate == 1:  # else of next to nothing
         interval = f"interval {ci[0]:.0%} to {ci[1]:.0%}" if ci else "interval open"
         yield f"It recovers {effect.recovery:.0%} of the native effect at this layer ({interval})."
     if steered := e.steered():
@@ -131,7 +133,8 @@ def _elsewhere(e):
     "Sentences about what else moved."
     if (after := e.capability.get("transplanted")) and after.knowledge_n:
         right = f"{after.knowledge:.0%} of {after.knowledge_n} questions right"
-        yield f"Knowledge: {right}, {e.capability['base'].knowledge:.0%} before."
+        low, high = after.knowledge_ci
+        yield f"Knowledge: {right} ({low:.0%} to {high:.0%}), {e.capability['base'].knowledge:.0%} before."
     if others := [m for m in e.off_target if "transplanted" in m.p]:
         moved = [m for m in others if m.p["transplanted"] <= 0.05]
         points = [f"{m.task.split('/')[-1]} {100 * m.change['transplanted']:+.0f} points" for m in moved]
@@ -323,7 +326,7 @@ def _drawn(heading, shown):
 _WAYS = {
     "base": "the model as it is",
     "transplanted": "with the transplant",
-    "native": "with its own direction, the most to hope for",
+    "native": "with its own direction",
     "random": "with random directions",
     "unembedding": "pushed towards the bare word",
     "prompt": "asked for it in words",

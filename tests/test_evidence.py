@@ -230,6 +230,14 @@ def test_a_behaviour_is_moved_by_its_own_transplant_first(pair, task):
     assert shift[0, 0] >= shift[1, 0] and p.shape == (2, 1) and (p <= 1).all()
 
 
+def test_only_what_is_measured_counts_as_a_step(pair, few, monkeypatch):
+    seen, real = [], module.steps
+    monkeypatch.setattr(module, "steps", lambda what, names: seen.append(names) or real(what, names))
+    some = {k: ARMS[k] for k in ("base", "transplanted", "other_concept")}
+    e = asked(pair, few, None, ("equal_damage",), some)
+    assert seen == [["base", "transplanted"]] and e.missing == {"other_concept": "needs other="}
+
+
 @pytest.mark.slow
 def test_evidence_goes_on_behind_the_arms_that_are_done(pair, few, tmp_path, monkeypatch):
     want, real, calls = asked(pair, few, random=6), Bench.at_damage, []

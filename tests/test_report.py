@@ -480,8 +480,11 @@ def test_a_shift_that_changes_no_choice_is_said(evidence, tmp_path):
     e = Evidence(evidence.provenance, [base, replace(mine, answers=likelier)])
     assert verdict(e).startswith("No effect") and "in all items alike" in verdict(e)
     assert "becomes likelier, by +1.0" in verdict(e)
+    notes = evidence.provenance.notes | {"reused": 3}
+    again = replace(e, provenance=replace(evidence.provenance, notes=notes))
+    assert "3 of these items chose layers and dose" in verdict(again)
     write_report(e, tmp_path / "a.html", pictures={})
-    assert "What was carried over? No effect beyond the controls." in (tmp_path / "a.html").read_text()
+    assert "What was carried over? No effect shown." in (tmp_path / "a.html").read_text()
 
 
 def test_a_matrix_has_a_name_for_each_row():
