@@ -297,6 +297,8 @@ def __call__(
             base = base or ask(0.0, False)
             got = base
             strength, arm = 0.0, "failed"
+    if not isinstance(got, Answer):
+        raise TypeError(f"answer= gives {got!r:.60}; it has to give an Answer.")
     scores = {name: self._score(name, prompt, got.text) for name in self.scores}
     where = {"flag": self.flag, "arm": arm, "bucket": percent, "share": share}
     instead = base.text if arm == "shadow" else None

@@ -164,7 +164,10 @@ def _unit(t):
 # %% ../nbs/25_views.ipynb #06976ab0
 def _along(t, texts, position="mean"):  # (n,)
     "Where the target reads texts along a transplant."
-    return activations(t.model, texts, [t.layer], position)[:, 0] @ _unit(t)  # type: ignore
+    H: Any = activations(t.model, texts, [t.layer], position)  # (n, 1, d)
+    if isinstance(H, list):
+        raise ValueError(f"position {position!r} gives several states a text: use last or mean.")
+    return H[:, 0] @ _unit(t)
 
 
 # %% ../nbs/25_views.ipynb #cb6d8e32
@@ -224,6 +227,8 @@ def _written(t, prompt, strengths, seed, options):
     "A text for each strength."
     options = {"suppress_tokens": _marks(t.model.tokenizer) or None} | options
     if not options.get("do_sample"):
+        if seed:
+            raise ValueError(f"seed={seed} is of sampling: give do_sample=True too.")
         return t.generate([prompt] * len(strengths), strengths, **options)
     said = []
     for strength in strengths:
@@ -680,11 +685,11 @@ def damage_anchors(
     bench = Bench(model, -1, neutral=neutral)
     before, texts = bench.texts
     layer = bench.layer
+    led = [neutral_text(model, layer, texts, f"{x} ")().mean for x in before[:3]]
     read = [x[:-1] for x in encode(model, texts) if len(x) > KEEP]
     batches = left_batches(model, read, [range(len(x) - KEEP, len(x)) for x in read])
     (parts,) = engine(model).scores(layer, batches, _warmed)([lambda batch: {}])
     warm = torch.cat(parts, 1).double().mean((1, 2)).tolist()
-    led = [neutral_text(model, layer, texts, f"{x} ")().mean for x in before[:3]]
     found = {f"sampling at temperature {x:g}": kl for x, kl in zip(TEMPERATURES, warm, strict=True)}
     return found | {"one more sentence before the text": float(np.mean(led))}
 

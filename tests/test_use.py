@@ -717,6 +717,11 @@ def test_a_rollout_goes_on_from_its_log(joy, tmp_path, flags):
         rolled(joy, tmp_path / "use.jsonl", scores=other)
 
 
+def test_an_answer_that_is_none_is_named(joy, tmp_path, flags):
+    with pytest.raises(TypeError, match="answer= gives 'base'; it has to give an Answer"):
+        rolled(joy, tmp_path / "use.jsonl", answer=lambda t, *rest: "base")("ann", "Hello")
+
+
 def test_a_rollout_that_is_refused_leaves_the_flags_of_another_alone(joy, tmp_path, flags):
     rollout = rolled(joy, tmp_path / "use.jsonl", share=100)
     with pytest.raises(ValueError, match="another plan"):

@@ -210,6 +210,16 @@ def test_a_damage_is_like_what_plain_logits_say(tiny):
     assert led == pytest.approx(np.mean([damage.mean for _, damage in alone]), rel=1e-3)
 
 
+def test_what_a_view_cannot_show_is_said(tiny, t):
+    pairs = load_pairs("emotions/happiness", "test")
+    with pytest.raises(ValueError, match="several states a text"):
+        separation(t, pairs, "all")
+    with pytest.raises(ValueError, match="seed=5 is of sampling"):
+        ladder(t, "It rained", [1], seed=5)
+    with pytest.raises(ValueError, match="no neutral text has more than"):
+        damage_anchors(tiny, Corpus("short", [str(k) for k in range(60)]))
+
+
 def test_two_at_once_add_up_where_steps_are_small(tiny, t):
     task = load_task("emotions/happiness").take(4)
     other = place(torch.randn(len(t.direction), generator=torch.Generator().manual_seed(3)), tiny, layer=1)
