@@ -564,9 +564,9 @@ def _writable(path, folder=False):
 # %% ../nbs/31_cli.ipynb #b416109a
 def _timed(model, run):
     "How long something takes that a model is asked here; nothing for a server."
-    from concept_transfer.models import model_info
+    from concept_transfer.engine import engine
 
-    if model_info(model).weights.startswith("remote:"):
+    if not engine(model).here:
         return 0.0
     run()  # the first pass of a model is slower
     start = time.monotonic()

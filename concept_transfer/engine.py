@@ -232,6 +232,15 @@ class Engine(Protocol):
     model: TransformersModel
     name: str  # of the model, in messages and artefacts
     own_products: bool  # whether products of the model's own dimensions cost nothing, see `Sums`
+    here: bool  # whether the weights are in this process, so that it can be timed, compared and exported
+
+    @property
+    def sketches(self) -> Sequence[tuple[float, ...]]:
+        "Of weights and of replies, much the same in every precision; none on a server."
+
+    @property
+    def gradient(self) -> Callable | None:
+        "(token ids, layer, score of logits) -> (t, d), as of `Local`; None where it cannot be had."
 
     @property
     def tokens(self) -> int:
@@ -691,7 +700,7 @@ class Local:
     known: dict[str, tuple] = field(default_factory=dict, repr=False)  # what, as `told`, and of which state
     branched: dict[int, bool] = field(default_factory=dict, repr=False)  # what `branching` found
 
-    own_products = True
+    own_products = here = True
 
     def told(self, what: str, make: Callable[[], Any], now: Any) -> Any:
         """What `make` gave when the model was last in the state `now`, else what it gives: a model may have
@@ -710,6 +719,10 @@ class Local:
         inner = self.model._module
         now = _seen([*inner.parameters(), *inner.buffers()]), _numbers(inner)
         return self.told("reply", partial(_reply, self), now)
+
+    @property
+    def sketches(self) -> Sequence[tuple[float, ...]]:
+        return self.fingerprint[1], self.reply
 
     @property
     def weights(self) -> str:

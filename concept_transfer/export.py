@@ -637,7 +637,7 @@ def _check_format(t, to):
         can = ", ".join(k for k in FORMATS if not _obstacle(t, k))
         raise ValueError(f"{to} cannot express this transplant: {why}. What can: {can}.")
     on = t.model and engine(t.model)
-    if not isinstance(on, Local) or on.precision != "float32":
+    if not on or not on.here or on.precision != "float32":
         raise ValueError("to compare, the target is needed here and in float32: load_model(name).")
 
 

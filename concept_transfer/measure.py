@@ -608,7 +608,7 @@ def word_direction(
     "Direction that promotes the target's word. None where no word is asked for, or nothing gives gradients."
     tokens, here = word_tokens(model, task), engine(model)
     (layer,) = layer_numbers(model, [layer])
-    if not tokens or not hasattr(here, "gradient"):
+    if not tokens or here.gradient is None:
         return None
 
     def margin(z):  # (vocabulary,)

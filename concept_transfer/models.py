@@ -120,13 +120,8 @@ def model_info(model: TransformersModel) -> ModelInfo:
     made, tokenizer = engine(model), model.tokenizer
     fast = getattr(tokenizer, "backend_tokenizer", None)
     parts = [repr(getattr(fast, k, None)) for k in ("normalizer", "pre_tokenizer", "post_processor")]
-    told: list = []  # sketch and reply
-    if isinstance(made, Local):
-        weights, sketch = made.fingerprint
-        told = [sketch, made.reply]
-    else:
-        weights = made.weights
-    now = weights, made.precision, told, len(tokenizer), parts
+    weights, sketches = made.weights, made.sketches
+    now = weights, made.precision, sketches, len(tokenizer), parts
     when, found = _INFOS.get(model, (None, None))
     if when != now:
         config = model._module.config
@@ -139,7 +134,7 @@ def model_info(model: TransformersModel) -> ModelInfo:
             _tokenizer_hash(tokenizer),
             getattr(config, "_commit_hash", None) or "",
             made.precision,
-            *told,
+            *sketches,
         )
         _INFOS[model] = now, found
     return found

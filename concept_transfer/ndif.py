@@ -62,7 +62,8 @@ class Ndif:
     precision: str
     edits: list = field(default_factory=list, repr=False)  # that are open, whoever opened them
 
-    own_products = False  # they would travel
+    own_products = here = False  # they would travel
+    sketches, gradient = (), None
 
     @property
     def tokens(self) -> int:

@@ -48,7 +48,7 @@ from .artefacts import disk_space, fingerprint, linked, plain
 from .cards import card, table
 from .concepts import position_name
 from .data import as_tuple
-from .engine import Local, encode, engine, rendered, steered
+from .engine import encode, engine, rendered, steered
 from .measure import neutral_text
 from .moments import fits, strict
 from .steering import Loaded, Transplant, generate
@@ -99,7 +99,7 @@ def answer(
         text = "".join(generate(model, [prompt], max_new_tokens, **options))
     seconds = time.perf_counter() - start
     norm = projection = kl = None
-    if looks[0] and isinstance(engine(model), Local):
+    if looks[0] and engine(model).here:
         norm, projection = torch.stack([torch.cat(x, 1).median(1).values for x in looks], 1).tolist()
     asked = rendered(model, prompt)
     n, both = (len(encode(model, [x])[0]) for x in (asked, asked + text))

@@ -57,6 +57,7 @@ class Hooks:
     "A model that runs here through plain PyTorch hooks."
 
     name, tokens, precision, own_products = "hooked", 1000, "float32", True
+    here, sketches, gradient = True, (), None
 
     def __init__(self, model):
         self.model, self.weights, self.calls = model, engine(model).weights, set()
