@@ -978,14 +978,16 @@ def cmd_export(
 
     concept-transfer export --transplant happy.safetensors --to gguf --out happy.gguf"""
     from concept_transfer.evidence import Evidence
-    from concept_transfer.export import FORMATS, export
+    from concept_transfer.export import check_options, export
 
-    only = "only hub takes --evidence, only baked-gguf takes --like"
-    if to not in FORMATS or (evidence and to != "hub") or bool(like) != (to == "baked-gguf"):
-        raise BadParameter(f"--to {to}: use one of {', '.join(FORMATS)}; {only} and needs it.")
+    more: dict[str, Any] = {k: v for k, v in (("evidence", evidence), ("like", like)) if v}
+    try:
+        check_options(to, more)
+    except ValueError as e:
+        raise BadParameter(f"--to {to}: {e}") from None
     _writable(out)
-    more: dict[str, Any] = {"evidence": Evidence.load(evidence)} if evidence else {}
-    more |= {"like": like} if like else {}
+    if evidence:
+        more["evidence"] = Evidence.load(evidence)
     receipt = export(transplant(), out, to, **more)
     return vars(receipt) | {"out": out}, repr(receipt)
 

@@ -18,6 +18,7 @@ __all__ = [
     "serving",
     "push_to_hub",
     "Format",
+    "check_options",
     "Receipt",
     "export",
     "import_vector",
@@ -35,12 +36,12 @@ import socket
 import subprocess
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
-from inspect import signature
+from inspect import Parameter, signature
 from pathlib import Path
 from tempfile import TemporaryDirectory, TemporaryFile
 
@@ -475,9 +476,7 @@ def _biases(t, strength):
 
 
 @strict
-def _write_baked_gguf(t, path, like: str | Path | None = None):
-    if like is None:
-        raise ValueError("give like=, a GGUF file of the target: how texts are cut is taken from there.")
+def _write_baked_gguf(t, path, like: str | Path):
     write_target(t.model, path, like, _biases(t, 1))
 
 
@@ -630,9 +629,7 @@ def _obstacle(t, to):
 
 # %% ../nbs/23_export.ipynb #b53e39e9
 def _check_format(t, to):
-    "Raise ValueError for a way that there is not, or that cannot express a transplant."
-    if to not in FORMATS:
-        raise ValueError(f"to={to!r}: use one of {', '.join(FORMATS)}.")
+    "Raise ValueError for a way that cannot express a transplant."
     if why := _obstacle(t, to):
         can = ", ".join(k for k in FORMATS if not _obstacle(t, k))
         raise ValueError(f"{to} cannot express this transplant: {why}. What can: {can}.")
@@ -642,11 +639,16 @@ def _check_format(t, to):
 
 
 # %% ../nbs/23_export.ipynb #c7825886
-def _check_options(to, more):
-    "Raise ValueError for an option that a format does not take."
-    takes = [k for k in [*signature(FORMATS[to].write).parameters][2:] if k != "receipt"]
-    if odd := [k for k in more if k not in takes]:
+def check_options(to: str, given: Collection[str]):
+    "Raises ValueError for a format that there is not, and for options that it does not take or lacks."
+    if to not in FORMATS:
+        raise ValueError(f"to={to!r}: use one of {', '.join(FORMATS)}.")
+    options = {k: v.default for k, v in signature(FORMATS[to].write).parameters.items()}
+    takes = [k for k in [*options][2:] if k != "receipt"]
+    if odd := [k for k in given if k not in takes]:
         raise ValueError(f"{to} takes {', '.join(takes) or 'no options'}: leave {odd[0]}= away.")
+    if lacks := [k for k in takes if options[k] is Parameter.empty and k not in given]:
+        raise ValueError(f"{to} needs {lacks[0]}: give {lacks[0]}=.")
 
 
 # %% ../nbs/23_export.ipynb #c3053d3f
@@ -748,10 +750,10 @@ def export(
     """Write a transplant for another engine, and compare what it does there with what it does here. Where
     that engine is not installed, a warning and the receipt say so. Raises ValueError for what cannot be
     expressed or put there, and for an engine that does something else; then nothing is written."""
+    check_options(to, more)
     _check_format(transplant, to)
     path, way = Path(path).expanduser().absolute(), FORMATS[to]
     beside = path / "receipt.json" if way.folder else Path(f"{path}.receipt.json")
-    _check_options(to, more)
     _check_places([path] if way.folder else [path, beside], way, more.get("like"))
     with (_whole_folder if way.folder else whole_file)(path) as made:
         way.write(transplant, made, **more)
