@@ -13,7 +13,7 @@ __all__ = [
     "harmless",
     "Sent",
     "Standing",
-    "Entry",
+    "Deployment",
     "Kept",
     "foreign",
     "hosted",
@@ -217,7 +217,7 @@ class Standing(TypedDict, total=False):
     data: str | None  # address of the result
 
 
-class Entry(TypedDict, total=False):
+class Deployment(TypedDict, total=False):
     "A model on the server."
 
     repo_id: Words | None
@@ -229,7 +229,7 @@ class Entry(TypedDict, total=False):
 class Kept(TypedDict, total=False):
     "What the server has, of models and of packages."
 
-    deployments: dict[str, Entry]
+    deployments: dict[str, Deployment]
     packages: dict[str, Words | None]
 
 
@@ -336,7 +336,7 @@ def _not_hosted(name, there):
 def server(
     name: str,  # repository or folder of a model
     remote: Remote = _PATIENT,
-) -> dict:  # what the server says of it, see `Entry`
+) -> dict:  # what the server says of it, see `Deployment`
     "The server's entry of a model. Warns about other versions; raises ValueError with what is hosted."
     brief = replace(remote, attempts=min(remote.attempts, 3))
     there = hosted(brief)
