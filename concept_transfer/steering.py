@@ -301,6 +301,8 @@ def adding(
 
     def add(h, mask=mask):
         v = vector.to(h)
+        if v.shape[-1:] != h.shape[-1:]:
+            raise ValueError(f"a vector {tuple(v.shape)} cannot be added to states of width {h.shape[-1]}.")
         width, n, rows, guided = _GOING.now or (0, len(h), slice(None), False)
         if v.ndim > 1:
             if len(v) != n:

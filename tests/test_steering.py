@@ -472,6 +472,12 @@ def test_K1_directions_of_any_kind(llama, push, given):
         assert t.direction.max() == 1
 
 
+@pytest.mark.parametrize("v", [torch.ones(1), torch.tensor(1.0), torch.ones(3, 1), torch.ones(47)])
+def test_what_is_added_has_the_width_of_the_states(v):
+    with pytest.raises(ValueError, match="cannot be added to states of width 48"):
+        adding(v)(torch.zeros(3, 2, 48))
+
+
 @pytest.mark.parametrize(
     "wrong",
     [
