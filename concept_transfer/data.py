@@ -115,7 +115,7 @@ def checked(
     except ValidationError as e:
         fault, *_ = e.errors()
     place = f"{where} {', '.join(map(repr, fault['loc']))}".strip()
-    said = fault["msg"].removeprefix("Value error, ")
+    said = fault["msg"].removeprefix("Value error, ").replace("a valid tuple", "a list")
     raise ValueError(f"{place}: {said}, found {short_repr(fault['input'])}.")
 
 

@@ -225,9 +225,9 @@ ITEM = dict(prompt="The street", choices=[" is wet", " is dry"], target=0)
         (dict(items=[ITEM | {"choices": [4, 5]}]), "0, 'choices', 0: Input should be a valid string"),  # B16
         (
             dict(items=[ITEM | {"choices": "ab"}]),
-            "0, 'choices': Input should be a valid tuple, found 'ab'",
+            "0, 'choices': Input should be a list, found 'ab'",
         ),  # 89
-        (dict(items=[ITEM | {"choices": {"a": 1, "b": 2}}]), "0, 'choices': Input should be a valid tuple"),
+        (dict(items=[ITEM | {"choices": {"a": 1, "b": 2}}]), "0, 'choices': Input should be a list"),
         (dict(items=[ITEM | {"choices": [["a"], ["b"]]}]), "0, 'choices', 0: Input should be a valid string"),
         (dict(items=[ITEM | {"choices": ["a", " "]}]), "item 0: choices, item 1 is ' '"),
         (dict(items=[ITEM | {"prompt": 5}]), "0, 'prompt': Input should be a valid string, found 5"),  # 91
