@@ -750,8 +750,9 @@ def export(
     """Write a transplant for another engine, and compare what it does there with what it does here. Where
     that engine is not installed, a warning and the receipt say so. Raises ValueError for what cannot be
     expressed or put there, and for an engine that does something else; then nothing is written."""
+    if to in FORMATS:  # else what follows says what there is
+        _check_format(transplant, to)
     check_options(to, more)
-    _check_format(transplant, to)
     path, way = Path(path).expanduser().absolute(), FORMATS[to]
     beside = path / "receipt.json" if way.folder else Path(f"{path}.receipt.json")
     _check_places([path] if way.folder else [path, beside], way, more.get("like"))
