@@ -60,6 +60,8 @@ def with_reference(
     answer: Callable = answer,  # as of the rollout
 ) -> Transplant:
     "A transplant that knows what is usual: its notes hold each number of its answers to some prompts."
+    if taken := {"norm", "projection", "kl", "repetition"} & {*(scores or ())}:
+        raise ValueError(f"a score cannot be called {min(taken)!r}, which is ours: give it another name.")
     seen: dict = {}
     for prompt in prompts:
         got = answer(t, prompt, 1.0, True)

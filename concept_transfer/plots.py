@@ -281,6 +281,8 @@ def plot_matrix(
     columns: Sequence[str],  # what was asked
 ) -> Figure:
     "Change of each behaviour by each transplant, from `off_target`; a frame where it is significant."
+    if np.shape(p) != np.shape(shift):
+        raise ValueError(f"p is {np.shape(p)}, changes are {np.shape(shift)}; give as many.")
     most = max(0.1, float(np.abs(shift).max()))
     width = 1.2 + 0.62 * len(columns) + 0.07 * max(map(len, rows))
     how = """What else moved: change of the share that shows each other behaviour. Framed cells moved beyond

@@ -199,7 +199,7 @@ class Rollout:
         fits(vars(self), Rollout.__annotations__, "Rollout")
         if missing := {self.stop.effect, self.stop.damage} - {*self.scores}:
             raise ValueError(f"no score {', '.join(missing)}: give a function of prompt and answer for it.")
-        if [*self.stages] != sorted({*self.stages}) or not self.stages:
+        if [*self.stages] != sorted({*self.stages}) or not self.stages or self.stages[0] <= 0:
             raise ValueError(f"stages are {self.stages}; give percents that rise, as 1, 5, 25, 100.")
         share = _percent(self.stages[0] if self.share is None else self.share, *self.stages)
         self.course, self._turn = Course(self.stop), RLock()

@@ -106,6 +106,8 @@ def causal_score(
     if directions is None:
         H = activations(source, load_corpus("general").texts[:100], [map.layers[0]])[:, 0]  # type: ignore
         directions = H[::2] - H[1::2]  # (50, d1)
+    if len(directions) < 2:
+        raise ValueError("one direction cannot be told from others; give two or more.")
     cloze: Any = task or load_task("cloze")
     there = answer_shifts(Bench(source, map.layers[0], cloze), directions, dose)
     here = answer_shifts(Bench(target, map.layers[1], cloze), directions @ map.W, dose)
@@ -208,6 +210,8 @@ def choose(
     for rule in positions:
         position_rule(rule, "write")
     left = [(*pair, p) for pair in pairs for p in positions]
+    if len({str(x) for x in left}) < len(left):
+        raise ValueError(f"candidates {pairs}, positions {positions}: give each once.")
     lowest = {int(np.min(t)) for _, t, _ in left}
     benches = {t: Bench(target, t, neutral=neutral, damage=damage) for t in lowest}
     norms = residual_norms(target, sorted({k for _, t, _ in left for k in np.atleast_1d(t)}))

@@ -808,6 +808,8 @@ def layer_scores(
         area, _ = downstream(maps, concept, t and t.model, pairs)  # (L1, L2)
         found["AUC"] = dict(zip(grid, area.flatten().tolist(), strict=True))
     if causal:
+        if odd := {*causal} - {*grid}:
+            raise ValueError(f"causal: {sorted(odd)} are no pairs of layers of these maps.")
         found["causal"] = causal
     search = sorted(t.notes.get("search", []), key=lambda x: x["round"]) if t else []
     search = [x for x in search if isinstance(x["layers"][1], int)]  # several layers have no cell
@@ -914,6 +916,8 @@ def together(
     tasks: Sequence[ChoiceTask],
 ) -> Together:
     "What two transplants do alone and at once. Raises ValueError for different layers or models."
+    if len({task.name for task in tasks}) < len(tasks):
+        raise ValueError("tasks of one name cannot be told apart; give each a name of its own.")
     here, there = ((x.layers[1], x.positions) for x in (one, other))
     if here != there:
         raise ValueError(

@@ -169,6 +169,8 @@ def test_a_search_may_try_several_layers(given, tmp_path):
     t.save(tmp_path / "t")
     assert Transplant.load(tmp_path / "t", target).notes["search"] == t.notes["search"]
     view = layer_scores(maps, joy, replace(t, model=target), causal={(1, 0): 0.5})
+    with pytest.raises(ValueError, match="no pairs of layers of these maps"):
+        layer_scores(maps, joy, causal={(9, 9): 1.0})
     assert view.scores["gain"].keys() == view.rounds.keys() == {(2, 2)}
     assert view.taken == ((2, 2) if not t.deeper else None)
     table = view.table.set_index(["source", "target"])

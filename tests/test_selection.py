@@ -6,6 +6,7 @@ from functools import partial
 
 import numpy as np
 import pytest
+import torch
 
 from concept_transfer.artefacts import keeping
 from concept_transfer.concepts import activations, extract_concept
@@ -79,6 +80,13 @@ def test_positions_are_a_list_of_rules(given, unread, positions):
 def test_candidates_are_pairs_of_layers(given, unread, candidates):
     with pytest.raises(ValueError, match="candidates|no map for layers"):
         choose(*given, TASK, NEUTRAL, candidates=candidates)
+
+
+def test_a_candidate_is_tried_once(given, unread):
+    maps = given[1]
+    two = [maps.layer_pairs[0]] * 2
+    with pytest.raises(ValueError, match="give each once"):
+        choose(*given, TASK, NEUTRAL, candidates=two)
 
 
 @pytest.mark.parametrize("layers", ["best", "1:2", (1,), 5, [1, 9], (1, 2, 1)], ids=str)
@@ -188,3 +196,5 @@ def test_a_causal_score_wants_the_models_of_the_map(given, changes):
         causal_score(maps[2, 2], target, target)
     with pytest.raises(ValueError, match="target side"):
         causal_score(maps[2, 2], source, source)
+    with pytest.raises(ValueError, match="one direction cannot be told from others"):
+        causal_score(maps[2, 2], source, target, torch.ones(1, 48))

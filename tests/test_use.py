@@ -717,6 +717,16 @@ def test_a_rollout_goes_on_from_its_log(joy, tmp_path, flags):
         rolled(joy, tmp_path / "use.jsonl", scores=other)
 
 
+def test_what_a_monitor_measures_has_its_own_names(joy):
+    with pytest.raises(ValueError, match="cannot be called 'kl', which is ours"):
+        with_reference(joy, ["Hello"], {"kl": lambda prompt, text: 1.0})
+
+
+def test_a_stage_of_nobody_is_refused(joy, tmp_path, flags):
+    with pytest.raises(ValueError, match="give percents that rise"):
+        rolled(joy, tmp_path / "use.jsonl", stages=(0, 50))
+
+
 def test_an_answer_that_is_none_is_named(joy, tmp_path, flags):
     with pytest.raises(TypeError, match="answer= gives 'base'; it has to give an Answer"):
         rolled(joy, tmp_path / "use.jsonl", answer=lambda t, *rest: "base")("ann", "Hello")

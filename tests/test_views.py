@@ -14,6 +14,7 @@ from concept_transfer.data import Corpus, load_pairs
 from concept_transfer.engine import encode, engine, pad
 from concept_transfer.measure import KEEP, Bench
 from concept_transfer.models import load_model, model_info, tiny_model
+from concept_transfer.plots import plot_matrix
 from concept_transfer.steering import Transplant, generate, joined, place
 from concept_transfer.tasks import load_task
 from concept_transfer.views import (
@@ -216,6 +217,11 @@ def test_what_a_view_cannot_show_is_said(tiny, t):
         separation(t, pairs, "all")
     with pytest.raises(ValueError, match="seed=5 is of sampling"):
         ladder(t, "It rained", [1], seed=5)
+    task = load_task("emotions/happiness").take(2)
+    with pytest.raises(ValueError, match="tasks of one name"):
+        together(t, t, [task, task])
+    with pytest.raises(ValueError, match="p is \\(1, 1\\), changes are \\(1, 2\\)"):
+        plot_matrix(np.zeros((1, 2)), np.zeros((1, 1)), ["joy"], ["honesty", "power"])
     with pytest.raises(ValueError, match="no neutral text has more than"):
         damage_anchors(tiny, Corpus("short", [str(k) for k in range(60)]))
 
