@@ -39,7 +39,7 @@ import numpy as np
 import torch
 from fastcore.basics import patch
 from nnsight import TransformersModel
-from pydantic import Field, InstanceOf
+from pydantic import Field, InstanceOf, PositiveInt
 from torch import Tensor
 from tqdm import tqdm
 
@@ -415,6 +415,7 @@ def prose_damage(
     passages: int = 12,  # of the built-in prose, one of each register
 ) -> tuple[list[Damage], list[str]]:  # for each change; number of the passage of each text
     "Damage on built-in prose, at as many tokens of each passage: all but the first words of the shortest."
+    passages = checked(passages, PositiveInt, "passages")
     texts = [_fitting(model, x) for x in load_corpus("prose").texts[:passages]]
     keep = max(KEEP, min(map(len, encode(model, texts))) - 16)
     parts = []

@@ -83,6 +83,8 @@ def wilson(successes: int, n: int, level: float = 0.95) -> list[float]:
     "Wilson's score interval of a proportion (1927)."
     from statsmodels.stats.proportion import proportion_confint
 
+    if not 0 <= successes <= n or n < 1:
+        raise ValueError(f"{successes} of {n} is no proportion.")
     return np.array(proportion_confint(successes, n, 1 - level, "wilson")).tolist()
 
 

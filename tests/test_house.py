@@ -19,7 +19,7 @@ ORDER = """cards data tasks stats artefacts toys engine remote ndif zoo models c
     monitor play cli all""".split()
 MODULES = sorted(p.stem for p in LIB.glob("[!_]*.py"))
 ROOMS = sorted((ROOT / "nbs").glob("[0-9]*.ipynb"))
-TOKENS = 122_600  # rises with a feature, by what that needs; 48,000 was the goal for what 0.1.0 did
+TOKENS = 122_700  # rises with a feature, by what that needs; 48,000 was the goal for what 0.1.0 did
 WIDTH = 110
 LAYOUT = {
     tokenize.NL,

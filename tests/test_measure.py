@@ -29,6 +29,7 @@ from concept_transfer.measure import (
 )
 from concept_transfer.models import load_model, tiny_model, twin
 from concept_transfer.selection import choose, offline_scores, search_p, transplant
+from concept_transfer.stats import wilson
 from concept_transfer.steering import Transplant, adding, place
 from concept_transfer.tasks import ChoiceItem, ChoiceTask, load_task
 from concept_transfer.toys import TINY, planted_module, tiny_tokenizer
@@ -519,3 +520,11 @@ def test_a_search_for_a_dose_starts_above_zero(worded, dose):
     bench = Bench(worded[0], 1)
     with pytest.raises(ValueError, match="dose of 'direction'"):
         bench.at_damage(replace(bench.place(torch.ones(48)), dose=dose))
+
+
+def test_counts_that_cannot_be_are_refused():
+    for successes, n in ((5, 3), (-1, 3), (0, 0)):
+        with pytest.raises(ValueError, match="is no proportion"):
+            wilson(successes, n)
+    with pytest.raises(ValueError, match="passages: .*greater than 0"):
+        prose_damage(tiny_model("llama"), 1, [None], -10)
